@@ -1,0 +1,34 @@
+"""Configuration of routed adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from transformers.activations import ACT2FN
+
+from routevl.errors import RoutevlError
+from routevl.methods.routed import RoutedConfig
+
+
+@dataclass
+class RoutedAdapterConfig(RoutedConfig):
+    """Bottleneck adapters that route visual features: h = [x_H +] act(route(x_t, x_v)) W_up (paper, equation 5).
+
+    x_H is the output of the adapted module: with the default targets, an adapter after the attention output and one after
+    the feed-forward output of every layer, before the residual addition. Both projections have a bias.
+
+    Raises:
+        RoutevlError: a rank that is not positive, an unknown routing function, scale or activation.
+    """
+
+    PEFT_TYPE: ClassVar[str] = "ROUTED_ADAPTER"
+
+    activation: str = field(default="relu", metadata={"help": "The non-linearity in the bottleneck, by its name in transformers."})
+    residual: bool = field(default=True, metadata={"help": "Add x_H to the adapter's output, so that it starts as the identity."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.PEFT_TYPE
+        if self.activation not in ACT2FN:
+            raise RoutevlError(f"activation {self.activation!r} is not one of transformers' activations ({', '.join(sorted(ACT2FN))})")

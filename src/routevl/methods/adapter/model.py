@@ -1,0 +1,31 @@
+"""The tuner that puts routed adapters into a model."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from routevl.errors import RoutevlError
+from routevl.methods.adapter.layer import RoutedAdapterLayer
+from routevl.methods.routed import RoutedTuner
+
+# model type -> the attention output and the feed-forward output of every layer
+TARGET_MODULES = {
+    "bert": ["attention.output.dense", "output.dense"],
+    "roberta": ["attention.output.dense", "output.dense"],
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "bart": ["self_attn.out_proj", "fc2"],
+}
+
+
+class RoutedAdapterModel(RoutedTuner):
+    """Routed adapters after `nn.Linear` and transformers' `Conv1D` modules of any model (see RoutedAdapterConfig)."""
+
+    prefix = "adapter_"
+    tuner_layer_cls = RoutedAdapterLayer
+    target_module_mapping = TARGET_MODULES
+
+    def _new_layer(self, target: nn.Module, name: str) -> RoutedAdapterLayer:
+        if not isinstance(target, (nn.Linear, Conv1D)):
+            raise RoutevlError(f"target module {name} is a {type(target).__name__}: routed adapters follow Linear and Conv1D modules")
+        return RoutedAdapterLayer(target, self.visual)

@@ -1,0 +1,39 @@
+"""Configuration of routed LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from routevl.errors import RoutevlError
+from routevl.methods.routed import RoutedConfig
+
+
+@dataclass
+class RoutedLoraConfig(RoutedConfig):
+    """LoRA whose bottleneck routes visual features: h = W0 x_H + (lora_alpha / r) route(x_t, x_v) W_up (paper, equation 4).
+
+    >>> model = get_peft_model(model, RoutedLoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], routing="mul"))
+    >>> model(**text, visual_features=features)  # features: (batch, L_v, d)
+
+    Raises:
+        RoutevlError: a rank that is not positive, an unknown routing function or scale, a dropout outside [0, 1).
+    """
+
+    PEFT_TYPE: ClassVar[str] = "ROUTED_LORA"
+
+    lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the text hidden states before the down-projection."})
+    fused_projections: dict[str, list[bool]] | None = field(
+        default=None,
+        metadata={
+            "help": "For modules whose output is several equally wide projections side by side: which of them are adapted, each "
+            "with its own bottleneck. None: GPT-2's c_attn adapts query and value, not key; {}: nothing is fused."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.PEFT_TYPE
+        if not 0 <= self.lora_dropout < 1:
+            raise RoutevlError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")

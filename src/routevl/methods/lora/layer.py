@@ -1,0 +1,84 @@
+"""The routed LoRA layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from routevl.errors import RoutevlError
+from routevl.methods.lora.config import RoutedLoraConfig
+from routevl.methods.routed import RoutedLayer, VisualFeatures
+from routevl.routing import routing_function
+
+
+class RoutedLoraLayer(RoutedLayer):
+    """h = W0 x_H + (lora_alpha / r) * route(x_H A, x_R A) B, with A (d, r) shared by text and image (paper, equation 4).
+
+    A module that holds P adapted projections side by side has P bottlenecks of its own: A is (d, P r), and B's P blocks
+    (r, d_out) each write to one projection, so that routing never mixes, say, query and value.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    other_param_names = ("lora_dropout", "scaling", "fused", "route")
+
+    def __init__(self, base_layer: nn.Linear | Conv1D, visual: VisualFeatures) -> None:
+        super().__init__(base_layer, visual)
+        if isinstance(base_layer, Conv1D):
+            self.width, self.out_features = base_layer.nx, base_layer.nf
+        else:
+            self.width, self.out_features = base_layer.in_features, base_layer.out_features
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.fused: dict[str, list[bool]] = {}  # adapter name -> which of the projections side by side are adapted
+
+    def update_layer(self, adapter: str, config: RoutedLoraConfig, name: str) -> None:
+        """Add a bottleneck: A as peft's LoRA draws it, B zero, so that the model starts as it was."""
+        fused = next((parts for key, parts in config.fused_projections.items() if name.split(".")[-1] == key), [True])
+        if self.out_features % len(fused) or not any(fused):
+            raise RoutevlError(f"fused_projections {fused} does not fit {name} with its {self.out_features} outputs")
+        parts = sum(fused)
+        self.fused[adapter] = fused
+        self.route[adapter] = routing_function(config.routing)
+        self.scaling[adapter] = config.lora_alpha / config.r
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_A[adapter] = nn.Linear(self.width, parts * config.r, bias=False)
+        self.lora_B[adapter] = nn.Linear(config.r, parts * (self.out_features // len(fused)), bias=False)
+        nn.init.kaiming_uniform_(self.lora_A[adapter].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[adapter].weight)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, ..., d) -> (B, ..., d_out)."""
+        result = self.base_layer(hidden_states, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in self.adapters_in_use():
+            down, up, fused = self.lora_A[adapter], self.lora_B[adapter], self.fused[adapter]
+            text = self.lora_dropout[adapter](hidden_states.to(down.weight.dtype))
+            routed = self.routed(adapter, down, text, parts=sum(fused)) * self.scaling[adapter]
+            if fused == [True]:
+                result = result + up(routed)
+            else:
+                result = _add_to_projections(result, routed, up.weight, fused)
+        return result.to(dtype)
+
+
+def _add_to_projections(result: Tensor, routed: Tensor, up: Tensor, fused: list[bool]) -> Tensor:
+    """Add each bottleneck's update to its projection of `result`.
+
+    Args:
+        result: (..., len(fused) * d_out), the fused projections side by side.
+        routed: (..., P * r), the P bottlenecks side by side, in the order of the adapted projections.
+        up: (P * d_out, r), their up-projections one below the other.
+        fused: which of the projections are adapted; P of them are.
+    """
+    parts = sum(fused)
+    updates = (nn.functional.linear(x, w) for x, w in zip(routed.chunk(parts, -1), up.chunk(parts, 0), strict=True))
+    projections = result.chunk(len(fused), -1)
+    return torch.cat([p + next(updates) if adapted else p for p, adapted in zip(projections, fused, strict=True)], dim=-1)

@@ -1,0 +1,33 @@
+"""The tuner that puts routed LoRA layers into a model."""
+
+from __future__ import annotations
+
+from peft import PeftConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from routevl.errors import RoutevlError
+from routevl.methods.lora.layer import RoutedLoraLayer
+from routevl.methods.routed import RoutedTuner
+
+# model type -> modules whose output is several projections side by side, and which of them LoRA adapts
+FUSED_PROJECTIONS = {"gpt2": {"c_attn": [True, False, True]}}  # query, key, value
+
+
+class RoutedLoraModel(RoutedTuner):
+    """Routed LoRA on `nn.Linear` and transformers' `Conv1D` modules of any model (see RoutedLoraConfig)."""
+
+    prefix = "lora_"
+    tuner_layer_cls = RoutedLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.fused_projections is None:
+            peft_config.fused_projections = FUSED_PROJECTIONS.get(model_config.get("model_type"), {})
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _new_layer(self, target: nn.Module, name: str) -> RoutedLoraLayer:
+        if not isinstance(target, (nn.Linear, Conv1D)):
+            raise RoutevlError(f"target module {name} is a {type(target).__name__}: routed LoRA adapts Linear and Conv1D modules")
+        return RoutedLoraLayer(target, self.visual)

@@ -1,0 +1,1 @@
+"""From scored runs to statistics, tables and figures; reads the run sheet and `results/`, never a model."""
