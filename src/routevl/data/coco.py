@@ -1,4 +1,4 @@
-"""Reading COCO caption files (https://cocodataset.org/#format-data, "Image Captioning") and COCO file names."""
+"""Reading COCO caption files (https://cocodataset.org/#format-data) and the ids in COCO's image names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def read_captions(path: str | Path) -> Record:
     """Read and check a COCO captions file, plain or gzip-compressed.
 
     Returns:
-        the file's object; "annotations" is a list of {"id": int, "image_id": int, "caption": str, ...} and "images",
-        where the file has it, a list of {"id": int, "file_name": str, ...}.
+        the file's object; "annotations" is a list of {"id": int, "image_id": int, "caption": str, ...} and
+        "images", where the file has it, a list of {"id": int, "file_name": str, ...}.
 
     Raises:
-        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, an id is used
-            twice, or a caption's image is not in "images".
+        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, an
+            id is used twice, or a caption's image is not in "images".
     """
     content = read_object(path, "a COCO captions file")
     captions = checked_records(path, content, "annotations", {"id": int, "image_id": int, "caption": str})
@@ -29,22 +29,23 @@ def read_captions(path: str | Path) -> Record:
         images = checked_records(path, content, "images", {"id": int, "file_name": str})
         check_unique(path, "images", "id", images)
         _check_images_listed(path, captions, {image["id"] for image in images})
+    if "licenses" in content:
+        checked_records(path, content, "licenses", {})
     return content
 
 
 def _check_images_listed(path: str | Path, captions: list[Record], image_ids: set[int]) -> None:
     for index, caption in enumerate(captions):
         if caption["image_id"] not in image_ids:
-            raise RoutevlError(
-                f"{path}: annotations[{index}] has the image_id {caption['image_id']}, which is not in 'images'"
-            )
+            image_id = caption["image_id"]
+            raise RoutevlError(f"{path}: annotations[{index}]: the image_id {image_id} is not in 'images'")
 
 
 def images_in_folder(folder: str | Path) -> dict[int, str]:
     """The images of a folder (not of its subfolders) by the id in their names.
 
-    A name is COCO's: `000000000139.jpg` or `COCO_val2014_000000000139.jpg`, with any text before the underscore; the
-    endings jpg, jpeg and png count. Other files are ignored.
+    A name is COCO's: `000000000139.jpg` or `COCO_val2014_000000000139.jpg`, with any text before the
+    underscore; the endings jpg, jpeg and png count. Other files are ignored.
 
     Returns:
         image id to file name.

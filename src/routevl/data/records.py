@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ from routevl.files import read_json
 
 Record = dict[str, Any]
 
+SPLITS = ("train", "val", "test")
+
 _JSON_NAMES = {
-    dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "true or false",
-}  # fmt: skip
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 def json_name(kind: type) -> str:
@@ -79,3 +87,11 @@ def check_unique(path: str | Path, place: str, field: str, entries: Iterable[Rec
         if entry[field] in seen:
             raise RoutevlError(f"{path}: {place}[{index}] repeats the {field} {entry[field]}")
         seen.add(entry[field])
+
+
+def write_records(path: Path, content: Any) -> None:
+    """Write JSON on one line, as the official files are: indenting millions of records takes minutes.
+
+    For files inside a folder that is itself written whole or not at all.
+    """
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """The demo world: images of one to three coloured shapes, with captions and questions that are true of them.
 
-A scene is drawn at random and symmetrically: no shape, colour, size or place is more likely than another, and a yes/no
-question is built after its answer has been tossed. So the words of a question say little about its answer, and a model
-has to look at the image. All randomness comes from the generators that the caller passes.
+A scene is drawn at random and symmetrically: no shape, colour, size or place is more likely than another, and
+a yes/no question is built after its answer has been tossed. So the words of a question say little about its
+answer, and a model has to look at the image. All randomness comes from the generators that the caller passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ GRID = 3  # rows and columns
 ATTRIBUTES_PER_CELL = len(SHAPES) + len(COLORS) + len(SIZES)
 ATTRIBUTES = GRID * GRID * ATTRIBUTES_PER_CELL
 
-SHARED_SHAPE, SHARED_COLOR = 0.3, 0.3  # chances to repeat an earlier thing's, so that counts above one are common
+SHARED_SHAPE, SHARED_COLOR = (
+    0.3,
+    0.3,
+)  # chances to repeat an earlier thing's, so that counts above one are common
 THINGS_PER_SCENE = (1, 2, 2, 3, 3)  # each equally likely
 
 RGB = {
@@ -38,14 +41,14 @@ RGB = {
     "purple": (148, 60, 190),
     "orange": (245, 135, 15),
 }
-RADIUS = {"small": 0.078, "big": 0.128}  # of a circle, as a fraction of the image's side
-POSITION_JITTER = 0.03  # at most, as a fraction of the image's side: things of one cell never reach the next
+RADIUS = {"small": 0.078, "big": 0.125}  # of a circle, as a fraction of the image's side
+POSITION_JITTER = 0.022  # at most, as a fraction of the side: no thing leaves its cell
 SUPERSAMPLING = 3  # draws at three times the size and averages, for smooth edges
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; `x` (rightwards) and `y` (downwards) are its exact centre as fractions of the image's side."""
+    """One shape; `x` (rightwards) and `y` (downwards) are its centre as fractions of the image's side."""
 
     shape: str
     color: str
@@ -120,7 +123,7 @@ def toss(generator: numpy.random.Generator, chance: float = 0.5) -> bool:
     return bool(generator.random() < chance)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Scenes and images
 
 
@@ -165,7 +168,7 @@ def render(scene: Scene, image_size: int, generator: numpy.random.Generator) -> 
 def _draw_thing(draw, thing: Thing, side: int, generator: numpy.random.Generator) -> None:
     shift = generator.integers(-14, 15, 3)
     fill = tuple(int(value) for value in (numpy.array(RGB[thing.color]) + shift).clip(0, 255))
-    radius = RADIUS[thing.size] * side * float(generator.uniform(0.94, 1.06))
+    radius = RADIUS[thing.size] * side * float(generator.uniform(0.95, 1.05))
     x, y = thing.x * side, thing.y * side
     for outline in _OUTLINES[thing.shape]:
         draw.polygon([(x + radius * right, y + radius * down) for right, down in outline], fill=fill)
@@ -173,12 +176,15 @@ def _draw_thing(draw, thing: Thing, side: int, generator: numpy.random.Generator
 
 def _rectangle(half_width: float, half_height: float) -> list[tuple[float, float]]:
     return [
-        (-half_width, -half_height), (half_width, -half_height), (half_width, half_height), (-half_width, half_height)
-    ]  # fmt: skip
+        (-half_width, -half_height),
+        (half_width, -half_height),
+        (half_width, half_height),
+        (-half_width, half_height),
+    ]
 
 
-# Outlines in units of the radius, right and down of the centre. All shapes are about as wide, so that a shape does
-# not give away or blur its size.
+# Outlines in units of the radius, right and down of the centre. All shapes are about as wide, so that a shape
+# does not blur its size.
 _ANGLES = numpy.linspace(0, 2 * numpy.pi, 40, endpoint=False)
 _OUTLINES = {
     "circle": [list(zip(numpy.cos(_ANGLES).tolist(), numpy.sin(_ANGLES).tolist(), strict=True))],
@@ -192,8 +198,8 @@ def attributes(scene: Scene) -> numpy.ndarray:
     """What stands in every cell of the grid, as targets for pretraining a vision model on images alone.
 
     Returns:
-        uint8 of shape (ATTRIBUTES,): for each cell in reading order a one-hot shape, colour and size in the order of
-        SHAPES, COLORS and SIZES; all zero where the cell is empty.
+        uint8 of shape (ATTRIBUTES,): for each cell in reading order a one-hot shape, colour and size in the
+        order of SHAPES, COLORS and SIZES; all zero where the cell is empty.
     """
     targets = numpy.zeros((GRID, GRID, ATTRIBUTES_PER_CELL), dtype=numpy.uint8)
     for thing in scene.things:
@@ -204,7 +210,7 @@ def attributes(scene: Scene) -> numpy.ndarray:
     return targets.reshape(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Captions
 
 PLACES = (
@@ -218,7 +224,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 
 def captions(scene: Scene, generator: numpy.random.Generator, n: int = 5) -> list[str]:
-    """`n` true captions of a scene, in lower case and ending with a full stop; alike only where few can be said."""
+    """`n` true captions of a scene, in lower case, ending with a full stop; different ones if possible."""
     written: list[str] = []
     for attempt in range(10 * n):
         caption = _caption(scene, generator)
@@ -276,7 +282,7 @@ def _join(phrases: list[str]) -> str:
 
 
 def relations_between(first: Thing, second: Thing) -> list[str]:
-    """The words of RELATIONS that hold of `first` to `second`: columns decide left and right, rows above and below."""
+    """The words of RELATIONS that hold of `first` to `second`, by their columns and rows."""
     holds = (
         first.column < second.column,
         first.column > second.column,
@@ -286,7 +292,7 @@ def relations_between(first: Thing, second: Thing) -> list[str]:
     return [relation for relation, true in zip(RELATIONS, holds, strict=True) if true]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Questions
 
 Pattern = tuple[str, ...]
@@ -335,8 +341,10 @@ def _said(thing: Thing, pattern: Pattern) -> Description:
     return Description(**{field: getattr(thing, field) for field in pattern})
 
 
-def _referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator) -> str | None:
-    """Words that are true of `thing` alone and do not mention its `hidden` attribute; None if there are none."""
+def _referring(
+    scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator
+) -> str | None:
+    """Words that are true of `thing` alone and leave out its `hidden` attribute, or None."""
     unique = [
         description
         for description in (_said(thing, pattern) for pattern in PATTERNS if hidden not in pattern)
@@ -373,7 +381,7 @@ def _ask_existence(scene: Scene, generator: numpy.random.Generator) -> Question:
 
 
 def _absent_neighbors(scene: Scene, description: Description, pattern: Pattern) -> list[Description]:
-    """Descriptions that differ from the given one in one word and match nothing: "no" that needs a close look."""
+    """Descriptions that differ in one word and match nothing: a "no" that needs a close look."""
     changed = [description._replace(**{field: value}) for field in pattern for value in VALUES[field]]
     return [candidate for candidate in changed if candidate.count(scene) == 0]
 
@@ -422,7 +430,7 @@ def _ask_comparison(scene: Scene, generator: numpy.random.Generator) -> Question
 
 
 def _ask_which_are_more(scene: Scene, generator: numpy.random.Generator) -> Question:
-    """ "No" when equally many: then both are present, so that the question is a fair one."""
+    """The answer is "no" when there are equally many; at least one of the two kinds is present."""
     field = pick(generator, ("shape", "color"))
     answer = pick(generator, ("yes", "no"))
     described = [Description(**{field: value}) for value in VALUES[field]]
@@ -457,7 +465,7 @@ FAMILY_EDGES = numpy.cumsum([share for _, share in FAMILIES])[:-1]
 
 
 def sentences(generator: numpy.random.Generator, n: int) -> list[str]:
-    """`n` sentences about fresh scenes, captions and questions in equal parts: text alone, with no answers."""
+    """`n` sentences about fresh scenes, captions and questions in equal parts, with no answers."""
     written = []
     for index in range(n):
         scene = sample_scene(generator)

@@ -1,4 +1,4 @@
-"""Reading VQAv2 question and annotation files (https://visualqa.org/download.html, "Input Questions Format")."""
+"""Reading VQAv2 question and annotation files (https://visualqa.org/download.html)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def read_questions(path: str | Path) -> Record:
     """Read and check a VQAv2 questions file, plain or gzip-compressed.
 
     Returns:
-        the file's object; "questions" is a list of {"image_id": int, "question_id": int, "question": str, ...}.
+        the file's object; "questions" is a list of {"image_id": int, "question_id": int, "question": str,
+        ...}.
 
     Raises:
         RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, or a
@@ -31,13 +32,13 @@ def read_annotations(path: str | Path) -> Record:
     """Read and check a VQAv2 annotations file, plain or gzip-compressed.
 
     Returns:
-        the file's object; "annotations" is a list of {"image_id": int, "question_id": int, "question_type": str,
-        "answer_type": "yes/no" | "number" | "other", "multiple_choice_answer": str, "answers": [{"answer": str, ...},
-        ...], ...}.
+        the file's object; "annotations" is a list of {"image_id": int, "question_id": int,
+        "question_type": str, "answer_type": "yes/no" | "number" | "other", "multiple_choice_answer": str,
+        "answers": [{"answer": str, ...}, ...], ...}.
 
     Raises:
-        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, a question_id
-            is used twice, or a question has no answers or an unknown answer_type.
+        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, a
+            question_id is used twice, or a question has no answers or an unknown answer_type.
     """
     content = read_object(path, "a VQAv2 annotations file")
     fields = {
@@ -53,9 +54,8 @@ def read_annotations(path: str | Path) -> Record:
     for index, annotation in enumerate(annotations):
         place = f"annotations[{index}]"
         if annotation["answer_type"] not in ANSWER_TYPES:
-            raise RoutevlError(
-                f"{path}: {place}['answer_type'] must be one of {ANSWER_TYPES}, found {annotation['answer_type']!r}"
-            )
+            found = f"must be one of {ANSWER_TYPES}, found {annotation['answer_type']!r}"
+            raise RoutevlError(f"{path}: {place}['answer_type'] {found}")
         if not annotation["answers"]:
             raise RoutevlError(f"{path}: {place}['answers'] is empty, expected the annotators' answers")
         check_fields(path, f"{place}['answers']", annotation["answers"], {"answer": str})
@@ -63,20 +63,18 @@ def read_annotations(path: str | Path) -> Record:
 
 
 def read_pair(questions_path: str | Path, annotations_path: str | Path) -> tuple[list[Record], list[Record]]:
-    """Read a questions file and its annotations file; check that they are about the same questions and images.
+    """Read a questions file and its annotations file; check that they are about the same questions.
 
     Returns:
         the questions in the order of their file, and the annotations in the SAME order.
 
     Raises:
-        RoutevlError: as `read_questions` and `read_annotations`, or a question has no annotation, an annotation no
-            question, or the two name different images; the message gives the question_id.
+        RoutevlError: as `read_questions` and `read_annotations`, or a question has no annotation, an
+            annotation no question, or the two name different images; the message gives the question_id.
     """
     questions = read_questions(questions_path)["questions"]
-    annotations = {
-        annotation["question_id"]: annotation
-        for annotation in read_annotations(annotations_path)["annotations"]
-    }
+    records = read_annotations(annotations_path)["annotations"]
+    annotations = {annotation["question_id"]: annotation for annotation in records}
     matched = []
     for question in questions:
         question_id = question["question_id"]

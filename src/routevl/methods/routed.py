@@ -66,10 +66,6 @@ class RoutedConfig(PeftConfig):
         if self.visual_scale not in VISUAL_SCALES:
             raise RoutevlError(f"visual_scale {self.visual_scale!r} is none of {', '.join(VISUAL_SCALES)}")
         routing_function(self.routing)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
 
 
 class VisualFeatures:
@@ -233,6 +229,12 @@ class RoutedTuner(BaseTuner):
         self.visual = VisualFeatures(model, self._prepare)
         self.visual_projection = nn.ModuleDict()  # adapter name -> Linear(visual_width, d), only where the widths differ
         self.routed_width: dict[str, int] = {}  # name of an adapter that routes -> d, the width that all its modules work on
+
+    def _prepare_adapter_config(self, peft_config: RoutedConfig, model_config: dict) -> RoutedConfig:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if isinstance(peft_config.target_modules, set):  # written to adapter_config.json, which must not vary from run to run
+            peft_config.target_modules = sorted(peft_config.target_modules)
+        return peft_config
 
     def _new_layer(self, target: nn.Module, name: str) -> RoutedLayer:
         """Wrap `target` in this method's layer. Raises RoutevlError for a module type that the method cannot adapt."""

@@ -35,7 +35,8 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
 
     Returns:
         The sheet's columns as strings, but `rank` and `epochs` as int, `prefix` as bool and `seeds` as a list of
-        strings; sorted by task, blind baseline first, method, budget and routing function.
+        strings; and `setting`, a tuple of (column, value) of all that two experiments must share for a fair
+        comparison of routing functions. Sorted by task, blind baseline first, method, budget, routing function.
 
     Raises:
         RoutevlError: no such sheet, a missing column, a value of the wrong type, or no experiment feeds it.
@@ -68,6 +69,10 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
             raise RoutevlError(f"{where}: no seeds, expected for example 1,2,3")
     sheet["prefix"] = sheet["prefix"] == "yes"
     sheet["seeds"] = sheet["seeds"].map(_split)
+    settings = [column for column in sheet.columns if column not in _NOT_A_SETTING]
+    sheet["setting"] = [
+        tuple(zip(settings, values, strict=True)) for values in sheet[settings].itertuples(index=False, name=None)
+    ]
     order = sorted(range(len(sheet)), key=lambda index: _display_order(sheet.iloc[index]))
     return sheet.iloc[order].reset_index(drop=True)
 
@@ -84,8 +89,8 @@ def collect(
         experiments_sheet, feeds: as in `read_experiments`.
         results_folder: the folder with models/<run>/ and scores/<run>/.
         files: which of a run's files are read and joined: "run" (models/<run>/run.json: parameter counts),
-            "timing" (models/<run>/timing.json), "scores" (scores/<run>/metrics.json: `n` and every metric; a
-            metric reported as missing becomes NaN).
+            "timing" (models/<run>/timing.json), "scores" (scores/<run>/metrics.json: `n`, every metric, and
+            `missing`, the reasons by metric; a metric reported as missing is NaN).
 
     Returns:
         The columns of `read_experiments`, `run`, `seed` and those of the files asked for.
@@ -109,11 +114,6 @@ def collect(
                 row |= _read_metrics(results_folder / "scores" / run / "metrics.json", experiment["task"])
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def setting_columns(frame: pandas.DataFrame, sheet_columns: Collection[str]) -> list[str]:
-    """The sheet's columns that two experiments must share to be compared: all but the routing function."""
-    return [column for column in frame.columns if column in sheet_columns and column not in _NOT_A_SETTING]
 
 
 def is_blind(row: Any) -> bool:
@@ -203,7 +203,7 @@ def _read_metrics(path: Path, task: str) -> dict[str, Any]:
     if not _is_finite(metrics.get(MAIN_METRIC[task])):
         raise RoutevlError(f'{path}: the metric "{MAIN_METRIC[task]}" is missing or not a finite number')
     values = {name: math.nan if value is None else value for name, value in metrics.items()}
-    return {"n": content["n"], **values}
+    return {"n": content["n"], "missing": content.get("missing", {}), **values}
 
 
 def _object(path: Path) -> dict[str, Any]:

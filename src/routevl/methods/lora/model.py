@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from routevl.errors import RoutevlError
+from routevl.methods.lora.config import RoutedLoraConfig
 from routevl.methods.lora.layer import RoutedLoraLayer
 from routevl.methods.routed import RoutedTuner
 
@@ -22,7 +22,7 @@ class RoutedLoraModel(RoutedTuner):
     tuner_layer_cls = RoutedLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: RoutedLoraConfig, model_config: dict) -> RoutedLoraConfig:
         if peft_config.fused_projections is None:
             peft_config.fused_projections = FUSED_PROJECTIONS.get(model_config.get("model_type"), {})
         return super()._prepare_adapter_config(peft_config, model_config)

@@ -1,0 +1,61 @@
+"""The command line: `routevl <stage> --option value ...`, one stage per step of the workflow."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import sys
+
+from routevl.errors import RoutevlError
+
+# stage -> (module, suffix of its add_arguments and run functions, what it does); in the order in which data flows
+STAGES = {
+    "world": ("routevl.data.world", "", "write the demo world in COCO's and VQAv2's file formats"),
+    "prepare": ("routevl.data.prepare", "", "check COCO and VQAv2 files, split them, build the answer vocabulary"),
+    "pretrain-text": ("routevl.pretraining", "_pretrain_text", "pretrain a small text backbone on text alone"),
+    "pretrain-vision": ("routevl.pretraining", "_pretrain_vision", "pretrain a small vision backbone on images alone"),
+    "extract": ("routevl.features", "_extract", "extract one shard of visual features"),
+    "index-features": ("routevl.features", "_index_features", "check feature shards and index them"),
+    "train": ("routevl.training", "_train", "train one run and predict the test split"),
+    "predict": ("routevl.training", "_predict", "predict with a trained run"),
+    "score": ("routevl.metrics.score", "", "score a run's predictions"),
+    "vqa-score": ("routevl.metrics.vqa", "", "score a VQAv2 results file as the official evaluator does"),
+    "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
+    "table": ("routevl.reporting.tables", "", "make a table from results"),
+    "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
+    "compare": ("routevl.training", "_compare", "say whether two trained runs are bit-equal"),
+    "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
+}
+
+
+def main() -> None:
+    """Run one stage. Bad input ends with one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="routevl", description=__doc__, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="stage", required=True, metavar="stage")
+    chosen = sys.argv[1] if len(sys.argv) > 1 else None
+    for stage, (_, _, help) in STAGES.items():
+        subparser = subparsers.add_parser(stage, help=help, description=help, allow_abbrev=False)
+        if stage == chosen:  # only the chosen stage's module is imported
+            module, suffix = _load(stage)
+            getattr(module, "add_arguments" + suffix)(subparser)
+    arguments = parser.parse_args()
+    module, suffix = _load(arguments.stage)
+    try:
+        getattr(module, "run" + suffix)(arguments)
+    except RoutevlError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'writing'}: {error.strerror}")
+
+
+def _load(stage: str) -> tuple:
+    module, suffix, _ = STAGES[stage]
+    return importlib.import_module(module), suffix
+
+
+def _fail(message: str) -> None:
+    print("routevl: error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,122 @@
+"""COCO caption metrics: BLEU-1..4, METEOR, ROUGE-L and CIDEr-D, as in the official COCO evaluation.
+
+The scorers are pycocoevalcap's (https://github.com/salaniz/pycocoevalcap), called one by one: its all-in-one
+entry also runs SPICE, which downloads its models at the first call.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from argparse import ArgumentParser, Namespace
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from routevl.data.coco import read_captions
+from routevl.errors import RoutevlError
+from routevl.metrics.java import start_meteor, tokenize
+from routevl.metrics.results import check_complete, check_known, read_results
+
+MISSING = {"SPICE": "not computed: its Stanford CoreNLP models are not part of the installed packages"}
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores as fractions (CIDEr may exceed 1).
+
+    Attributes:
+        metrics: Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE (None: see `MISSING`) of all
+            captions.
+        cider_by_image: image_id to CIDEr, in the order of the candidates; their mean is metrics["CIDEr"].
+    """
+
+    metrics: dict[str, float | None]
+    cider_by_image: dict[int, float]
+
+
+def one_line(caption: str) -> str:
+    """A caption that the line protocols of the Java scorers can carry without a change of its tokens.
+
+    All white space, line breaks of every kind included, becomes single spaces; other control characters are
+    removed; a bar, which separates METEOR's fields when tripled, stands alone, as the tokenizer would set it.
+    """
+    spaced = " ".join(caption.replace("|", " | ").split())
+    return "".join(character for character in spaced if unicodedata.category(character) != "Cc")
+
+
+def score(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> CaptionScores:
+    """Score one caption per image. Takes about ten seconds at least, in which METEOR loads its tables.
+
+    Args:
+        references: image_id to one or more reference captions, for every image of `candidates`; CIDEr's
+            document frequencies come from these images alone.
+        candidates: image_id to the caption to score, any text, possibly empty; one or more images.
+
+    Raises:
+        RoutevlError: no reference holds a word, there is no Java, or a Java program failed.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    with start_meteor() as meteor:
+        reference_tokens = _tokenize_references({image: references[image] for image in candidates})
+        texts = tokenize([one_line(caption) for caption in candidates.values()])
+        candidate_tokens = {image: [text] for image, text in zip(candidates, texts, strict=True)}
+        bleu, _ = Bleu(4).compute_score(reference_tokens, candidate_tokens, verbose=0)
+        rouge, _ = Rouge().compute_score(reference_tokens, candidate_tokens)
+        cider, cider_by_image = Cider().compute_score(reference_tokens, candidate_tokens)
+        meteor_score = meteor.corpus_score(list(reference_tokens.values()), texts)
+    metrics: dict[str, float | None] = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
+    metrics |= {"METEOR": meteor_score, "ROUGE_L": float(rouge), "CIDEr": float(cider), "SPICE": None}
+    return CaptionScores(metrics, dict(zip(candidates, cider_by_image.tolist(), strict=True)))
+
+
+def _tokenize_references(references: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+    lines = [one_line(caption) for captions in references.values() for caption in captions]
+    tokenized = iter(tokenize(lines))
+    by_image = {image: [next(tokenized) for _ in captions] for image, captions in references.items()}
+    if not any(any(captions) for captions in by_image.values()):
+        raise RoutevlError(f"no reference caption of the {len(by_image)} images to score holds a word")
+    return by_image
+
+
+def score_files(annotations: str | Path, results: str | Path, subset: bool = False) -> CaptionScores:
+    """Score a results file against an official COCO captions file.
+
+    Args:
+        annotations: COCO captions file; results are scored against the captions of their image.
+        results: list of {"image_id", "caption"}.
+        subset: accept results for some of the images only, and score those alone.
+
+    Raises:
+        RoutevlError: a file is missing or malformed, a result is for an image without captions, an image has
+            no result (unless `subset`), or there are no results; or as `score`.
+    """
+    references: dict[int, list[str]] = defaultdict(list)
+    for annotation in read_captions(annotations)["annotations"]:
+        references[annotation["image_id"]].append(annotation["caption"])
+    candidates = read_results(results, "image_id", "caption")
+    check_known(results, "image_id", candidates, references)
+    if not subset:
+        check_complete(results, "image_id", candidates, references)
+    if not candidates:
+        raise RoutevlError(f"{results}: holds no captions to score")
+    return score(references, candidates)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the stage `caption-score`."""
+    parser.add_argument("--annotations", required=True, help="COCO captions file (json or json.gz)")
+    parser.add_argument("--results", required=True, help='results file: [{"image_id": ..., "caption": ...}]')
+    parser.add_argument(
+        "--subset", action="store_true", help="the results are for some of the images: score those alone"
+    )
+
+
+def run(arguments: Namespace) -> None:
+    """Print the scores as fractions, and what is missing and why, as JSON."""
+    scores = score_files(arguments.annotations, arguments.results, arguments.subset)
+    print(json.dumps(scores.metrics | {"missing": MISSING, "n": len(scores.cider_by_image)}, indent=1))

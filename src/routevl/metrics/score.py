@@ -1,0 +1,72 @@
+"""The stage `score`: the official metrics of one run's test predictions, in all and per item."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from routevl.files import atomic_folder, write_json
+
+# The evaluator's answer types, and what their accuracy is called in metrics.json.
+_ANSWER_TYPE_METRICS = {"yes_no": "yes/no", "number": "number", "other": "other"}
+
+
+def score_vqa(split: Path, results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score VQA results against a prepared split.
+
+    Returns:
+        {"n", "metrics"}: accuracy, yes_no, number, other in percent (None for a type without questions) and
+        "by_question_type"; and {"ids": question ids, "accuracy": percent of each}.
+
+    Raises:
+        RoutevlError: as `routevl.metrics.vqa.score_files`.
+    """
+    from routevl.metrics import vqa
+
+    scores = vqa.score_files(split / "questions.json", split / "annotations.json", results)
+    metrics: dict[str, Any] = {"accuracy": scores.overall}
+    for metric, answer_type in _ANSWER_TYPE_METRICS.items():
+        group = scores.by_answer_type.get(answer_type)
+        metrics[metric] = group.accuracy if group else None
+    metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
+    summary = {"n": len(scores.by_question), "metrics": metrics}
+    return summary, {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
+
+
+def score_captions(split: Path, results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score captions against a prepared split.
+
+    Returns:
+        {"n", "metrics", "missing"}: fractions, None for a metric that is missing, and why it is; and
+        {"ids": image ids, "CIDEr": of each}, sorted by id.
+
+    Raises:
+        RoutevlError: as `routevl.metrics.captions.score_files`.
+    """
+    from routevl.metrics import captions
+
+    scores = captions.score_files(split / "captions.json", results)
+    by_image = dict(sorted(scores.cider_by_image.items()))
+    summary = {"n": len(by_image), "metrics": scores.metrics, "missing": captions.MISSING}
+    return summary, {"ids": list(by_image), "CIDEr": list(by_image.values())}
+
+
+_SCORERS = {"vqa": score_vqa, "caption": score_captions}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the stage `score`."""
+    parser.add_argument("--task", required=True, choices=sorted(_SCORERS))
+    parser.add_argument("--split-folder", required=True, type=Path, help="prepared split to score on")
+    parser.add_argument("--predictions", required=True, type=Path, help="the run's folder of results.json")
+    parser.add_argument("--output", required=True, type=Path, help="folder of metrics.json, items.json")
+
+
+def run(arguments: Namespace) -> None:
+    """Score one run's predictions, which must be there for every item of the split, and write its scores."""
+    summary, items = _SCORERS[arguments.task](arguments.split_folder, arguments.predictions / "results.json")
+    run_name = arguments.predictions.resolve().name
+    with atomic_folder(arguments.output) as folder:
+        write_json(folder / "metrics.json", {"run": run_name, "task": arguments.task} | summary)
+        write_json(folder / "items.json", items)

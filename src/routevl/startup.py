@@ -1,0 +1,50 @@
+"""How much of a workflow's time goes into starting processes and importing libraries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from routevl.errors import RoutevlError
+
+LOG_VARIABLE = "ROUTEVL_STARTUP_LOG"
+
+
+def imports_done(stage: str) -> None:
+    """Note how long this process has lived before its own work began, where ROUTEVL_STARTUP_LOG names a file."""
+    if path := os.environ.get(LOG_VARIABLE):
+        import psutil
+
+        line = {"stage": stage, "seconds": round(time.time() - psutil.Process().create_time(), 2)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:  # one short write: whole also when processes write at once
+            file.write(json.dumps(line) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl startup-report`."""
+    parser.add_argument("--log", required=True, metavar="FILE", help="what ROUTEVL_STARTUP_LOG named")
+    parser.add_argument("--wall-seconds", required=True, type=float, help="how long the whole workflow took")
+    parser.add_argument("--cores", required=True, type=int, help="how many of its jobs ran side by side")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the share of the wall time that start-up and imports took, per stage and in all."""
+    try:
+        lines = [json.loads(line) for line in Path(arguments.log).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise RoutevlError(f"{arguments.log}: no start-up was logged") from None
+    stages: dict[str, list[float]] = {}
+    for line in lines:
+        stages.setdefault(line["stage"], []).append(line["seconds"])
+    for stage, seconds in sorted(stages.items(), key=lambda item: -sum(item[1])):
+        print(f"{stage:20s} {len(seconds):4d} processes, {sum(seconds):7.1f} s")
+    total = sum(map(sum, stages.values()))
+    share = total / arguments.cores / arguments.wall_seconds
+    print(
+        f"start-up and imports: {total:.1f} s in {len(lines)} processes over {arguments.cores} cores, "
+        f"{100 * share:.1f}% of {arguments.wall_seconds:.0f} s wall time"
+    )

@@ -1,0 +1,110 @@
+"""Image captioning with a causal language model (paper, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from routevl.data.coco import read_captions
+from routevl.errors import RoutevlError
+from routevl.files import read_json
+from routevl.methods.routed import RoutedConfig
+from routevl.tasks.base import Task, VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100  # torch's cross_entropy skips these targets
+
+
+class CaptionModel(VisionLanguageModel):
+    """A causal language model that reads [visual prefix] <bos> caption <eos>."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, visual_features: Tensor) -> dict[str, Tensor]:
+        """Next-token cross-entropy over every caption token, the first and <eos> included, padding excluded.
+
+        Shapes: input_ids, attention_mask (B, L_t); loss a scalar, mean over tokens; losses and tokens (B,), their sum and
+        number per example.
+        """
+        inputs = self.text_inputs(input_ids, attention_mask, visual_features)
+        logits = self.text_model(**inputs, use_cache=False).logits[:, -input_ids.shape[1] :]  # (B, L_t, vocabulary)
+        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]  # <bos> predicts the first token
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+        ).sum(-1)
+        tokens = (targets != IGNORED).sum(-1)
+        return {"loss": losses.sum() / tokens.sum(), "losses": losses.detach(), "tokens": tokens}
+
+    @torch.inference_mode()
+    def generate(self, bos: int, visual_features: Tensor, **options: Any) -> Tensor:
+        """Token ids (B, new tokens) that follow [visual prefix] <bos>; `options` are those of transformers' generate."""
+        input_ids = torch.full((visual_features.shape[0], 1), bos, device=visual_features.device)
+        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), visual_features)
+        return self.text_model.generate(**inputs, **options)
+
+
+class CaptionTask(Task):
+    """An image in, a caption out; each of an image's reference captions is one training example."""
+
+    text_task = "caption"
+    selection = ("val_loss", False)
+
+    def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> CaptionModel:
+        return CaptionModel(text_model, adapter, self.features.width, self.settings.prefix)
+
+    @property
+    def bos(self) -> int:
+        """The token that a caption starts from; GPT-2 has one token for both ends."""
+        return self.tokenizer.bos_token_id
+
+    def examples(self, split: str) -> Dataset:
+        path = self.data / split / "captions.json"
+        annotations = read_captions(path)["annotations"]
+        if not annotations:
+            raise RoutevlError(f"{path}: no captions, so nothing to learn captioning from")
+        texts = [annotation["caption"].strip() for annotation in annotations]
+        tokens = self.tokenizer(
+            texts, add_special_tokens=False, truncation=True, max_length=self.settings.max_text_tokens - 2
+        )["input_ids"]
+        return Dataset.from_dict(
+            {
+                "token_ids": [[self.bos, *ids, self.tokenizer.eos_token_id] for ids in tokens],
+                "image_id": [annotation["image_id"] for annotation in annotations],
+            }
+        )
+
+    def to_predict(self, split: str) -> Dataset:
+        """Each image that has captions, once."""
+        folder = self.data / split
+        captioned = {a["image_id"] for a in read_captions(folder / "captions.json")["annotations"]}
+        return Dataset.from_dict({"image_id": [i["id"] for i in read_json(folder / "images.json") if i["id"] in captioned]})
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        image_ids = [example["image_id"] for example in examples]
+        visual = {"visual_features": self.features.features(image_ids)}
+        if "token_ids" not in examples[0]:
+            return {"ids": torch.tensor(image_ids), **visual}
+        return {**self.text_batch([example["token_ids"] for example in examples]), **visual}
+
+    def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        outputs = list(outputs)
+        losses = sum(output["losses"].double().sum().item() for output in outputs)
+        tokens = sum(output["tokens"].sum().item() for output in outputs)
+        return {"val_loss": losses / tokens}
+
+    def predict(self, model: CaptionModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        sequences = model.generate(
+            self.bos,
+            batch["visual_features"],
+            num_beams=self.settings.beams,
+            max_new_tokens=self.settings.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        image_ids = batch["ids"].tolist()
+        return [{"image_id": i, "caption": caption.strip()} for i, caption in zip(image_ids, captions, strict=True)]

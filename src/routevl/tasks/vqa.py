@@ -1,0 +1,115 @@
+"""Visual question answering as classification over an answer vocabulary (paper, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from routevl.data.vqav2 import read_pair
+from routevl.errors import RoutevlError
+from routevl.files import read_json
+from routevl.methods.routed import RoutedConfig
+from routevl.metrics.vqa import soft_scores
+from routevl.tasks.base import Task, VisionLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class VqaModel(VisionLanguageModel):
+    """An encoder whose hidden state at the first text position ([CLS]) is classified; no pooler, for RoBERTa ships none."""
+
+    def __init__(
+        self, text_model: PreTrainedModel, adapter: RoutedConfig, visual_width: int, prefix: bool, n_answers: int
+    ) -> None:
+        super().__init__(text_model, adapter, visual_width, prefix)
+        d = self.width
+        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.LayerNorm(2 * d), nn.GELU(), nn.Linear(2 * d, n_answers))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        visual_features: Tensor,
+        answer_scores: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Logits (B, n_answers); with answer_scores (B, n_answers) in [0, 1] the loss and each answer's score too.
+
+        The loss is binary cross-entropy on the soft scores, summed over answers and averaged over examples.
+        """
+        inputs = self.text_inputs(input_ids, attention_mask, visual_features)
+        hidden_states = self.text_model(**inputs).last_hidden_state  # (B, P + L_t, d)
+        first_text_position = inputs["inputs_embeds"].shape[1] - input_ids.shape[1]
+        logits = self.head(hidden_states[:, first_text_position]).float()
+        if answer_scores is None:
+            return {"logits": logits}
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, answer_scores, reduction="none").sum(-1)
+        accuracies = answer_scores.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+        return {"loss": losses.mean(), "losses": losses.detach(), "accuracies": accuracies}
+
+
+class VqaTask(Task):
+    """Questions and ten annotators' answers in, one answer of the vocabulary out."""
+
+    text_task = "vqa"
+    selection = ("val_accuracy", True)
+
+    def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VqaModel:
+        self.answers: list[str] = read_json(self.data / "answers.json")
+        if not self.answers:
+            raise RoutevlError(f"{self.data / 'answers.json'}: the answer vocabulary is empty")
+        self.answer_index = {answer: index for index, answer in enumerate(self.answers)}
+        return VqaModel(text_model, adapter, self.features.width, self.settings.prefix, len(self.answers))
+
+    def examples(self, split: str) -> Dataset:
+        folder = self.data / split
+        questions, annotations = read_pair(folder / "questions.json", folder / "annotations.json")
+        if not questions:
+            raise RoutevlError(f"{folder / 'questions.json'}: no questions, so nothing to learn vqa from")
+        targets = [self._targets([answer["answer"] for answer in annotation["answers"]]) for annotation in annotations]
+        return Dataset.from_dict(
+            {
+                "token_ids": self._tokenise(questions),
+                "image_id": [question["image_id"] for question in questions],
+                "question_id": [question["question_id"] for question in questions],
+                "answer_index": [list(target) for target in targets],
+                "answer_score": [list(target.values()) for target in targets],
+            }
+        )
+
+    def to_predict(self, split: str) -> Dataset:
+        return self.examples(split).remove_columns(["answer_index", "answer_score"])
+
+    def _tokenise(self, questions: list[dict[str, Any]]) -> list[list[int]]:
+        texts = [question["question"] for question in questions]
+        return self.tokenizer(texts, truncation=True, max_length=self.settings.max_text_tokens)["input_ids"]
+
+    def _targets(self, answers: list[str]) -> dict[int, float]:
+        """Vocabulary index -> the official accuracy that this answer would get, where above zero."""
+        return {self.answer_index[a]: score for a, score in soft_scores(answers).items() if a in self.answer_index and score > 0}
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.text_batch([example["token_ids"] for example in examples])
+        batch["visual_features"] = self.features.features([example["image_id"] for example in examples])
+        if "answer_index" not in examples[0]:
+            batch["ids"] = torch.tensor([example["question_id"] for example in examples])
+        else:
+            batch["answer_scores"] = torch.zeros(len(examples), len(self.answers))
+            for row, example in zip(batch["answer_scores"], examples, strict=True):
+                row[example["answer_index"]] = torch.tensor(example["answer_score"], dtype=torch.float32)
+        return batch
+
+    def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        outputs = list(outputs)
+        accuracies = torch.cat([output["accuracies"] for output in outputs])
+        losses = torch.cat([output["losses"] for output in outputs])
+        return {"val_loss": losses.double().mean().item(), "val_accuracy": 100 * accuracies.double().mean().item()}
+
+    def predict(self, model: VqaModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        question_ids = batch.pop("ids").tolist()
+        chosen = model(**batch)["logits"].argmax(-1).tolist()
+        return [{"question_id": q, "answer": self.answers[a]} for q, a in zip(question_ids, chosen, strict=True)]

@@ -1,0 +1,492 @@
+"""Stages `train`, `predict` and `compare`: one run from stored features to a peft adapter and its predictions."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routevl import settings as run_settings
+from routevl.errors import RoutevlError
+from routevl.files import atomic_folder, lock, read_json, write_json
+from routevl.settings import RunSettings
+from routevl.startup import imports_done
+
+if TYPE_CHECKING:
+    import torch
+
+    from routevl.tasks.base import Task
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_STOPPED = 143  # 128 + SIGTERM: told to stop, checkpoint written
+
+
+def add_arguments_train(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl train`."""
+    _add_inputs(parser)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="where the trained adapter goes")
+    parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where the test split's predictions go")
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there")
+    parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged losses")
+    run_settings.add_arguments(parser)
+
+
+def add_arguments_predict(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl predict`."""
+    _add_inputs(parser)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a trained run")
+    parser.add_argument("--split", default="test", help="split of --data to predict")
+    parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where results.json goes")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="prepared data (routevl prepare)")
+    parser.add_argument("--features", required=True, metavar="FOLDER", help="stored features (routevl extract)")
+    parser.add_argument("--text-backbone", required=True, metavar="FOLDER|HUB_ID", help="the frozen text model")
+    parser.add_argument("--text-revision", metavar="REVISION", help="its revision on the hub")
+    parser.add_argument("--vision-backbone", required=True, metavar="FOLDER|HUB_ID", help="the model that made the features")
+    parser.add_argument("--vision-revision", metavar="REVISION", help="its revision on the hub")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on their number in the last bits")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load batches; results do not depend on them")
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Train, resuming where an earlier process stopped; then write the adapter folder and the predictions.
+
+    Raises:
+        RoutevlError: wrong settings or inputs; the loss is no longer a finite number.
+        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGUSR1; the checkpoint is then on disk.
+    """
+    settings = run_settings.from_arguments(arguments)
+    run = Path(arguments.model).name
+    import accelerate  # noqa: F401  (imported here so that the measured start-up has all of it)
+
+    from routevl.tasks import TASKS  # noqa: F401
+
+    imports_done("train")
+    with lock(Path(arguments.checkpoint) / "lock"):
+        trainer = Trainer(settings, arguments, run)
+        trainer.fit()
+        trainer.write_model(Path(arguments.model))
+        write_predictions(trainer.task, trainer.accelerator, Path(arguments.predictions), "test", arguments.workers)
+        shutil.rmtree(arguments.checkpoint)
+
+
+class Trainer:
+    """One training run. `fit` can be killed at any moment and run again in a new process, to the same bits."""
+
+    def __init__(self, settings: RunSettings, arguments: argparse.Namespace, run: str) -> None:
+        import torch
+        from accelerate.utils import set_seed
+        from transformers import get_linear_schedule_with_warmup
+
+        self.settings, self.arguments, self.run = settings, arguments, run
+        prepare_torch(arguments.threads)
+        set_seed(settings.seed)
+        self.accelerator = new_accelerator(settings)
+        self.task, self.inputs = load_task(settings, arguments)
+        self.examples = self.task.examples("train")
+        self.validation = self.task.examples("val")
+        self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
+        self.total_steps = settings.epochs * self.batches_per_epoch
+        parameters = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+        self.model, self.optimiser = self.accelerator.prepare(self.task.model, optimiser)
+        self.schedule = get_linear_schedule_with_warmup(
+            self.optimiser.optimizer, settings.warmup_steps(self.total_steps), self.total_steps
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []  # the lines of training.jsonl
+        self.best: dict[str, torch.Tensor] = {}  # trainable tensors of the best epoch so far
+        self.best_epoch: dict[str, Any] = {}  # its line of the history
+        self.clock = Clock()
+        self.stop_signal: int | None = None
+        self.checkpoint = Path(arguments.checkpoint) / "checkpoint.safetensors"
+
+    # -- the loop
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the checkpoint if there is one."""
+        from routevl.progress import progress
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_stop_signal)
+        self._resume()
+        for _ in progress(self._steps(), self.total_steps - self.step, f"train {self.run}"):
+            if self.stop_signal:
+                self._save()
+                print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
+                raise SystemExit(EXIT_STOPPED)
+            if self.step % self.arguments.checkpoint_every == 0:
+                self._save()
+        self._save()
+
+    def _on_stop_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+
+    def _steps(self) -> Iterator[int]:
+        while self.step < self.total_steps:
+            epoch, first_batch = divmod(self.step, self.batches_per_epoch)
+            self.model.train()
+            for batch in self._loader(epoch, first_batch):
+                self._train_step(epoch, batch)
+                if self.step % self.batches_per_epoch == 0:
+                    self._end_epoch(epoch)
+                yield self.step
+
+    def _loader(self, epoch: int, first_batch: int) -> Any:
+        """The epoch's batches from `first_batch` on; their order depends on seed and epoch alone."""
+        import torch
+
+        order = torch.randperm(len(self.examples), generator=_generator(self.settings.seed, epoch)).tolist()
+        size = self.settings.batch_size
+        batches = EpochBatches(order[first_batch * size :], size)
+        return data_loader(self.task, self.examples, self.accelerator, self.arguments.workers, batch_sampler=batches)
+
+    def _train_step(self, epoch: int, batch: dict[str, torch.Tensor]) -> None:
+        self.clock.start()
+        loss = self.model(**batch)["loss"]
+        self.accelerator.backward(loss)
+        self.optimiser.step()
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+        if self.step % self.arguments.log_every == 0 or self.step % self.batches_per_epoch == 0:
+            line = {"step": self.step, "epoch": epoch + 1, "loss": loss.item(), "learning_rate": learning_rate}
+            self._check_finite(line)
+            self.history.append(line)
+        self.clock.stop(len(next(iter(batch.values()))) * self.accelerator.num_processes)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Validate, and remember the epoch's weights if they are the best so far."""
+        from routevl.checkpoint import trainable_tensors
+
+        line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
+        self._check_finite(line)
+        self.history.append(line)
+        metric, more_is_better = self.task.selection
+        sign = 1 if more_is_better else -1
+        if not self.best_epoch or sign * line[metric] > sign * self.best_epoch[metric]:
+            self.best_epoch = line
+            model = self.accelerator.unwrap_model(self.model)
+            self.best = {name: tensor.cpu().clone() for name, tensor in trainable_tensors(model).items()}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val_"))
+        self.accelerator.print(f"train {self.run}: epoch {epoch + 1}/{self.settings.epochs}: {values}", flush=True)
+
+    def _validate(self) -> dict[str, float]:
+        import torch
+
+        self.model.eval()
+        outputs = []
+        with torch.inference_mode():
+            loader = data_loader(
+                self.task, self.validation, self.accelerator, self.arguments.workers, batch_size=self.settings.batch_size
+            )
+            for batch in loader:
+                output = {name: value for name, value in self.model(**batch).items() if value.dim()}
+                outputs.append(self.accelerator.gather_for_metrics(output))
+        self.model.train()
+        return self.task.validate(outputs)
+
+    def _check_finite(self, line: dict[str, Any]) -> None:
+        for name, value in line.items():
+            if not math.isfinite(value):
+                raise RoutevlError(
+                    f"training diverged: {name} is {value} at step {line['step']} of {self.total_steps} of run {self.run} "
+                    f"(routing {self.settings.routing}, rank {self.settings.rank}, learning rate {self.settings.learning_rate}); "
+                    "lower learning_rate or set visual_scale to tanh or layer_norm"
+                )
+
+    # -- the state
+
+    def _save(self) -> None:
+        from routevl.checkpoint import save_checkpoint, training_state
+
+        if not self.accelerator.is_main_process:
+            return
+        tensors = training_state(self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        record = {
+            "settings": self.settings.as_record(),
+            "inputs": self.inputs,
+            "step": self.step,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "schedule": self.schedule.state_dict(),
+            "clock": self.clock.as_record(),
+        }
+        save_checkpoint(self.checkpoint, tensors, record)
+
+    def _resume(self) -> None:
+        from routevl.checkpoint import load_checkpoint, restore_training_state
+
+        if not self.checkpoint.exists():
+            return
+        tensors, record = load_checkpoint(self.checkpoint)
+        for name in ("settings", "inputs"):
+            ours = self.settings.as_record() if name == "settings" else self.inputs
+            if record[name] != ours:
+                changed = next(key for key in ours if record[name].get(key) != ours[key])
+                raise RoutevlError(
+                    f"{self.checkpoint}: the unfinished run has {changed} {record[name].get(changed)!r}, now it is "
+                    f"{ours[changed]!r}: delete {self.checkpoint.parent} to start again"
+                )
+        restore_training_state(tensors, self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
+        self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
+        self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        self.clock = Clock(**record["clock"])
+        self.schedule.load_state_dict(record["schedule"])
+        for group, learning_rate in zip(self.optimiser.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        print(f"train {self.run}: going on from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
+
+    # -- the result
+
+    def write_model(self, folder: Path) -> None:
+        """Write the run's folder: the best epoch's adapter, the last one's under last/, metrics, settings and timing.
+        The best epoch's weights are left in the model."""
+        from routevl.checkpoint import digests, training_state
+
+        model = self.accelerator.unwrap_model(self.model)
+        state = digests(training_state(model, self.optimiser.optimizer))
+        counts = model.trainable_params_by_part()
+        with atomic_folder(folder) as temporary:
+            model.save(temporary / "last")
+            parameters = dict(model.named_parameters())
+            for name, tensor in self.best.items():
+                parameters[name].data.copy_(tensor)
+            model.save(temporary)
+            write_json(temporary / "last" / "state.json", state)
+            lines = "".join(_json_line(line) for line in self.history)
+            (temporary / "training.jsonl").write_text(lines, encoding="utf-8")
+            record = {
+                "run": self.run,
+                "settings": self.settings.as_record(),
+                "inputs": self.inputs,
+                "best_epoch": self.best_epoch,
+                "trainable_params": sum(counts.values()),
+                "trainable_params_by_part": counts,
+                "total_params": sum(parameter.numel() for parameter in model.parameters()),
+                "text_model_params": self.task.text_model_params,
+            }
+            write_json(temporary / "run.json", record)
+            write_json(temporary / "timing.json", self.clock.summary(self.accelerator.device))
+
+
+class EpochBatches:
+    """A batch sampler: examples in a given order, `batch_size` at a time, the last batch smaller."""
+
+    drop_last = False
+
+    def __init__(self, order: list[int], batch_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.order), self.batch_size):
+            yield self.order[start : start + self.batch_size]
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(record) + "\n"
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator().manual_seed((seed << 32) + epoch)
+
+
+def prepare_torch(threads: int) -> None:
+    """Threads as asked, and only deterministic kernels."""
+    import os
+
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def new_accelerator(settings: RunSettings) -> Any:
+    """accelerate's view of the devices and processes at hand; a batch is shared out over the processes."""
+    from accelerate import Accelerator, DataLoaderConfiguration
+
+    precision = "bf16" if settings.precision == "bfloat16" else "no"
+    return Accelerator(mixed_precision=precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
+
+
+def load_task(settings: RunSettings, arguments: argparse.Namespace) -> tuple[Task, dict[str, str]]:
+    """The run's task on its backbone and features, and the fingerprints of what it was built from."""
+    from routevl.backbones import fingerprint_of, load_text_backbone, resolve_folder
+    from routevl.features import Features
+    from routevl.tasks import TASKS
+
+    vision = fingerprint_of(resolve_folder(arguments.vision_backbone, arguments.vision_revision))
+    features = Features(arguments.features, settings.visual_tokens, expected_fingerprint=vision)
+    task_class = TASKS[settings.task]
+    model, tokenizer = load_text_backbone(arguments.text_backbone, task_class.text_task, arguments.text_revision)
+    text = fingerprint_of(resolve_folder(arguments.text_backbone, arguments.text_revision))
+    task = task_class(settings, model, tokenizer, features, Path(arguments.data))
+    return task, {"text_backbone": text, "vision_backbone": vision}
+
+
+def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **options: Any) -> Any:
+    """Batches of `examples`, collated by the task, on the accelerator's device and shared out over its processes."""
+    import torch
+
+    loader = torch.utils.data.DataLoader(
+        examples,
+        collate_fn=task.collate,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),  # its own, so that making a loader does not advance the global one
+        **options,
+    )
+    return accelerator.prepare_data_loader(loader)
+
+
+class Clock:
+    """How long training takes. Kept apart from the metrics, which are the same in every repetition."""
+
+    def __init__(self, seconds: float = 0.0, step_seconds: list[float] | None = None, samples: int = 0) -> None:
+        self.seconds = seconds
+        self.step_seconds = step_seconds or []
+        self.samples = samples
+
+    def start(self) -> None:
+        import time
+
+        self._started = time.perf_counter()
+
+    def stop(self, samples: int) -> None:
+        import time
+
+        self.step_seconds.append(round(time.perf_counter() - self._started, 6))
+        self.seconds += self.step_seconds[-1]
+        self.samples += samples
+
+    def as_record(self) -> dict[str, Any]:
+        """What `Clock(**record)` goes on from."""
+        return {"seconds": self.seconds, "step_seconds": self.step_seconds, "samples": self.samples}
+
+    def summary(self, device: torch.device) -> dict[str, Any]:
+        """What timing.json holds; memory in MiB, of the GPU where there is one, else of this process."""
+        import resource
+        import statistics
+
+        import torch
+
+        on_gpu = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return {
+            "train_seconds": round(self.seconds, 3),
+            "steps": len(self.step_seconds),
+            "step_ms_median": round(1000 * statistics.median(self.step_seconds), 3),
+            "samples_per_second": round(self.samples / self.seconds, 1),
+            "peak_memory_mb": round(peak, 1),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        }
+
+
+# -------------------------------------------------------------------------------------------- predict
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    """Predict a split with a trained run.
+
+    Raises:
+        RoutevlError: not a trained run, or one of another text or vision model than those given.
+    """
+    import accelerate  # noqa: F401
+
+    from routevl.tasks import TASKS  # noqa: F401
+
+    imports_done("predict")
+    prepare_torch(arguments.threads)
+    record = read_json(Path(arguments.model) / "run.json")
+    settings = RunSettings.from_record(record["settings"], f"{arguments.model}/run.json")
+    accelerator = new_accelerator(settings)
+    task, inputs = load_task(settings, arguments)
+    for name, fingerprint in inputs.items():
+        if record["inputs"][name] != fingerprint:
+            raise RoutevlError(
+                f"{arguments.model}: an adapter of another model: it was trained with the {name} of fingerprint "
+                f"{record['inputs'][name][:12]}, but {getattr(arguments, name)} has {fingerprint[:12]}"
+            )
+    task.model.load(Path(arguments.model))
+    task.model.to(accelerator.device)
+    write_predictions(task, accelerator, Path(arguments.predictions), arguments.split, arguments.workers)
+
+
+def write_predictions(task: Task, accelerator: Any, folder: Path, split: str, workers: int) -> None:
+    """Predict a split with the task's model and write results.json in the official format, in the order of the items."""
+    import torch
+    from accelerate.utils import gather_object
+
+    from routevl.progress import progress
+
+    model = task.model.eval()
+    items = task.to_predict(split)
+    loader = data_loader(task, items, accelerator, workers, batch_size=task.settings.batch_size)
+    results = []
+    with torch.inference_mode(), accelerator.autocast():
+        for batch in progress(loader, len(loader), f"predict {folder.name}"):
+            results += task.predict(model, batch)
+    if accelerator.num_processes > 1:
+        # the last batch is padded with items of the first, so that all processes have as many
+        results = list({next(iter(entry.values())): entry for entry in gather_object(results)}.values())
+    if accelerator.is_main_process:
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / "results.json", results)
+
+
+# -------------------------------------------------------------------------------------------- compare
+
+
+def add_arguments_compare(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl compare`."""
+    parser.add_argument("first", metavar="FOLDER", help="a trained run")
+    parser.add_argument("second", metavar="FOLDER", help="the same run, trained again")
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """Say whether two trained runs ended in the same bits: adapter, optimiser, random generators and metrics.
+
+    Raises:
+        RoutevlError: they differ; names the first tensor or line that does.
+    """
+    from routevl.checkpoint import first_difference
+
+    first, second = (_final_state(Path(folder)) for folder in (arguments.first, arguments.second))
+    if name := first_difference(first, second):
+        raise RoutevlError(f"{arguments.first} and {arguments.second} differ, first in {name}")
+    print(f"bit-equal: {len(first)} tensors and lines")
+
+
+def _final_state(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from routevl.checkpoint import digests
+
+    state = dict(read_json(folder / "last" / "state.json"))
+    for name in ("adapter_model.safetensors", "task.safetensors"):
+        state |= {f"best/{name}/{tensor}": digest for tensor, digest in digests(load_file(folder / name)).items()}
+    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return state | {f"training.jsonl line {number:06d}": line for number, line in enumerate(lines, 1)}

@@ -1,0 +1,509 @@
+"""Readers of the official files, and the preparation of splits."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from routevl.data import prepare
+from routevl.data.coco import images_in_folder, read_captions
+from routevl.data.vqav2 import read_annotations, read_pair, read_questions
+from routevl.errors import RoutevlError
+from routevl.files import read_json
+
+REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", "."))
+needs_reference = pytest.mark.skipif(
+    "ROUTEVL_REFERENCE" not in os.environ, reason="ROUTEVL_REFERENCE names no folder of reference data"
+)
+
+
+def captions_file(image_ids: list[int], first_id: int = 1) -> dict:
+    return {
+        "info": {},
+        "licenses": [{"id": 1, "name": "test"}],
+        "images": [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg", "width": 4} for n in image_ids],
+        "annotations": [
+            {"id": first_id + place, "image_id": n, "caption": f"picture {n}."}
+            for place, n in enumerate(image_ids)
+        ],
+    }
+
+
+def questions_file(image_ids: list[int]) -> dict:
+    return {
+        "questions": [{"image_id": n, "question_id": n * 1000, "question": "is it?"} for n in image_ids],
+        "data_type": "mscoco",
+    }
+
+
+def annotations_file(image_ids: list[int], answer: str = "yes") -> dict:
+    return {
+        "annotations": [
+            {
+                "image_id": n,
+                "question_id": n * 1000,
+                "question_type": "is it",
+                "answer_type": "yes/no",
+                "multiple_choice_answer": answer,
+                "answers": [
+                    {"answer": answer, "answer_confidence": "yes", "answer_id": 1 + k} for k in range(10)
+                ],
+            }
+            for n in image_ids
+        ]
+    }
+
+
+def save(path: Path, content) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+# Readers
+
+
+def test_readers_take_plain_and_compressed_files(tmp_path):
+    content = captions_file([3, 1])
+    plain = save(tmp_path / "captions.json", content)
+    compressed = tmp_path / "captions.json.gz"
+    compressed.write_bytes(gzip.compress(json.dumps(content).encode()))
+    assert read_captions(plain) == read_captions(compressed) == content
+    assert read_questions(save(tmp_path / "q.json", questions_file([3]))) == questions_file([3])
+    assert read_annotations(save(tmp_path / "a.json", annotations_file([3]))) == annotations_file([3])
+
+
+def test_a_prepared_split_without_items_is_readable(tmp_path):
+    assert read_questions(save(tmp_path / "q.json", {"questions": []})) == {"questions": []}
+    assert read_captions(save(tmp_path / "c.json", {"images": [], "annotations": []}))["images"] == []
+
+
+def spoiled(content: dict, *place, value=None, remove: bool = False) -> dict:
+    content = json.loads(json.dumps(content))
+    target = content
+    for key in place[:-1]:
+        target = target[key]
+    if remove:
+        del target[place[-1]]
+    else:
+        target[place[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("reader", "content", "message"),
+    [
+        (read_captions, [], "expected a COCO captions file .an object., found a list"),
+        (read_captions, {"images": []}, "expected the key 'annotations', found .'images'."),
+        (read_captions, {"annotations": {}}, "'annotations' must be a list, found an object"),
+        (read_captions, {"annotations": [7]}, r"annotations\[0\] must be an object, found an integer"),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "annotations", 1, "caption", remove=True),
+            r"annotations\[1\] lacks the key 'caption'",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "annotations", 1, "image_id", value="2"),
+            r"annotations\[1\]\['image_id'\] must be an integer, found a string",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "annotations", 1, "id", value=True),
+            r"\['id'\] must be an integer, found true or false",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "annotations", 1, "caption", value=None),
+            r"\['caption'\] must be a string, found null",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "annotations", 1, "id", value=1),
+            r"annotations\[1\] repeats the id 1",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "images", 1, "id", value=1),
+            r"images\[1\] repeats the id 1",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1, 2]), "images", 1, "id", value=5),
+            r"annotations\[1\]: the image_id 2 is not in 'images'",
+        ),
+        (
+            read_captions,
+            spoiled(captions_file([1]), "licenses", value={}),
+            "'licenses' must be a list, found an object",
+        ),
+        (read_questions, annotations_file([1]), "expected the key 'questions', found .'annotations'."),
+        (
+            read_questions,
+            {"questions": questions_file([1])["questions"] * 2},
+            r"questions\[1\] repeats the question_id 1000",
+        ),
+        (read_annotations, questions_file([1]), "expected the key 'annotations'"),
+        (
+            read_annotations,
+            spoiled(annotations_file([1]), "annotations", 0, "answers", value=[]),
+            r"annotations\[0\]\['answers'\] is empty",
+        ),
+        (
+            read_annotations,
+            spoiled(annotations_file([1]), "annotations", 0, "answers", 3, "answer", value=2),
+            r"annotations\[0\]\['answers'\]\[3\]\['answer'\] must be a string, found an integer",
+        ),
+        (
+            read_annotations,
+            spoiled(annotations_file([1]), "annotations", 0, "answer_type", value="colour"),
+            r"annotations\[0\]\['answer_type'\] must be one of .*'number'.* found 'colour'",
+        ),
+    ],
+)
+def test_wrong_files_are_one_clear_error(tmp_path, reader, content, message):
+    path = save(tmp_path / "file.json", content)
+    with pytest.raises(RoutevlError, match=message) as error:
+        reader(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"questions": [', b"\x1f\x8b\x08broken", b"\xff\xfe"])
+def test_unreadable_files(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(RoutevlError, match="not a readable JSON file"):
+        read_questions(path)
+
+
+def test_pairs_are_matched_by_question_id(tmp_path):
+    questions = save(tmp_path / "q.json", questions_file([1, 2, 3]))
+    annotations = save(tmp_path / "a.json", annotations_file([3, 1, 2]))
+    matched = read_pair(questions, annotations)
+    assert [[record["question_id"] for record in records] for records in matched] == [[1000, 2000, 3000]] * 2
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        (annotations_file([1]), "no annotation for the question_id 2000"),
+        (annotations_file([1, 2, 4]), "the question_id 4000 is not in"),
+        (
+            spoiled(annotations_file([1, 2]), "annotations", 0, "image_id", value=9),
+            "question_id 1000 is about the image 9, but about 1 in",
+        ),
+    ],
+)
+def test_pairs_that_do_not_match(tmp_path, annotations, message):
+    questions = save(tmp_path / "q.json", questions_file([1, 2]))
+    with pytest.raises(RoutevlError, match=message):
+        read_pair(questions, save(tmp_path / "a.json", annotations))
+
+
+def test_images_are_found_by_the_number_in_their_names(tmp_path):
+    for name in (
+        "000000000007.jpg",
+        "COCO_train2014_000000000008.JPG",
+        "a_b_000000000009.png",
+        "7.jpg",
+        "x.txt",
+    ):
+        (tmp_path / name).touch()
+    assert set(images_in_folder(tmp_path)) == {7, 8, 9}
+    (tmp_path / "COCO_val2014_000000000007.jpg").touch()
+    with pytest.raises(RoutevlError, match="same image id 7"):
+        images_in_folder(tmp_path)
+    with pytest.raises(RoutevlError, match="expected a folder of images"):
+        images_in_folder(tmp_path / "nowhere")
+
+
+# Preparation
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    """Makes a source of ten images (or those given) on disk; returns its entry of --sources."""
+
+    def make(
+        name: str = "source", image_ids=tuple(range(1, 11)), captioned=True, asked=True, **changed
+    ) -> dict:
+        folder = tmp_path / name
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for image_id in image_ids:
+            (folder / "images" / f"COCO_val2014_{image_id:012d}.jpg").touch()
+        entry = {
+            "images": str(folder / "images"),
+            "split": {"train": 0.6, "val": 0.2, "test": 0.2, "seed": 1},
+        }
+        ids = list(image_ids)
+        if captioned:
+            captions = captions_file(ids, first_id=1000 * ids[0])
+            entry["captions"] = str(save(folder / "captions.json", captions))
+        if asked:
+            entry["questions"] = str(save(folder / "questions.json", questions_file(ids)))
+            entry["annotations"] = str(save(folder / "annotations.json", annotations_file(ids)))
+        entry |= changed
+        return {key: value for key, value in entry.items() if value is not None}
+
+    return make
+
+
+def prepare_run(output: Path, sources, *options: str) -> None:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    text = sources if isinstance(sources, str) else json.dumps(sources)
+    options = options or ("--minimum-answer-count", "1")
+    prepare.run(parser.parse_args(["--sources", text, "--output", str(output), *options]))
+
+
+def image_ids_of(folder: Path) -> list[int]:
+    return [image["id"] for image in read_json(folder / "images.json")]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.json")}
+
+
+def test_fractions_are_exact_disjoint_and_reproducible(tmp_path, make_source):
+    source = make_source()
+    prepare_run(tmp_path / "data", [source])
+    ids = {split: image_ids_of(tmp_path / "data" / split) for split in ("train", "val", "test")}
+    assert {split: len(numbers) for split, numbers in ids.items()} == {"train": 6, "val": 2, "test": 2}
+    assert sorted(sum(ids.values(), [])) == list(range(1, 11))
+    prepare_run(tmp_path / "again", [source])
+    assert everything(tmp_path / "again") == everything(tmp_path / "data")
+    prepare_run(tmp_path / "other", [source | {"split": source["split"] | {"seed": 2}}])
+    assert image_ids_of(tmp_path / "other" / "test") != ids["test"]
+
+
+def test_prepared_files_are_official_and_agree(tmp_path, make_source):
+    prepare_run(tmp_path / "data", [make_source()])
+    for split in ("train", "val", "test"):
+        folder = tmp_path / "data" / split
+        images = read_json(folder / "images.json")
+        assert images == sorted(images, key=lambda image: image["id"])
+        assert all(Path(image["file_name"]).is_file() for image in images)
+        ids = [image["id"] for image in images]
+        questions, annotations = read_pair(folder / "questions.json", folder / "annotations.json")
+        captions = read_captions(folder / "captions.json")
+        assert sorted(question["image_id"] for question in questions) == ids
+        assert len(annotations[0]["answers"]) == 10
+        assert [image["id"] for image in captions["images"]] == ids
+        assert captions["images"][0]["width"] == 4 and captions["licenses"] == [{"id": 1, "name": "test"}]
+        header = {"info", "task_type", "data_type", "data_subtype", "license"}
+        assert header | {"questions"} == set(read_questions(folder / "questions.json"))
+
+
+def test_sources_merge_into_named_splits(tmp_path, make_source):
+    sources = [
+        make_source("first", (1, 2), split="train"),
+        make_source("second", (3,), split="val", captioned=False),
+        make_source("third", (3,), split="val", asked=False),
+        make_source("fourth", (5,), split="test"),
+    ]
+    with pytest.raises(RoutevlError, match="the image id 3 is .*second.* in one source, but .*third"):
+        prepare_run(tmp_path / "data", sources)
+    assert not (tmp_path / "data").exists()
+    sources[2]["images"] = sources[1]["images"]
+    path = save(tmp_path / "sources.json", sources)
+    prepare_run(tmp_path / "data", str(path))
+    assert image_ids_of(tmp_path / "data" / "train") == [1, 2]
+    assert image_ids_of(tmp_path / "data" / "val") == [3]
+    assert len(read_captions(tmp_path / "data" / "val" / "captions.json")["annotations"]) == 1
+
+
+def test_captions_alone(tmp_path, make_source):
+    prepare_run(tmp_path / "data", [make_source(asked=False)])
+    assert read_questions(tmp_path / "data" / "train" / "questions.json")["questions"] == []
+    assert read_annotations(tmp_path / "data" / "train" / "annotations.json")["annotations"] == []
+    assert read_json(tmp_path / "data" / "answers.json") == []
+
+
+def test_missing_images_are_an_error_or_dropped(tmp_path, make_source, capsys):
+    source = make_source(image_ids=tuple(range(1, 13)))
+    for image_id in (3, 4):
+        (Path(source["images"]) / f"COCO_val2014_{image_id:012d}.jpg").unlink()
+    with pytest.raises(RoutevlError) as error:
+        prepare_run(tmp_path / "data", [source])
+    for part in ("COCO_val2014_000000000003.jpg", "the image 3", "captions.json", "missing_images"):
+        assert part in str(error.value)
+    prepare_run(tmp_path / "data", [source | {"missing_images": "drop"}])
+    assert "dropped what is about 2 of 12 images" in capsys.readouterr().out
+    found = sum((image_ids_of(tmp_path / "data" / split) for split in ("train", "val", "test")), [])
+    assert len(found) == 10 and not {3, 4} & set(found)
+
+
+def test_missing_images_of_questions_name_the_questions_file(tmp_path, make_source):
+    source = make_source(captioned=False)
+    (Path(source["images"]) / "COCO_val2014_000000000003.jpg").unlink()
+    with pytest.raises(
+        RoutevlError, match=r"000000000003.*no such image.*questions\.json refers to the image 3"
+    ):
+        prepare_run(tmp_path / "data", [source])
+
+
+def test_an_image_in_two_splits(tmp_path, make_source):
+    source = make_source()
+    test = {key: source[key] for key in ("images", "captions")} | {"split": "test"}
+    with pytest.raises(RoutevlError, match="is both in train and in test"):
+        prepare_run(tmp_path / "data", [source, test])
+
+
+def test_one_file_under_two_ids_in_two_splits(tmp_path, make_source):
+    source = make_source("a", split="train")
+    other = make_source("b", (11, 12), split="test")
+    captions = captions_file([11, 12], first_id=5000)
+    captions["images"][0]["file_name"] = str(
+        Path(source["images"]).resolve() / "COCO_val2014_000000000001.jpg"
+    )
+    save(Path(other["captions"]), captions)
+    with pytest.raises(RoutevlError, match="is both in train and in test"):
+        prepare_run(tmp_path / "data", [source, other])
+
+
+def test_repeated_source_repeats_question_ids(tmp_path, make_source):
+    with pytest.raises(RoutevlError, match="the question_id 1000 is in two of the sources"):
+        prepare_run(tmp_path / "data", [make_source(), make_source()])
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train", "the split 'val' has no images"),
+        ({"train": 0.5, "test": 0.5, "seed": 1}, "the split 'val' has no images"),
+    ],
+)
+def test_empty_splits(tmp_path, make_source, split, message):
+    with pytest.raises(RoutevlError, match=message):
+        prepare_run(tmp_path / "data", [make_source(split=split)])
+
+
+def test_a_split_that_lacks_the_questions_of_the_others(tmp_path, make_source):
+    sources = [
+        make_source("a", (1,), split="train"),
+        make_source("b", (2,), split="val", asked=False),
+        make_source("c", (3,), split="test"),
+    ]
+    with pytest.raises(RoutevlError, match="the split 'val' has no questions"):
+        prepare_run(tmp_path / "data", sources)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image": "x"}, r"--sources\[0\]: unknown key 'image', expected one of images, split"),
+        ({"images": None}, "lacks the key 'images'"),
+        ({"images": 7}, "'images' must be a path, found 7"),
+        ({"split": "validation"}, "'split' must be one of .* found 'validation'"),
+        ({"split": {"train": 1, "dev": 0, "seed": 1}}, "unknown key 'dev' in 'split'"),
+        ({"split": {"train": 0.6, "val": 0.2, "test": 0.3, "seed": 1}}, "must be 0 or more and sum to 1"),
+        ({"split": {"train": 1.2, "val": -0.2, "seed": 1}}, "must be 0 or more and sum to 1"),
+        ({"split": {"train": float("nan"), "val": 1, "seed": 1}}, "must be 0 or more and sum to 1"),
+        ({"split": {"train": 0.6, "val": 0.2, "test": 0.2}}, "need a 'seed'"),
+        ({"annotations": None}, "'questions' and 'annotations' go together"),
+        ({"annotations": None, "questions": None, "captions": None}, "expected 'captions', or 'questions'"),
+        ({"missing_images": "ignore"}, "'missing_images' must be 'error' or 'drop', found 'ignore'"),
+    ],
+)
+def test_wrong_sources(tmp_path, make_source, changed, message):
+    with pytest.raises(RoutevlError, match=message):
+        prepare_run(tmp_path / "data", [make_source(**changed)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "--sources: not JSON"),
+        ("[]", "expected a list of at least one source"),
+        ('{"images": "x"}', "expected a list of at least one source"),
+        ("[3]", r"--sources\[0\]: expected an object, found an integer"),
+        ("nowhere.json", "nowhere.json: no such file"),
+    ],
+)
+def test_wrong_lists_of_sources(tmp_path, text, message):
+    with pytest.raises(RoutevlError, match=message):
+        prepare_run(tmp_path / "data", text)
+
+
+# Answers
+
+
+def annotated(answers: list[str]) -> prepare.Split:
+    return prepare.Split(annotations=[{"multiple_choice_answer": answer} for answer in answers])
+
+
+def test_vocabulary_is_normalised_counted_and_ordered():
+    splits = {
+        "train": annotated(["Yes", "yes.", "two", "a dog"] + ["red"] * 2),
+        "val": annotated(["2", "2", "dog", "yes"]),
+        "test": annotated(["never"] * 9),
+    }
+    assert prepare.build_vocabulary(splits, 2) == ["2", "yes", "dog", "red"]
+    assert prepare.build_vocabulary(splits, 3) == ["2", "yes"]
+    with pytest.raises(RoutevlError, match="no answer occurs 4 times"):
+        prepare.build_vocabulary(splits, 4)
+
+
+def test_vocabulary_files(tmp_path, make_source):
+    vocabulary = save(tmp_path / "vocabulary.json", {"b": 0, "": 2, "a": 1})
+    prepare_run(tmp_path / "data", [make_source()], "--vocabulary", str(vocabulary))
+    assert read_json(tmp_path / "data" / "answers.json") == ["b", "a", ""]
+    assert prepare.read_vocabulary(save(tmp_path / "list.json", ["x", "y"])) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": 0, "b": 2}, "each index from 0 to 1 once"),
+        ({"a": 0, "b": "1"}, "each index from 0 to 1 once"),
+        ({}, "expected a list of answers"),
+        ([], "expected a list of answers"),
+        (["a", 1], "expected a list of answers"),
+        (["a", "b", "a"], "the answer 'a' is there twice"),
+        ("yes", "expected a list of answers"),
+    ],
+)
+def test_wrong_vocabularies(tmp_path, content, message):
+    with pytest.raises(RoutevlError, match=message):
+        prepare.read_vocabulary(save(tmp_path / "vocabulary.json", content))
+
+
+# Reference data
+
+
+@needs_reference
+def test_reference_photographs(tmp_path):
+    fractions = {"train": 0.6, "val": 0.2, "test": 0.2, "seed": 1}
+    vqa, coco = REFERENCE / "vqav2", REFERENCE / "coco"
+    sources = [
+        {
+            "images": str(vqa / "images"),
+            "questions": str(vqa / "questions_subset.json.gz"),
+            "annotations": str(vqa / "annotations_subset.json.gz"),
+        },
+        {"images": str(coco / "val2017"), "captions": str(coco / "captions_val2017.json.gz")},
+    ]
+    sources = [source | {"split": fractions, "missing_images": "drop"} for source in sources]
+    vocabulary = vqa / "trainval_ans2label.json"
+    prepare_run(tmp_path / "data", sources, "--vocabulary", str(vocabulary))
+    folders = [tmp_path / "data" / split for split in ("train", "val", "test")]
+    photographs = len(list((coco / "val2017").glob("*.jpg")))
+    assert sum(len(image_ids_of(folder)) for folder in folders) == 14 + photographs
+    assert sum(len(read_questions(folder / "questions.json")["questions"]) for folder in folders) == 15
+    captions = [read_captions(folder / "captions.json") for folder in folders]
+    assert sum(len(file["images"]) for file in captions) == photographs
+    answers = read_json(tmp_path / "data" / "answers.json")
+    assert len(answers) == 3129 and answers[444] == "0"
+
+
+@needs_reference
+def test_reference_files_are_read_whole():
+    captions = read_captions(REFERENCE / "coco" / "captions_val2017.json.gz")
+    assert (len(captions["images"]), len(captions["annotations"])) == (5000, 25014)
+    vqa = REFERENCE / "vqav2"
+    questions, annotations = read_pair(vqa / "questions_subset.json.gz", vqa / "annotations_subset.json.gz")
+    assert len(questions) == len(annotations) == 8977

@@ -1,0 +1,103 @@
+# Configuration and run sheet, validated before anything else; and how a run's settings become options.
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+from snakemake.utils import validate
+
+from routevl.reporting.figures import FIGURES
+from routevl.reporting.tables import TABLES
+from routevl.startup import imports_done
+
+validate(config, "../schemas/config.schema.yaml")
+
+R = config["results"]
+EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False)
+validate(EXPERIMENTS, "../schemas/experiments.schema.yaml")
+
+# `routevl` of the environment that runs Snakemake, also where that was not activated
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; ')
+
+RUNS = {
+    f"{row['experiment']}_seed{seed}": {**row, "seed": seed}
+    for row in EXPERIMENTS.to_dict("records")
+    for seed in row["seeds"].split(",")
+}
+
+
+wildcard_constraints:
+    run="|".join(RUNS),
+    shard=r"\d{5}",
+
+
+def runs_feeding(name):
+    """The runs that feed a table or figure, by its short name: F2_main is fed by rows whose `feeds` has F2."""
+    short = name.split("_")[0]
+    return [run for run, row in RUNS.items() if short in row["feeds"].split(",")]
+
+
+def targets(names, endings):
+    """The files of those tables or figures that some experiment feeds; F1 is drawn from the method alone."""
+    fed = [name for name in names if name == "F1_method" or runs_feeding(name)]
+    return [f"{name}.{ending}" for name in fed for ending in endings]
+
+
+def backbone(modality, name):
+    """The entry of a backbone in the configuration."""
+    known = config["backbones"][modality]
+    if name not in known:
+        raise WorkflowError(
+            f"{config['experiments']}: {modality}_backbone {name!r} is not one of {', '.join(known)} (config key backbones.{modality})"
+        )
+    return known[name]
+
+
+def backbone_path(modality, name):
+    """Where a backbone is: the folder of its pretraining rule, a folder on disk, or a hub id."""
+    entry = backbone(modality, name)
+    return f"{R}/backbones/{name}" if "pretrain" in entry else entry["path"]
+
+
+def backbone_files(modality, name):
+    """The backbone as a rule's input: none where it is a hub id, which is pinned by its revision."""
+    entry, path = backbone(modality, name), backbone_path(modality, name)
+    return [path] if "pretrain" in entry or Path(path).is_dir() else []
+
+
+def option(name, value):
+    """One option of the command line, quoted; nothing where the value is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return f"--{name.replace('_', '-')} {json.dumps(value) if isinstance(value, str) and ' ' in value else value}"
+
+
+def options(values):
+    """Options from a mapping, in its order."""
+    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
+
+
+def run_settings(wildcards):
+    """A run's settings: its row of the sheet, its task's part of the configuration, and what all runs share."""
+    row = RUNS[wildcards.run]
+    columns = ["task", "method", "routing", "rank", "alpha", "prefix", "visual_tokens", "epochs"]
+    settings = {column: row[column] for column in columns}
+    return options({**settings, **config["tasks"][row["task"]], **config["runs"], "seed": row["seed"]})
+
+
+def backbone_options(wildcards):
+    """The backbones of a run, as options."""
+    row = RUNS[wildcards.run]
+    values = {}
+    for modality in ("text", "vision"):
+        name = row[f"{modality}_backbone"]
+        values[f"{modality}_backbone"] = backbone_path(modality, name)
+        values[f"{modality}_revision"] = backbone(modality, name).get("revision")
+    return options(values)
+
+
+for row in RUNS.values():
+    backbone("text", row["text_backbone"])
+    backbone("vision", row["vision_backbone"])

@@ -1,0 +1,59 @@
+# Tables and figures, from results alone: nothing is trained to redraw them.
+
+
+def results_of_runs(wildcards):
+    """What a table or figure reads of its runs."""
+    runs = runs_feeding(wildcards.name)
+    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
+
+
+rule table:
+    input:
+        results_of_runs,
+        experiments=config["experiments"],
+        published="config/published.csv",
+    output:
+        multiext(f"{R}/tables/{{name}}", csv=".csv", md=".md", tex=".tex"),
+    wildcard_constraints:
+        name="|".join(TABLES),
+    log:
+        f"{R}/logs/table/{{name}}.log",
+    benchmark:
+        f"{R}/benchmarks/table/{{name}}.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "routevl table --name {wildcards.name} --experiments {input.experiments} --results {R} "
+        "--published {input.published} --output {output.csv} &> {log}"
+
+
+rule figure:
+    input:
+        results_of_runs,
+        data=f"{R}/data",
+        experiments=config["experiments"],
+    output:
+        multiext(f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"),
+    wildcard_constraints:
+        name="|".join(FIGURES),
+    log:
+        f"{R}/logs/figure/{{name}}.log",
+    benchmark:
+        f"{R}/benchmarks/figure/{{name}}.tsv"
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {R} "
+        "--data {input.data}/test --output {output.svg} &> {log}"
+
+
+rule tables:
+    input:
+        expand(f"{R}/tables/{{file}}", file=targets(TABLES, ("csv", "md", "tex"))),
+
+
+rule figures:
+    input:
+        expand(f"{R}/figures/{{file}}", file=targets(FIGURES, ("svg", "png", "pdf", "csv"))),
