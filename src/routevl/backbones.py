@@ -39,8 +39,10 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         if revision is not None:
-            raise RoutevlError(f"backbone {path}: revision {revision!r} was asked of a local folder; "
-                               "drop the revision, or name a Hugging Face hub id")
+            raise RoutevlError(
+                f"backbone {path}: revision {revision!r} was asked of a local folder; "
+                "drop the revision, or name a Hugging Face hub id"
+            )
     else:
         folder = _hub_snapshot(str(path).removeprefix("hf-hub:"), revision)
     _check_files(folder, path)
@@ -55,18 +57,23 @@ def _hub_snapshot(hub_id: str, revision: str | None) -> Path:
 
     at_revision = f" at revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE,
-                                      ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]
+            )
+        )
     except RevisionNotFoundError:
         raise RoutevlError(f"backbone {hub_id}: the Hugging Face hub has no revision {revision}") from None
     except RepositoryNotFoundError:
-        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub"
-                           ) from None
+        raise RoutevlError(
+            f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub"
+        ) from None
     except LocalEntryNotFoundError:
         raise RoutevlError(
-            f"backbone {hub_id}{at_revision}: no such folder, and the Hugging Face hub cannot be reached and the "
-            "local cache does not hold it; download it on a machine with internet and set the backbone's path to "
-            "that folder, or HF_HOME to a cache that holds it") from None
+            f"backbone {hub_id}{at_revision}: no such folder, and the Hugging Face hub cannot be reached and "
+            "the local cache does not hold it; download it on a machine with internet and set the backbone's "
+            "path to that folder, or HF_HOME to a cache that holds it"
+        ) from None
     except OSError as error:
         first_line = str(error).strip().partition("\n")[0]
         raise RoutevlError(f"backbone {hub_id}{at_revision}: not downloaded ({first_line})") from None
@@ -77,7 +84,9 @@ def _check_files(folder: Path, name: str | Path) -> None:
         raise RoutevlError(f"backbone {name}: no config.json in {folder}, so it is not a model folder")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
+        found = (
+            f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
+        )
         raise RoutevlError(f"backbone {name}: no *.safetensors weights in {folder}{found}")
 
 
@@ -129,14 +138,22 @@ def _check_kind(config: PretrainedConfig, task: str, path: str | Path) -> None:
 
     single_stack = not config.is_encoder_decoder
     # RoBERTa also has a causal class: what counts is whether its configuration makes it a decoder.
-    encoder = single_stack and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    encoder = (
+        single_stack
+        and type(config) in MODEL_FOR_MASKED_LM_MAPPING
+        and not getattr(config, "is_decoder", False)
+    )
     decoder = single_stack and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
     if task == "vqa" and not encoder:
-        raise RoutevlError(f"backbone {path}: a {config.model_type} model; vqa needs a bidirectional text encoder "
-                           "such as roberta")
+        raise RoutevlError(
+            f"backbone {path}: a {config.model_type} model; vqa needs a bidirectional text encoder "
+            "such as roberta"
+        )
     if task == "caption" and not decoder:
-        raise RoutevlError(f"backbone {path}: a {config.model_type} model; caption needs a causal language model "
-                           "such as gpt2")
+        raise RoutevlError(
+            f"backbone {path}: a {config.model_type} model; caption needs a causal language model "
+            "such as gpt2"
+        )
 
 
 def _text_model_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
@@ -158,8 +175,9 @@ def _transformers_config(folder: Path, path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise RoutevlError(f"backbone {path}: config.json is not of a transformers model ({_first_line(error)})"
-                           ) from None
+        raise RoutevlError(
+            f"backbone {path}: config.json is not of a transformers model ({_first_line(error)})"
+        ) from None
 
 
 def _load_transformers(
@@ -171,7 +189,8 @@ def _load_transformers(
 
     try:
         model, loading = model_class.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options)
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RoutevlError(f"backbone {path}: cannot be loaded ({_first_line(error)})") from None
     return model.eval().requires_grad_(False), sorted(loading["missing_keys"])
@@ -261,7 +280,7 @@ def _encode_timm(model: torch.nn.Module, pixels: torch.Tensor) -> tuple[torch.Te
     pooled = model.forward_head(hidden_states, pre_logits=True)
     if hidden_states.dim() == 4:  # a convolutional feature map (B, d, H, W)
         return pooled, hidden_states.flatten(2).transpose(1, 2)
-    return pooled, hidden_states[:, model.num_prefix_tokens:]
+    return pooled, hidden_states[:, model.num_prefix_tokens :]
 
 
 def _load_transformers_vision(folder: Path, path: str | Path) -> tuple:
@@ -277,7 +296,9 @@ def _load_transformers_vision(folder: Path, path: str | Path) -> tuple:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RoutevlError(f"backbone {path}: no readable preprocessor_config.json ({_first_line(error)})") from None
+        raise RoutevlError(
+            f"backbone {path}: no readable preprocessor_config.json ({_first_line(error)})"
+        ) from None
 
     def preprocess(image: Image) -> torch.Tensor:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -292,7 +313,7 @@ def _vision_model_class(
 
     if isinstance(config, CLIPConfig):
         return CLIPVisionModel, config.vision_config
-    model_class = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None
+    model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "patch_size"):
         raise RoutevlError(f"backbone {path}: a {config.model_type} model, not a vision transformer")
     return model_class, config
@@ -304,7 +325,7 @@ def _encode_transformers(model: torch.nn.Module, pixels: torch.Tensor) -> tuple[
     height, width = pixels.shape[-2:]
     patches = (height // model.config.patch_size) * (width // model.config.patch_size)
     pooled = output.pooler_output if output.pooler_output is not None else hidden_states[:, 0]
-    return pooled, hidden_states[:, hidden_states.shape[1] - patches:]
+    return pooled, hidden_states[:, hidden_states.shape[1] - patches :]
 
 
 # -------------------------------------------------------------------------------------------- images

@@ -1,8 +1,8 @@
 """Frozen visual features, computed once per image and stored: shards of safetensors and an index.
 
-    extract         one shard: a contiguous slice of all images, sorted by id
-    index-features  the index over all shards of one backbone
-    Features        reading by image id, memory-mapped
+extract         one shard: a contiguous slice of all images, sorted by id
+index-features  the index over all shards of one backbone
+Features        reading by image id, memory-mapped
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def read_image_lists(paths: Sequence[str | Path]) -> list[ImageFile]:
         for index, entry in enumerate(entries):
             image = _image_file(entry, index, path)
             if file_names.setdefault(image.image_id, image.file_name) != image.file_name:
-                raise RoutevlError(f"{path}: image id {image.image_id} names {image.file_name}, "
-                                   f"but {file_names[image.image_id]} before")
+                raise RoutevlError(
+                    f"{path}: image id {image.image_id} names {image.file_name}, "
+                    f"but {file_names[image.image_id]} before"
+                )
     return [ImageFile(image_id, file_names[image_id]) for image_id in sorted(file_names)]
 
 
@@ -75,7 +77,7 @@ def slice_of_shard(images: list[ImageFile], shard: int, shards: int) -> list[Ima
     """The contiguous slice of shard `shard` (counted from 0); the slices' sizes differ by one at most."""
     if shards < 1 or not 0 <= shard < shards:
         raise RoutevlError(f"--shard {shard} of --shards {shards}: expected 0 <= shard < shards")
-    return images[len(images) * shard // shards:len(images) * (shard + 1) // shards]
+    return images[len(images) * shard // shards : len(images) * (shard + 1) // shards]
 
 
 def read_image(image: ImageFile) -> Image:
@@ -94,8 +96,10 @@ def read_image(image: ImageFile) -> Image:
         raise RoutevlError(f"image {image.image_id}: no such file: {image.file_name}") from None
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         # Pillow raises SyntaxError and ValueError for some broken PNG and JPEG headers.
-        raise RoutevlError(f"image {image.image_id}: {image.file_name} cannot be decoded, it is damaged or not an "
-                           f"image ({error})") from None
+        raise RoutevlError(
+            f"image {image.image_id}: {image.file_name} cannot be decoded, it is damaged or not an "
+            f"image ({error})"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------ stage `extract`
@@ -103,24 +107,32 @@ def read_image(image: ImageFile) -> Image:
 
 def add_arguments_extract(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl extract`."""
-    parser.add_argument("--images", nargs="+", required=True, metavar="JSON", help="images.json of every split")
-    parser.add_argument("--backbone", required=True, help="vision model: a timm or transformers folder or hub id")
+    parser.add_argument(
+        "--images", nargs="+", required=True, metavar="JSON", help="images.json of every split"
+    )
+    parser.add_argument(
+        "--backbone", required=True, help="vision model: a timm or transformers folder or hub id"
+    )
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--shard", type=int, default=0, help="which shard to compute, counted from 0")
     parser.add_argument("--shards", type=int, default=1, help="how many shards there are")
     parser.add_argument("--tokens", nargs="+", choices=TOKENS, default=list(TOKENS), help="what to store")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="autocast type, stored as float32")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="autocast type, stored as float32"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the forward pass")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one does")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode images; 0: this one does"
+    )
     parser.add_argument("--output", required=True, metavar="SAFETENSORS", help="the shard's file")
 
 
 def run_extract(arguments: argparse.Namespace) -> None:
     """Encode one shard's images and write them as one safetensors file, whole or not at all.
 
-    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d) and `patches` (n, L, d) float32. Finished
-    chunks are kept beside it in `<output>.partial` until it is complete, and reused by the next call.
+    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d) and `patches` (n, L, d) float32.
+    Finished chunks are kept beside it in `<output>.partial` until it is complete, and reused by the next call.
 
     Raises:
         RoutevlError: a bad option, image list, image or backbone; no output is written then.
@@ -131,15 +143,19 @@ def run_extract(arguments: argparse.Namespace) -> None:
 
     for option in ("batch_size", "threads"):
         if getattr(arguments, option) < 1:
-            raise RoutevlError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: expected at least 1")
+            raise RoutevlError(
+                f"--{option.replace('_', '-')} {getattr(arguments, option)}: expected at least 1"
+            )
     if arguments.workers < 0:
         raise RoutevlError(f"--workers {arguments.workers}: expected 0 or more")
     torch.set_num_threads(arguments.threads)
     all_images = read_image_lists(arguments.images)
     images = slice_of_shard(all_images, arguments.shard, arguments.shards)
     if not images:
-        raise RoutevlError(f"shard {arguments.shard} of {arguments.shards} is empty: there are only "
-                           f"{len(all_images)} images; set fewer shards")
+        raise RoutevlError(
+            f"shard {arguments.shard} of {arguments.shards} is empty: there are only "
+            f"{len(all_images)} images; set fewer shards"
+        )
     backbone = load_vision_backbone(arguments.backbone, arguments.revision)
     tokens = [name for name in TOKENS if name in arguments.tokens]
     metadata = {
@@ -185,13 +201,13 @@ class Chunk:
 def _plan_chunks(images: list[ImageFile], partial: Path, metadata: dict[str, str]) -> list[Chunk]:
     chunks = []
     for start in range(0, len(images), IMAGES_PER_CHUNK):
-        members = images[start:start + IMAGES_PER_CHUNK]
+        members = images[start : start + IMAGES_PER_CHUNK]
         chunks.append(Chunk(members, partial / f"chunk-{start:09d}.safetensors", _digest_of_sources(members)))
     return chunks
 
 
 def _digest_of_sources(images: list[ImageFile]) -> str:
-    """Changes with the images' ids, files, sizes and times, so that a chunk of replaced images is not reused."""
+    """Changes with the images' ids, files, sizes and times: a chunk of replaced images is not reused."""
     digest = hashlib.sha256()
     for image in images:
         try:
@@ -231,7 +247,9 @@ def _encode_chunks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone.model.to(device)
     size = arguments.batch_size
-    batches = [chunk.images[start:start + size] for chunk in chunks for start in range(0, len(chunk.images), size)]
+    batches = [
+        chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)
+    ]
     loaded = progress(_load_batches(batches, backbone, arguments.workers), len(batches), "extract")
     for chunk in chunks:
         parts = []
@@ -300,7 +318,11 @@ def _join_chunks(chunks: list[Path], output: Path, metadata: dict[str, str]) -> 
         entries = [source.entries[name] for source in sources]
         end = offset + sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
         rows = sum(entry["shape"][0] for entry in entries)
-        header[name] = {**entries[0], "shape": [rows, *entries[0]["shape"][1:]], "data_offsets": [offset, end]}
+        header[name] = {
+            **entries[0],
+            "shape": [rows, *entries[0]["shape"][1:]],
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -340,7 +362,9 @@ def _read_header(path: Path) -> _Header:
 
 def add_arguments_index_features(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl index-features`."""
-    parser.add_argument("--shards", nargs="+", required=True, metavar="SAFETENSORS", help="every shard's file")
+    parser.add_argument(
+        "--shards", nargs="+", required=True, metavar="SAFETENSORS", help="every shard's file"
+    )
     parser.add_argument("--output", required=True, metavar="JSON", help="index.json, in the shards' folder")
 
 
@@ -348,22 +372,33 @@ def run_index_features(arguments: argparse.Namespace) -> None:
     """Check that the shards belong together and are complete, and write their index.
 
     Raises:
-        RoutevlError: a shard is unreadable, missing, twice there, or of another backbone, precision, choice of
-            tokens, number of shards or image list.
+        RoutevlError: a shard is unreadable, missing, twice there, or of another backbone, precision,
+            choice of tokens, number of shards or image list.
     """
-    shards = sorted((_describe_shard(Path(path)) for path in arguments.shards), key=lambda shard: shard["shard"])
+    shards = sorted(
+        (_describe_shard(Path(path)) for path in arguments.shards), key=lambda shard: shard["shard"]
+    )
     _check_shards(shards)
     folder = Path(arguments.output).resolve().parent
     first = shards[0]
-    write_json(arguments.output, {
-        "backbone_fingerprint": first["backbone_fingerprint"],
-        "precision": first["precision"],
-        "width": first["width"],
-        "tokens": first["lengths"],
-        "shards": [{"file": os.path.relpath(shard["path"].resolve(), folder), "n": shard["n"],
-                    "sha256": sha256_of(shard["path"])} for shard in shards],
-        "n": sum(shard["n"] for shard in shards),
-    })
+    write_json(
+        arguments.output,
+        {
+            "backbone_fingerprint": first["backbone_fingerprint"],
+            "precision": first["precision"],
+            "width": first["width"],
+            "tokens": first["lengths"],
+            "shards": [
+                {
+                    "file": os.path.relpath(shard["path"].resolve(), folder),
+                    "n": shard["n"],
+                    "sha256": sha256_of(shard["path"]),
+                }
+                for shard in shards
+            ],
+            "n": sum(shard["n"] for shard in shards),
+        },
+    )
 
 
 def _describe_shard(path: Path) -> dict[str, Any]:
@@ -390,8 +425,10 @@ def _check_shards(shards: list[dict[str, Any]]) -> None:
     for key in ("number of shards", "backbone_fingerprint", "precision", "lengths", "width", "image_list"):
         for shard in shards:
             if shard[key] != first[key]:
-                raise RoutevlError(f"{shard['path']}: {key} {shard[key]}, but {first[key]} in {first['path']}; "
-                                   "extract all shards with the same options")
+                raise RoutevlError(
+                    f"{shard['path']}: {key} {shard[key]}, but {first[key]} in {first['path']}; "
+                    "extract all shards with the same options"
+                )
     numbers = [shard["shard"] for shard in shards]
     for number in range(first["number of shards"]):
         if numbers.count(number) != 1:
@@ -422,8 +459,8 @@ class Features:
         fingerprint: of the backbone that made them.
 
     Raises:
-        RoutevlError: no index or shard, a shard that does not fit the index, tokens that were not stored, or a
-            backbone other than `expected_fingerprint`.
+        RoutevlError: no index or shard, a shard that does not fit the index, tokens that were not stored,
+            or a backbone other than `expected_fingerprint`.
     """
 
     def __init__(
@@ -438,11 +475,15 @@ class Features:
         except (KeyError, TypeError):
             raise RoutevlError(f"{index_path}: not an index of features") from None
         if tokens not in lengths:
-            raise RoutevlError(f"{index_path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them "
-                               "with --tokens")
+            raise RoutevlError(
+                f"{index_path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them "
+                "with --tokens"
+            )
         if expected_fingerprint not in (None, self.fingerprint):
-            raise RoutevlError(f"{index_path}: made by the backbone {self.fingerprint}, but {expected_fingerprint} "
-                               "is expected; extract the features again or use that backbone")
+            raise RoutevlError(
+                f"{index_path}: made by the backbone {self.fingerprint}, but {expected_fingerprint} "
+                "is expected; extract the features again or use that backbone"
+            )
         self.length: int = lengths[tokens]
         self._folder = Path(folder)
         self._open(shards, tokens)
@@ -457,10 +498,14 @@ class Features:
                 # get_tensor maps the file: rows are read from disk when they are asked for.
                 shard_ids, rows = file.get_tensor("image_ids"), file.get_tensor(tokens)
             if len(shard_ids) != shard["n"]:
-                raise RoutevlError(f"{path}: {len(shard_ids)} images, but {shard['n']} in the index; index it again")
+                raise RoutevlError(
+                    f"{path}: {len(shard_ids)} images, but {shard['n']} in the index; index it again"
+                )
             self._shards.append(rows)
             ids.append(shard_ids)
-        self._image_ids = torch.cat(ids)  # shards are contiguous slices of the sorted ids, so these are sorted
+        self._image_ids = torch.cat(
+            ids
+        )  # shards are contiguous slices of the sorted ids, so these are sorted
         self._starts = torch.tensor([0, *(len(shard_ids) for shard_ids in ids)]).cumsum(0)
 
     def __len__(self) -> int:
@@ -478,7 +523,9 @@ class Features:
         positions = torch.searchsorted(self._image_ids, wanted).clamp(max=len(self) - 1)
         unknown = wanted[self._image_ids[positions] != wanted]
         if len(unknown):
-            raise RoutevlError(f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split")
+            raise RoutevlError(
+                f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split"
+            )
         shard_numbers = torch.searchsorted(self._starts, positions, right=True) - 1
         result = torch.empty(len(wanted), self.length, self.width)
         for number in shard_numbers.unique().tolist():

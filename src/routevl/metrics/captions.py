@@ -16,7 +16,7 @@ from pathlib import Path
 
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
-from routevl.metrics.java import start_meteor, tokenize
+from routevl.metrics.java import Meteor, start_meteor, tokenize
 from routevl.metrics.results import check_complete, check_known, read_results
 
 MISSING = {"SPICE": "not computed: its Stanford CoreNLP models are not part of the installed packages"}
@@ -46,29 +46,39 @@ def one_line(caption: str) -> str:
     return "".join(character for character in spaced if unicodedata.category(character) != "Cc")
 
 
-def score(references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> CaptionScores:
-    """Score one caption per image. Takes about ten seconds at least, in which METEOR loads its tables.
+def score(
+    references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[int, str]]
+) -> list[CaptionScores]:
+    """Score the captions of one or more systems, each one caption per image.
+
+    METEOR loads its tables for about ten seconds, once for all systems.
 
     Args:
-        references: image_id to one or more reference captions, for every image of `candidates`; CIDEr's
-            document frequencies come from these images alone.
-        candidates: image_id to the caption to score, any text, possibly empty; one or more images.
+        references: image_id to one or more reference captions, for every image of the candidates; CIDEr's document
+            frequencies come from the images that a system captions.
+        candidates: of each system, image_id to the caption to score: any text, possibly empty; one or more images.
 
     Raises:
         RoutevlError: no reference holds a word, there is no Java, or a Java program failed.
     """
+    with start_meteor() as meteor:
+        tokens = _tokenize_references({image: references[image] for system in candidates for image in system})
+        return [_score_one({image: tokens[image] for image in system}, system, meteor) for system in candidates]
+
+
+def _score_one(
+    reference_tokens: Mapping[int, list[str]], candidates: Mapping[int, str], meteor: Meteor
+) -> CaptionScores:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    with start_meteor() as meteor:
-        reference_tokens = _tokenize_references({image: references[image] for image in candidates})
-        texts = tokenize([one_line(caption) for caption in candidates.values()])
-        candidate_tokens = {image: [text] for image, text in zip(candidates, texts, strict=True)}
-        bleu, _ = Bleu(4).compute_score(reference_tokens, candidate_tokens, verbose=0)
-        rouge, _ = Rouge().compute_score(reference_tokens, candidate_tokens)
-        cider, cider_by_image = Cider().compute_score(reference_tokens, candidate_tokens)
-        meteor_score = meteor.corpus_score(list(reference_tokens.values()), texts)
+    texts = tokenize([one_line(caption) for caption in candidates.values()])
+    candidate_tokens = {image: [text] for image, text in zip(candidates, texts, strict=True)}
+    bleu, _ = Bleu(4).compute_score(reference_tokens, candidate_tokens, verbose=0)
+    rouge, _ = Rouge().compute_score(reference_tokens, candidate_tokens)
+    cider, cider_by_image = Cider().compute_score(reference_tokens, candidate_tokens)
+    meteor_score = meteor.corpus_score(list(reference_tokens.values()), texts)
     metrics: dict[str, float | None] = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
     metrics |= {"METEOR": meteor_score, "ROUGE_L": float(rouge), "CIDEr": float(cider), "SPICE": None}
     return CaptionScores(metrics, dict(zip(candidates, cider_by_image.tolist(), strict=True)))
@@ -83,12 +93,14 @@ def _tokenize_references(references: Mapping[int, Sequence[str]]) -> dict[int, l
     return by_image
 
 
-def score_files(annotations: str | Path, results: str | Path, subset: bool = False) -> CaptionScores:
-    """Score a results file against an official COCO captions file.
+def score_files(
+    annotations: str | Path, results: Sequence[str | Path], subset: bool = False
+) -> list[CaptionScores]:
+    """Score results files against an official COCO captions file.
 
     Args:
         annotations: COCO captions file; results are scored against the captions of their image.
-        results: list of {"image_id", "caption"}.
+        results: files with a list of {"image_id", "caption"}, one per system.
         subset: accept results for some of the images only, and score those alone.
 
     Raises:
@@ -98,12 +110,15 @@ def score_files(annotations: str | Path, results: str | Path, subset: bool = Fal
     references: dict[int, list[str]] = defaultdict(list)
     for annotation in read_captions(annotations)["annotations"]:
         references[annotation["image_id"]].append(annotation["caption"])
-    candidates = read_results(results, "image_id", "caption")
-    check_known(results, "image_id", candidates, references)
-    if not subset:
-        check_complete(results, "image_id", candidates, references)
-    if not candidates:
-        raise RoutevlError(f"{results}: holds no captions to score")
+    candidates = []
+    for path in results:
+        system = read_results(path, "image_id", "caption")
+        check_known(path, "image_id", system, references)
+        if not subset:
+            check_complete(path, "image_id", system, references)
+        if not system:
+            raise RoutevlError(f"{path}: holds no captions to score")
+        candidates.append(system)
     return score(references, candidates)
 
 
@@ -118,5 +133,5 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Print the scores as fractions, and what is missing and why, as JSON."""
-    scores = score_files(arguments.annotations, arguments.results, arguments.subset)
+    (scores,) = score_files(arguments.annotations, [arguments.results], arguments.subset)
     print(json.dumps(scores.metrics | {"missing": MISSING, "n": len(scores.cider_by_image)}, indent=1))

@@ -1,8 +1,8 @@
 """The two Java programs of caption scoring: Stanford's PTB tokenizer and METEOR 1.5.
 
 The jars are pycocoevalcap's and get the same options as from its wrappers. The wrappers themselves call
-whatever `java` is on the PATH, write temporary files into the installed package, ask for a 2 GB heap, and never
-return when METEOR dies.
+whatever `java` is on the PATH, write temporary files into the installed package, ask for a 2 GB heap, and
+never return when METEOR dies.
 """
 
 from __future__ import annotations

@@ -1,22 +1,26 @@
-"""The stage `score`: the official metrics of one run's test predictions, in all and per item."""
+"""The stage `score`: the official metrics of runs' test predictions, in all and per item."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, write_json
+
+Scores = tuple[dict[str, Any], dict[str, Any]]  # what metrics.json and items.json hold
 
 # The evaluator's answer types, and what their accuracy is called in metrics.json.
 _ANSWER_TYPE_METRICS = {"yes_no": "yes/no", "number": "number", "other": "other"}
 
 
-def score_vqa(split: Path, results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     """Score VQA results against a prepared split.
 
     Returns:
-        {"n", "metrics"}: accuracy, yes_no, number, other in percent (None for a type without questions) and
+        of each results file {"n", "metrics"}: accuracy, yes_no, number, other in percent (None for a type without questions) and
         "by_question_type"; and {"ids": question ids, "accuracy": percent of each}.
 
     Raises:
@@ -24,21 +28,22 @@ def score_vqa(split: Path, results: Path) -> tuple[dict[str, Any], dict[str, Any
     """
     from routevl.metrics import vqa
 
-    scores = vqa.score_files(split / "questions.json", split / "annotations.json", results)
-    metrics: dict[str, Any] = {"accuracy": scores.overall}
-    for metric, answer_type in _ANSWER_TYPE_METRICS.items():
-        group = scores.by_answer_type.get(answer_type)
-        metrics[metric] = group.accuracy if group else None
-    metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
-    summary = {"n": len(scores.by_question), "metrics": metrics}
-    return summary, {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
+    for path in results:
+        scores = vqa.score_files(split / "questions.json", split / "annotations.json", path)
+        metrics: dict[str, Any] = {"accuracy": scores.overall}
+        for metric, answer_type in _ANSWER_TYPE_METRICS.items():
+            group = scores.by_answer_type.get(answer_type)
+            metrics[metric] = group.accuracy if group else None
+        metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
+        summary = {"n": len(scores.by_question), "metrics": metrics}
+        yield summary, {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
 
 
-def score_captions(split: Path, results: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Score captions against a prepared split.
+def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
+    """Score captions against a prepared split; METEOR is started once for all results.
 
     Returns:
-        {"n", "metrics", "missing"}: fractions, None for a metric that is missing, and why it is; and
+        of each results file {"n", "metrics", "missing"}: fractions, None for a metric that is missing, and why it is; and
         {"ids": image ids, "CIDEr": of each}, sorted by id.
 
     Raises:
@@ -46,10 +51,10 @@ def score_captions(split: Path, results: Path) -> tuple[dict[str, Any], dict[str
     """
     from routevl.metrics import captions
 
-    scores = captions.score_files(split / "captions.json", results)
-    by_image = dict(sorted(scores.cider_by_image.items()))
-    summary = {"n": len(by_image), "metrics": scores.metrics, "missing": captions.MISSING}
-    return summary, {"ids": list(by_image), "CIDEr": list(by_image.values())}
+    for scores in captions.score_files(split / "captions.json", results):
+        by_image = dict(sorted(scores.cider_by_image.items()))
+        summary = {"n": len(by_image), "metrics": scores.metrics, "missing": captions.MISSING}
+        yield summary, {"ids": list(by_image), "CIDEr": list(by_image.values())}
 
 
 _SCORERS = {"vqa": score_vqa, "caption": score_captions}
@@ -59,14 +64,25 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the stage `score`."""
     parser.add_argument("--task", required=True, choices=sorted(_SCORERS))
     parser.add_argument("--split-folder", required=True, type=Path, help="prepared split to score on")
-    parser.add_argument("--predictions", required=True, type=Path, help="the run's folder of results.json")
-    parser.add_argument("--output", required=True, type=Path, help="folder of metrics.json, items.json")
+    parser.add_argument("--predictions", required=True, type=Path, nargs="+", help="runs' folders of results.json")
+    parser.add_argument(
+        "--output", required=True, type=Path, nargs="+", help="as many folders of metrics.json, items.json"
+    )
 
 
 def run(arguments: Namespace) -> None:
-    """Score one run's predictions, which must be there for every item of the split, and write its scores."""
-    summary, items = _SCORERS[arguments.task](arguments.split_folder, arguments.predictions / "results.json")
-    run_name = arguments.predictions.resolve().name
-    with atomic_folder(arguments.output) as folder:
-        write_json(folder / "metrics.json", {"run": run_name, "task": arguments.task} | summary)
-        write_json(folder / "items.json", items)
+    """Score runs' predictions, which must be there for every item of the split, and write their scores.
+
+    Raises:
+        RoutevlError: as the task's scorer; or not as many outputs as predictions.
+    """
+    if len(arguments.predictions) != len(arguments.output):
+        raise RoutevlError(
+            f"--output names {len(arguments.output)} folders for {len(arguments.predictions)} --predictions"
+        )
+    results = [folder / "results.json" for folder in arguments.predictions]
+    scores = list(_SCORERS[arguments.task](arguments.split_folder, results))
+    for predictions, output, (summary, items) in zip(arguments.predictions, arguments.output, scores, strict=True):
+        with atomic_folder(output) as folder:
+            write_json(folder / "metrics.json", {"run": predictions.resolve().name, "task": arguments.task} | summary)
+            write_json(folder / "items.json", items)

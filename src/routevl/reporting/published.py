@@ -35,15 +35,17 @@ def read_published(path: str | Path) -> pandas.DataFrame:
         try:
             published[column] = pd.to_numeric(published[column].replace("", None))
         except ValueError as error:
-            raise RoutevlError(f"{path}: the column {column} holds something that is no number ({error})") from None
+            raise RoutevlError(
+                f"{path}: the column {column} holds something that is no number ({error})"
+            ) from None
     return published
 
 
 def published_score(published: pandas.DataFrame, row: pandas.Series, metric: str) -> float:
     """The published figure of an experiment, NaN when none is known.
 
-    It counts only for the same backbones: `setting` is "<text_backbone> + <vision_backbone>" with the names of the
-    experiments sheet, and `method` is "<method> <routing>", for example "lora attn".
+    It counts only for the same backbones: `setting` is "<text_backbone> + <vision_backbone>" with the names
+    of the experiments sheet, and `method` is "<method> <routing>", for example "lora attn".
     """
     setting = f"{row.get('text_backbone', '')} + {row.get('vision_backbone', '')}"
     found = published[

@@ -20,23 +20,29 @@ ROUTINGS = ("none", "mul", "add", "attn", "expand")
 
 _REQUIRED_COLUMNS = ("experiment", "task", "method", "routing", "rank", "epochs", "prefix", "seeds", "feeds")
 _NOT_A_SETTING = {"experiment", "routing", "seeds", "feeds"}
-_RUN_FIELDS = ("trainable_params", "trainable_params_by_part", "total_params", "text_model_params")
-_TIMING_FIELDS = (
-    "train_seconds", "steps", "step_ms_median", "samples_per_second", "peak_memory_mb", "device", "startup_seconds",
-)  # fmt: skip
+_NUMBER = (int, float)
+_RUN_FIELDS = {"trainable_params": int, "trainable_params_by_part": dict, "total_params": int}
+_TIMING_FIELDS = {
+    "train_seconds": _NUMBER,
+    "step_ms_median": _NUMBER,
+    "samples_per_second": _NUMBER,
+    "peak_memory_mb": (int, float, type(None)),  # unknown on some devices
+    "device": str,
+    "startup_seconds": _NUMBER,
+}
 
 
 def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFrame:
-    """The rows of the experiments sheet whose `feeds` column names `feeds`, in the order in which they are shown.
+    """The rows of the experiments sheet whose `feeds` column names `feeds`, in the order of tables.
 
     Args:
         experiments_sheet: tab-separated file, one experiment a row.
         feeds: short name of a table or figure, for example "T1" or "F2".
 
     Returns:
-        The sheet's columns as strings, but `rank` and `epochs` as int, `prefix` as bool and `seeds` as a list of
-        strings; and `setting`, a tuple of (column, value) of all that two experiments must share for a fair
-        comparison of routing functions. Sorted by task, blind baseline first, method, budget, routing function.
+        The sheet's columns as strings, but `rank` and `epochs` as int, `prefix` as bool and `seeds` as a list
+        of strings; and `setting`, a tuple of (column, value) of all that two experiments must share for a
+        fair comparison of routing functions. Sorted by task, blind first, method, budget, routing.
 
     Raises:
         RoutevlError: no such sheet, a missing column, a value of the wrong type, or no experiment feeds it.
@@ -71,7 +77,8 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
     sheet["seeds"] = sheet["seeds"].map(_split)
     settings = [column for column in sheet.columns if column not in _NOT_A_SETTING]
     sheet["setting"] = [
-        tuple(zip(settings, values, strict=True)) for values in sheet[settings].itertuples(index=False, name=None)
+        tuple(zip(settings, values, strict=True))
+        for values in sheet[settings].itertuples(index=False, name=None)
     ]
     order = sorted(range(len(sheet)), key=lambda index: _display_order(sheet.iloc[index]))
     return sheet.iloc[order].reset_index(drop=True)
@@ -149,7 +156,7 @@ def read_items(results_folder: str | Path, runs: Collection[str], metric: str) -
 
 
 def require_same_items(expected: pandas.Series, found: pandas.Series, name: object) -> None:
-    """Raise RoutevlError unless both series have the same item ids: only then can they be compared item by item."""
+    """Raise RoutevlError unless both series have the same item ids, as a comparison item by item needs."""
     if not expected.index.equals(found.index):
         raise RoutevlError(
             f"{name}: scored on {len(found)} test items that are not the {len(expected)} items of "
@@ -178,19 +185,23 @@ def read_training(results_folder: str | Path, run: str) -> pandas.DataFrame:
             record = json.loads(line)
             _ = record["step"], record["epoch"]
         except (ValueError, KeyError, TypeError):
-            raise RoutevlError(f'{path}: line {number} is not a JSON object with "step" and "epoch"') from None
+            raise RoutevlError(
+                f'{path}: line {number} is not a JSON object with "step" and "epoch"'
+            ) from None
         records.append(record)
     if not records:
         raise RoutevlError(f"{path}: holds no line")
     return pd.DataFrame(records)
 
 
-def _fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+def _fields(path: Path, types: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
     content = _object(path)
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise RoutevlError(f'{path}: "{missing[0]}" is missing')
-    return {name: content[name] for name in names}
+    for name, expected in types.items():
+        if name not in content:
+            raise RoutevlError(f'{path}: "{name}" is missing')
+        if not isinstance(content[name], expected):
+            raise RoutevlError(f'{path}: "{name}" is {content[name]!r}, which is of the wrong type')
+    return {name: content[name] for name in types}
 
 
 def _read_metrics(path: Path, task: str) -> dict[str, Any]:
@@ -202,6 +213,9 @@ def _read_metrics(path: Path, task: str) -> dict[str, Any]:
         raise RoutevlError(f'{path}: expected an integer "n" and an object "metrics"')
     if not _is_finite(metrics.get(MAIN_METRIC[task])):
         raise RoutevlError(f'{path}: the metric "{MAIN_METRIC[task]}" is missing or not a finite number')
+    for name, value in metrics.items():
+        if not (value is None or _is_finite(value) or isinstance(value, dict)):
+            raise RoutevlError(f'{path}: the metric "{name}" is {value!r}, expected a finite number or null')
     values = {name: math.nan if value is None else value for name, value in metrics.items()}
     return {"n": content["n"], "missing": content.get("missing", {}), **values}
 

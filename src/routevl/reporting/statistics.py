@@ -32,7 +32,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain of one system over another: `absolute` in the unit of the score, `relative` in percent of the baseline."""
+    """Gain over a baseline: `absolute` in the unit of the score, `relative` in percent of the baseline."""
 
     absolute: Interval
     relative: Interval
@@ -74,15 +74,15 @@ def paired_bootstrap(
 ) -> Gain:
     """Gain of `system` over `baseline` with percentile-bootstrap intervals, paired by test item.
 
-    Let b_i and s_i be the scores of item i = 1..N, each averaged over the seeds of its own system. The gain is
+    Let b_i and s_i be the scores of item i = 1..N, each averaged over the seeds of its system. The gain is
 
         absolute  D = mean(s) - mean(b)              relative  R = 100 D / mean(b)
 
     A resample draws N items with replacement, the SAME items for both systems, and recomputes D and R; the
     interval runs from the (1 - confidence) / 2 to the (1 + confidence) / 2 quantile of these values (Efron's
-    percentile interval; Koehn 2004 for paired resampling over test items). It tells how far the gain depends on
-    which test items were drawn. It does not cover the choice of seeds, which the standard deviation over seeds
-    shows, and it treats items as independent although questions may share an image.
+    percentile interval; Koehn 2004 for paired resampling over test items). It tells how far the gain depends
+    on which test items were drawn. It does not cover the choice of seeds, which the standard deviation over
+    seeds shows, and it treats items as independent although questions may share an image.
 
     Args:
         baseline, system: (items,) float, in the same item order.

@@ -1,7 +1,7 @@
 """One look for every figure: sizes, fonts, and a fixed colour, marker and hatch for each routing function.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; markers, line styles and hatches
-carry the same information for readers in grey.
+Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; markers, line styles and
+hatches carry the same information for readers in grey.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _RC = {
     "hatch.linewidth": 0.6,
     "mathtext.fontset": "dejavusans",
     "svg.hashsalt": "routevl",
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 3,
     "figure.dpi": 100,
 }
 
@@ -72,7 +72,7 @@ class RoutingStyle:
 
 
 _ROUTING_STYLES = {
-    "none": RoutingStyle("no routing", "#4D4D4D", "s", "", "-"),
+    "none": RoutingStyle("no routing", "#8A8A8A", "s", "", "-"),
     "mul": RoutingStyle("mul", "#E69F00", "o", "////", "--"),
     "add": RoutingStyle("add", "#56B4E9", "^", "....", "-."),
     "attn": RoutingStyle("attn", "#0072B2", "D", "", "-"),
@@ -87,12 +87,12 @@ BLIND_TICK = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 7,
 
 
 def routing_style(routing: str) -> RoutingStyle:
-    """The style of a routing function; a function without one of its own is drawn in mid-grey under its name."""
+    """The style of a routing function; one without a style of its own is drawn in mid-grey under its name."""
     return _ROUTING_STYLES.get(routing, RoutingStyle(routing, "#999999", "h", "||||", "--"))
 
 
 def in_order(routings: Iterable[str]) -> list[str]:
-    """Each routing function once, in the order of legends and bars: known ones first, then the others by name."""
+    """Each routing function once, in the order of legends and bars: known ones, then others by name."""
     known = list(_ROUTING_STYLES)
     return sorted(set(routings), key=lambda name: (known.index(name) if name in known else len(known), name))
 
@@ -120,7 +120,7 @@ def save(figure: Figure, data: pandas.DataFrame, output: Path) -> None:
 
 
 def setting_label(setting: tuple, others: Collection[tuple]) -> str:
-    """What sets `setting` apart for a reader: method, rank, epochs, and what varies among `others` of its task."""
+    """What sets `setting` apart for a reader: method, rank, epochs, and what varies among `others`."""
     task = dict(setting)["task"]
     others = [dict(other) for other in others if dict(other)["task"] == task]
     parts = []
@@ -144,7 +144,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def figure_legend(figure: Figure, routings: Collection[str], kind: str, blind: bool) -> None:
-    """One legend for the whole figure. `kind` is "bar", "line" or "marker"; `blind` adds the blind baseline."""
+    """One legend for the figure. `kind` is "bar", "line" or "marker"; `blind` adds the blind baseline."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

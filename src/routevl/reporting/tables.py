@@ -1,7 +1,7 @@
 """Stage `table`: the result tables as .csv (every column), .md and .tex (what a reader needs).
 
-The csv keeps the units of scores/<run>/metrics.json: percent for VQA, fractions for captioning. The .md and .tex
-show captioning metrics times 100, as papers print them.
+The csv keeps the units of scores/<run>/metrics.json: percent for VQA, fractions for captioning. The .md and
+.tex show captioning metrics times 100, as papers print them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_file
 from routevl.reporting.published import CLAIM_METRIC, claim, published_score, read_published
 from routevl.reporting.results import MAIN_METRIC, collect, read_items, require_same_items
-from routevl.reporting.statistics import BOOTSTRAP_SEED, RESAMPLES, Gain, Interval, mean_and_std, paired_bootstrap
+from routevl.reporting.statistics import (
+    BOOTSTRAP_SEED,
+    RESAMPLES,
+    Gain,
+    Interval,
+    mean_and_std,
+    paired_bootstrap,
+)
 from routevl.reporting.style import METHOD_LABELS, SCORE_SCALE, TASK_LABELS, plural
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ _TIMINGS = ("step_ms_median", "samples_per_second", "peak_memory_mb", "train_sec
 
 @dataclass(frozen=True)
 class Table:
-    """A table in both its forms: `data` is the csv; `header` and `rows` are what readers see, `notes` stand below."""
+    """A table in both forms: `data` is the csv; `header` and `rows` are for readers, `notes` go below."""
 
     title: str
     data: pandas.DataFrame
@@ -57,10 +64,16 @@ class Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, metavar="TABLE", help=f"which table: {', '.join(TABLES)}")
     parser.add_argument("--experiments", required=True, type=Path, metavar="TSV", help="experiments sheet")
-    parser.add_argument("--results", required=True, type=Path, metavar="FOLDER", help="results folder to read")
+    parser.add_argument(
+        "--results", required=True, type=Path, metavar="FOLDER", help="results folder to read"
+    )
     parser.add_argument("--published", required=True, type=Path, metavar="CSV", help="published figures")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="CSV", help="the .csv; .md and .tex are written beside it"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="CSV",
+        help="the .csv; .md and .tex are written beside it",
     )
 
 
@@ -83,13 +96,13 @@ def run(arguments: argparse.Namespace) -> None:
     _write(arguments.output, arguments.name, table)
 
 
-# Scores ---------------------------------------------------------------------------------------------------------
+# Scores --------------------------------------------------------------------------------------------
 
 
 def score_table(
     experiments_sheet: Path, results_folder: Path, published: pandas.DataFrame, task: str, name: str
 ) -> Table:
-    """T1 or T2: one row per experiment, with its gain over the experiment that differs only in routing nothing."""
+    """T1 or T2: one row per experiment, with its gain over the same experiment without routing."""
     import pandas as pd
 
     runs = collect(experiments_sheet, results_folder, name.split("_")[0])
@@ -107,8 +120,10 @@ def score_table(
             verdicts.append(gains[experiment].absolute.verdict)
     data = pd.DataFrame(records)
     header = [
-        "Method", "Routing", "Prefix", "Rank", "Epochs", "Seeds", "Params (M)", "%", *_SHOWN_METRICS[task].values(),
-        f"Gain in {_SHOWN_METRICS[task][MAIN_METRIC[task]]} [95% CI]", "Relative gain % [95% CI]", "Published",
+        "Method", "Routing", "Prefix", "Rank", "Epochs", "Seeds", "Params (M)", "%",
+        *_SHOWN_METRICS[task].values(),
+        f"Gain in {_SHOWN_METRICS[task][MAIN_METRIC[task]]} [95% CI]", "Relative gain % [95% CI]",
+        "Published",
     ]  # fmt: skip
     title = {"vqa": "VQA accuracy (%) on the test split", "caption": "Captioning on the test split"}[task]
     notes = [
@@ -122,7 +137,7 @@ def score_table(
 
 
 def _gains(runs: pandas.DataFrame, results_folder: Path, metric: str) -> dict[str, Gain]:
-    """Gain over `none` at the same setting, by experiment; experiments without such a baseline have no entry."""
+    """Gain over `none` at the same setting, by experiment; without such a baseline there is no entry."""
     gains = {}
     for _, same_setting in runs.groupby("setting", sort=False):
         plain = same_setting[same_setting["routing"] == "none"]
@@ -141,7 +156,7 @@ def _score_record(group: pandas.DataFrame, gain: Gain | None, published: pandas.
     first = group.iloc[0]
     record = _identity_record(group)
     for metric in _METRICS[first["task"]]:
-        values = group[metric] if metric in group else [math.nan]
+        values = group.get(metric, [math.nan])
         record[f"{metric}_mean"], record[f"{metric}_std"] = mean_and_std(list(values))
     unknown = Interval(math.nan, math.nan, math.nan)
     gain = gain or Gain(unknown, unknown)
@@ -162,7 +177,7 @@ def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
     first = group.iloc[0]
     if group["trainable_params"].nunique() != 1:
         raise RoutevlError(
-            f"models/{first['run']}/run.json: trainable_params differs from another seed of {first['experiment']}"
+            f"models/{first['run']}/run.json: trainable_params differs from another seed of the experiment"
         )
     record = {column: first[column] for column in _IDENTITY if column in group}
     record["prefix"] = "yes" if first["prefix"] else "no"
@@ -222,11 +237,11 @@ def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
 
 def _summary(verdicts: Sequence[int], paper_claim: str) -> list[str]:
     if not verdicts:
-        return ["No experiment here has a baseline (`none`) at the same setting, so no gain is computed.", ""]
+        return ["No experiment here has a baseline (`none`) at the same setting, so no gain is computed."]
     better, worse = verdicts.count(1), verdicts.count(-1)
     lines = [
-        f"Of {plural(len(verdicts), 'comparison')} with the same method without routing, routing improves {better}, "
-        f"harms {worse}, and makes no significant difference in {verdicts.count(0)}.",
+        f"Of {plural(len(verdicts), 'comparison')} with the same method without routing, routing improves "
+        f"{better}, harms {worse}, and makes no significant difference in {verdicts.count(0)}.",
         "",
     ]
     if paper_claim:
@@ -236,16 +251,20 @@ def _summary(verdicts: Sequence[int], paper_claim: str) -> list[str]:
 
 def _score_notes(runs: pandas.DataFrame, task: str) -> list[str]:
     notes = [
-        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over `none` with the same method, rank, "
-        f"epochs and prefix; intervals are 95% percentile intervals of a paired bootstrap over the test items "
-        f"({int(runs['n'].max()):,} items, {RESAMPLES:,} resamples, scores averaged over seeds). They cover the choice "
-        f"of test items, not of seeds, and are not corrected for the number of comparisons.",
+        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over `none` with the same "
+        "method, rank, epochs and prefix; intervals are 95% percentile intervals of a paired bootstrap over "
+        f"the test items ({int(runs['n'].max()):,} items, {RESAMPLES:,} resamples, scores averaged over "
+        "seeds). They cover the choice of test items, not of seeds, and are not corrected for the number of "
+        "comparisons.",
         "",
-        "Params: all trainable parameters, with the layer norms, task head and visual projection; % of all parameters.",
+        "Params: all trainable parameters, with the layer norms, task head and visual projection; %: of all "
+        "parameters of the adapted model, frozen ones included.",
     ]
     if task == "caption":
         notes += ["", "Captioning metrics are shown times 100; the csv holds fractions."]
-        reasons = sorted({f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()})
+        reasons = sorted(
+            {f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()}
+        )
         if reasons:
             notes += ["", f"Missing, hence blank in the csv: {'; '.join(reasons)}."]
     return notes
@@ -267,11 +286,11 @@ def _published_notes(published: pandas.DataFrame, task: str) -> list[str]:
     return lines
 
 
-# Cost -----------------------------------------------------------------------------------------------------------
+# Cost ----------------------------------------------------------------------------------------------
 
 
 def cost_table(experiments_sheet: Path, results_folder: Path) -> Table:
-    """T6: trainable parameters by part, time, memory and adapter size of every experiment, means over its seeds."""
+    """T6: trainable parameters by part, time, memory and adapter size of every experiment."""
     import pandas as pd
 
     runs = collect(experiments_sheet, results_folder, "T6", files=("run", "timing"))
@@ -282,11 +301,14 @@ def cost_table(experiments_sheet: Path, results_folder: Path) -> Table:
         "Adapter (MB)", "Training (s)", "Start-up (s)", "Device",
     ]  # fmt: skip
     notes = [
-        f"Means ± standard deviation over runs (seeds){_single_seed_note(runs)}; step: median within a run. Timings "
-        "compare only within one device and an otherwise idle machine. Adapter: bytes of "
-        "adapter_model.safetensors, without the task head. %: of all parameters of the adapted language model.",
+        f"Means ± standard deviation over seeds{_single_seed_note(runs)}; step: median within a run. Timings "
+        "compare only within one device and an otherwise idle machine. Adapter: size of "
+        "adapter_model.safetensors, without the task head. %: of all parameters of the adapted model, frozen "
+        "ones included.",
     ]
-    return Table("Cost of training", pd.DataFrame(records), header, [_cost_row(record) for record in records], notes)
+    return Table(
+        "Cost of training", pd.DataFrame(records), header, [_cost_row(record) for record in records], notes
+    )
 
 
 def _cost_record(group: pandas.DataFrame, results_folder: Path) -> dict[str, Any]:
@@ -317,7 +339,7 @@ def _cost_row(record: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-# Writing --------------------------------------------------------------------------------------------------------
+# Writing -------------------------------------------------------------------------------------------
 
 
 def _number(value: float, digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""F2: the main comparison, both tasks: bars with 95% intervals, seeds as dots, the blind baseline as a dashed line."""
+"""F2: the main comparison: bars with 95% intervals, seeds as dots, the blind baseline as a dashed line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 from routevl.reporting.results import MAIN_METRIC, is_blind, read_items
 from routevl.reporting.statistics import BOOTSTRAP_SEED, bootstrap_mean
 from routevl.reporting.style import (
-    BLIND_LINE, INK, SCORE_LABELS, SCORE_SCALE, TASK_LABELS, TEXT_WIDTH,
-    figure_legend, horizontal_grid, in_order, routing_style, setting_label,
-)  # fmt: skip
+    BLIND_LINE,
+    INK,
+    SCORE_LABELS,
+    SCORE_SCALE,
+    TASK_LABELS,
+    TEXT_WIDTH,
+    figure_legend,
+    horizontal_grid,
+    in_order,
+    routing_style,
+    setting_label,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -18,7 +27,7 @@ if TYPE_CHECKING:
 
     from routevl.reporting.figures.inputs import FigureInputs
 
-_BAR, _GAP = 1.0, 0.9
+_BAR, _GAP, _LEAST_SPAN = 1.0, 0.9, 5.0
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
@@ -36,7 +45,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
 
 
 def scores(inputs: FigureInputs) -> pandas.DataFrame:
-    """One row per experiment: its score with a 95% bootstrap interval over test items, and the score of each seed."""
+    """One row per experiment: its score, the 95% bootstrap interval over test items, and each seed."""
     import pandas as pd
 
     rows = []
@@ -48,7 +57,10 @@ def scores(inputs: FigureInputs) -> pandas.DataFrame:
         rows.append(
             {
                 "experiment": experiment,
-                **{column: first[column] for column in ("task", "method", "routing", "prefix", "rank", "epochs")},
+                **{
+                    column: first[column]
+                    for column in ("task", "method", "routing", "prefix", "rank", "epochs")
+                },
                 "metric": SCORE_LABELS[first["task"]],
                 "score": interval.estimate * scale,
                 "ci_low": interval.low * scale,
@@ -73,11 +85,14 @@ def _draw_task(axes: Axes, data: pandas.DataFrame, task: str) -> None:
         centres.append((places[0] + places[-1]) / 2)
         position = places[-1] + _BAR + _GAP
     for row in data[data["blind"]].itertuples():
-        axes.axhline(row.score, **{**BLIND_LINE, "zorder": 4})
+        axes.axhline(row.score, gapcolor="white", **(BLIND_LINE | {"zorder": 4}))  # in front of the bars
     labels = [setting_label(setting, settings).replace(", ", "\n", 1) for setting in settings]
     axes.set_xticks(centres, labels)
     axes.tick_params(axis="x", length=0)
     axes.set_ylim(bottom=0)
+    last = max(position - _BAR - _GAP, 0.0)
+    margin = max(0.9 * _BAR, (_LEAST_SPAN - last) / 2)  # a single bar does not fill the panel
+    axes.set_xlim(-margin, last + margin)
     axes.set_ylabel(SCORE_LABELS[task])
     axes.set_title(TASK_LABELS[task])
     horizontal_grid(axes)
@@ -85,10 +100,23 @@ def _draw_task(axes: Axes, data: pandas.DataFrame, task: str) -> None:
 
 def _draw_bar(axes: Axes, place: float, row) -> None:
     style = routing_style(row.routing)
-    axes.bar(place, row.score, 0.86 * _BAR, color=style.color, hatch=style.hatch, edgecolor="white", linewidth=0)
+    axes.bar(
+        place, row.score, 0.86 * _BAR, color=style.color, hatch=style.hatch, edgecolor="white", linewidth=0
+    )
     below, above = row.score - row.ci_low, row.ci_high - row.score
-    axes.errorbar(place, row.score, [[below], [above]], color=INK, linewidth=0.9, capsize=2, capthick=0.9, zorder=5)
+    axes.errorbar(
+        place, row.score, [[below], [above]], color=INK, linewidth=0.9, capsize=2, capthick=0.9, zorder=5
+    )
     seeds = [float(value) for value in row.seed_scores.split()]
     if len(seeds) > 1:
         steps = [place + 0.14 + 0.2 * index / (len(seeds) - 1) for index in range(len(seeds))]
-        axes.plot(steps, seeds, "o", color="white", markeredgecolor=INK, markeredgewidth=0.5, markersize=2.2, zorder=6)
+        axes.plot(
+            steps,
+            seeds,
+            "o",
+            color="white",
+            markeredgecolor=INK,
+            markeredgewidth=0.5,
+            markersize=2.2,
+            zorder=6,
+        )

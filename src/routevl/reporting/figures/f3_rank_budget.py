@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING
 
 from routevl.reporting.figures.f2_main import scores
 from routevl.reporting.style import (
-    BLIND_LINE, METHOD_LABELS, SCORE_LABELS, TEXT_WIDTH,
-    figure_legend, horizontal_grid, in_order, plural, routing_style,
-)  # fmt: skip
+    BLIND_LINE,
+    METHOD_LABELS,
+    SCORE_LABELS,
+    TEXT_WIDTH,
+    figure_legend,
+    horizontal_grid,
+    in_order,
+    plural,
+    routing_style,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -51,11 +58,8 @@ def _draw_panel(axes: Axes, data: pandas.DataFrame, ranks: list[int]) -> None:
         places = [ranks.index(rank) + shift for rank in line["rank"]]
         spread = [line["score"] - line["ci_low"], line["ci_high"] - line["score"]]
         style = routing_style(routing)
-        axes.errorbar(places, line["score"], spread, fmt="none", ecolor=style.color, elinewidth=0.9)
-        axes.plot(
-            places, line["score"], color=style.color, linestyle=style.line, marker=style.marker,
-            markeredgecolor="white", markeredgewidth=0.5,
-        )  # fmt: skip
+        axes.errorbar(places, line["score"], spread, fmt="none", ecolor=style.color, elinewidth=1.1)
+        axes.plot(places, line["score"], color=style.color, linestyle=style.line, marker=style.marker)
     for score in data.loc[data["blind"], "score"]:
         axes.axhline(score, **BLIND_LINE)
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])

@@ -1,4 +1,4 @@
-"""F5: learning curves: validation score and training loss over optimiser steps, one line per routing function."""
+"""F5: learning curves: validation score and training loss over steps, one line per routing function."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.results import MAIN_METRIC, is_blind, read_training
 from routevl.reporting.style import (
-    BLIND_LINE, SCORE_LABELS, SCORE_SCALE, TASK_LABELS, TEXT_WIDTH,
-    figure_legend, horizontal_grid, in_order, routing_style, setting_label,
-)  # fmt: skip
+    BLIND_LINE,
+    SCORE_LABELS,
+    SCORE_SCALE,
+    TASK_LABELS,
+    TEXT_WIDTH,
+    figure_legend,
+    horizontal_grid,
+    in_order,
+    routing_style,
+    setting_label,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +36,9 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
     from matplotlib.figure import Figure
 
     data = curves(inputs)
-    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(dict.fromkeys(data["setting"]))
+    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(
+        dict.fromkeys(data["setting"])
+    )
     columns = min(_COLUMNS, len(settings))
     pairs = -(-len(settings) // columns)
     figure = Figure(figsize=(min(TEXT_WIDTH, 1.2 + 2.4 * columns), 0.4 + 3.4 * pairs), layout="constrained")
@@ -73,7 +83,7 @@ def curves(inputs: FigureInputs) -> pandas.DataFrame:
 
 
 def _validation_quantity(columns: pandas.Index, task: str) -> tuple[str, float]:
-    """The validated quantity to show and its scale: the task's main metric where it was logged, else the loss."""
+    """The validated quantity to show and its scale: the task's main metric where logged, else the loss."""
     metric = f"val_{MAIN_METRIC[task]}"
     return (metric, SCORE_SCALE[task]) if metric in columns else ("val_loss", 1.0)
 
@@ -101,10 +111,14 @@ def _over_seeds(curves_of_seeds: list[pandas.Series]) -> pandas.DataFrame:
     import pandas as pd
 
     together = pd.concat(curves_of_seeds, axis=1).sort_index()
-    return pd.DataFrame({"mean": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)})
+    return pd.DataFrame(
+        {"mean": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)}
+    )
 
 
-def _draw_setting(above: Axes, below: Axes, data: pandas.DataFrame, setting: tuple, settings: list[tuple]) -> None:
+def _draw_setting(
+    above: Axes, below: Axes, data: pandas.DataFrame, setting: tuple, settings: list[tuple]
+) -> None:
     task = dict(setting)["task"]
     here = data[(data["setting"] == setting) | (data["blind"] & _blind_of(data, setting))]
     for axes, of_loss in ((above, False), (below, True)):
@@ -112,15 +126,17 @@ def _draw_setting(above: Axes, below: Axes, data: pandas.DataFrame, setting: tup
         chosen = here[(here["quantity"] == "loss") == of_loss]
         for (_, routing, blind), curve in chosen.groupby(["experiment", "routing", "blind"], sort=False):
             _draw_curve(axes, curve, routing, blind)
-        axes.margins(x=0.06)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * here["step"].max())
         horizontal_grid(axes)
     quantity = next((name for name in here["quantity"] if name != "loss"), "val_loss")
     validated = "validation loss" if quantity == "val_loss" else f"validation\n{SCORE_LABELS[task]}"
     above.set(ylabel=validated)
     above.tick_params(labelbottom=False)
     below.set(xlabel="optimiser step", ylabel="training loss")
-    above.set_title(f"{TASK_LABELS[task]}, {setting_label(setting, settings)}".replace(", rank", "\nrank", 1))
+    above.set_title(
+        f"{TASK_LABELS[task]}, {setting_label(setting, settings)}".replace(", rank", "\nrank", 1),
+        fontsize=7.5,
+    )
 
 
 def _blind_of(data: pandas.DataFrame, setting: tuple) -> pandas.Series:
@@ -140,4 +156,6 @@ def _draw_curve(axes: Axes, curve: pandas.DataFrame, routing: str, blind: bool) 
         markeredgecolor="white", markeredgewidth=0.5,
     )  # fmt: skip
     if curve["n_seeds"].iloc[0] > 1:
-        axes.fill_between(curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.18, linewidth=0)
+        axes.fill_between(
+            curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.18, linewidth=0
+        )

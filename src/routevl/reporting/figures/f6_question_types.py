@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 from routevl.errors import RoutevlError
 from routevl.reporting.results import is_blind
 from routevl.reporting.style import (
-    BLIND_TICK, FAINT, TEXT_WIDTH, figure_legend, in_order, routing_style, setting_label,
-)  # fmt: skip
+    BLIND_TICK,
+    FAINT,
+    TEXT_WIDTH,
+    figure_legend,
+    in_order,
+    routing_style,
+    setting_label,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -26,9 +32,12 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
     from matplotlib.figure import Figure
 
     data = accuracies(inputs)
-    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(dict.fromkeys(data["setting"]))
+    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(
+        dict.fromkeys(data["setting"])
+    )
     labels = {
-        kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"])) for kind in ("answer type", "question type")
+        kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"]))
+        for kind in ("answer type", "question type")
     }
     heights = [len(names) for names in labels.values()]
     figure = Figure(
@@ -69,23 +78,38 @@ def accuracies(inputs: FigureInputs) -> pandas.DataFrame:
         for metric, label in _ANSWER_TYPES.items():
             if group[metric].notna().all():
                 rows.append(
-                    shared | {"by": "answer type", "type": label, "label": label, "accuracy": group[metric].mean()}
+                    shared
+                    | {"by": "answer type", "type": label, "label": label, "accuracy": group[metric].mean()}
                 )
         for question_type, n, accuracy in _by_question_type(group):
             label = f"{question_type} ({n:,})"
             rows.append(
                 shared
-                | {"by": "question type", "type": question_type, "label": label, "accuracy": accuracy, "n_questions": n}
+                | {
+                    "by": "question type",
+                    "type": question_type,
+                    "label": label,
+                    "accuracy": accuracy,
+                    "n_questions": n,
+                }
             )
     return pd.DataFrame(rows)
 
 
 def _by_question_type(group: pandas.DataFrame) -> list[tuple[str, int, float]]:
-    """(question type, questions, mean accuracy over seeds) of the most frequent types, the most frequent first."""
+    """(question type, questions, mean accuracy over seeds) of the most frequent types, in this order."""
+    if "by_question_type" not in group or not all(
+        isinstance(table, dict) for table in group["by_question_type"]
+    ):
+        raise RoutevlError(f'scores/{group["run"].iloc[0]}/metrics.json: "by_question_type" is missing')
     tables = list(group["by_question_type"])
-    counts = sorted(((entry["n"], name) for name, entry in tables[0].items()), key=lambda pair: (-pair[0], pair[1]))
+    if any(table.keys() != tables[0].keys() for table in tables):
+        raise RoutevlError(
+            f"{group['experiment'].iloc[0]}: its seeds were scored on different question types"
+        )
+    counts = sorted((-entry["n"], name) for name, entry in tables[0].items())
     return [
-        (name, n, sum(table[name]["accuracy"] for table in tables) / len(tables))
+        (name, -n, sum(table[name]["accuracy"] for table in tables) / len(tables))
         for n, name in counts[:_MOST_QUESTION_TYPES]
     ]
 
@@ -94,7 +118,11 @@ def _draw_panel(axes: Axes, data: pandas.DataFrame, names: list[str]) -> None:
     for place, name in enumerate(names):
         accuracies_here = data.loc[data["label"] == name, "accuracy"]
         axes.plot(
-            [accuracies_here.min(), accuracies_here.max()], [place, place], color=FAINT, linewidth=1.2, zorder=1
+            [accuracies_here.min(), accuracies_here.max()],
+            [place, place],
+            color=FAINT,
+            linewidth=1.2,
+            zorder=1,
         )
     for row in data.itertuples():
         place = names.index(row.label)

@@ -1,0 +1,260 @@
+"""Loading backbones: formats, preprocessing, images of any kind, and the demo's own pretraining."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from routevl import backbones, pretraining
+from routevl.errors import RoutevlError
+
+TINY = [
+    "--seed",
+    "1",
+    "--epochs",
+    "1",
+    "--hidden-size",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--batch-size",
+    "8",
+]
+
+
+def pretrain(stage: str, output: Path, *options: str) -> Path:
+    """Run one of the pretraining stages at a toy size."""
+    parser = argparse.ArgumentParser()
+    getattr(pretraining, f"add_arguments_{stage}")(parser)
+    getattr(pretraining, f"run_{stage}")(parser.parse_args([*TINY, "--output", str(output), *options]))
+    return output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A toy backbone of each kind."""
+    root = tmp_path_factory.mktemp("backbones")
+    made = {
+        name: pretrain("pretrain_text", root / name, "--architecture", name, "--sentences", "40")
+        for name in ("roberta", "gpt2")
+    }
+    made["timm"] = pretrain("pretrain_vision", root / "timm", "--images", "16")
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    size = {"height": 32, "width": 32}
+    vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    for name, weights in (("vit", vit.state_dict()), ("vit_without_pooler", _without_pooler(vit))):
+        vit.save_pretrained(root / name, state_dict=weights)
+        ViTImageProcessor(size=size).save_pretrained(root / name)
+        made[name] = root / name
+    text = {**sizes, "vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}))
+    clip.save_pretrained(root / "clip")
+    ViTImageProcessor(size=size).save_pretrained(root / "clip")
+    made["clip"] = root / "clip"
+    return made
+
+
+def _without_pooler(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weights for name, weights in model.state_dict().items() if not name.startswith("pooler.")}
+
+
+def test_text_folders_load_with_transformers(folders: dict[str, Path]) -> None:
+    for name, auto_class in (("roberta", AutoModel), ("gpt2", AutoModelForCausalLM)):
+        options = {"add_pooling_layer": False} if name == "roberta" else {}
+        _, loading = auto_class.from_pretrained(folders[name], output_loading_info=True, **options)
+        assert not loading["missing_keys"]
+        tokenizer = AutoTokenizer.from_pretrained(folders[name])
+        text = "is there a red circle? Ünseen"
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert AutoTokenizer.from_pretrained(folders["roberta"]).convert_ids_to_tokens([0, 1, 2]) == [
+        "<s>",
+        "<pad>",
+        "</s>",
+    ]
+    assert AutoTokenizer.from_pretrained(folders["gpt2"]).eos_token == "<|endoftext|>"
+
+
+def test_text_backbone_is_frozen_float32_without_pooler(folders: dict[str, Path]) -> None:
+    model, tokenizer = backbones.load_text_backbone(folders["roberta"], "vqa")
+    assert model.pooler is None and not model.training
+    assert all(not weights.requires_grad and weights.dtype == torch.float32 for weights in model.parameters())
+    hidden_states = model(**tokenizer(["how many circles are there?"], return_tensors="pt")).last_hidden_state
+    assert hidden_states.shape[-1] == 16
+    causal, _ = backbones.load_text_backbone(folders["gpt2"], "caption")
+    assert causal.lm_head.out_features == causal.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "message"),
+    [
+        ("gpt2", "vqa", "bidirectional text encoder"),
+        ("roberta", "caption", "causal language model"),
+        ("vit", "vqa", "bidirectional text encoder"),
+        ("timm", "caption", "causal language model"),
+        ("roberta", "translation", "expected vqa or caption"),
+    ],
+)
+def test_wrong_kind_of_text_model(folders: dict[str, Path], name: str, task: str, message: str) -> None:
+    with pytest.raises(RoutevlError, match=message):
+        backbones.load_text_backbone(folders[name], task)
+
+
+def test_text_model_is_not_a_vision_backbone(folders: dict[str, Path]) -> None:
+    with pytest.raises(RoutevlError, match="not a vision transformer"):
+        backbones.load_vision_backbone(folders["roberta"])
+
+
+def test_unusable_folders(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RoutevlError, match="no such folder, and not a Hugging Face hub id"):
+        backbones.load_vision_backbone(tmp_path / "nowhere")
+    with pytest.raises(RoutevlError, match="no config.json"):
+        backbones.load_vision_backbone(tmp_path)
+    with pytest.raises(RoutevlError, match="was asked of a local folder"):
+        backbones.load_vision_backbone(folders["vit"], revision="main")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(folders["vit"] / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RoutevlError, match="found pytorch_model.bin; pickled weights are not loaded"):
+        backbones.load_vision_backbone(pickled)
+
+
+@pytest.mark.parametrize("name", ["roberta", "vit", "timm"])
+def test_truncated_weights(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    broken = shutil.copytree(folders[name], tmp_path / name)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RoutevlError, match="load"):
+        if name == "roberta":
+            backbones.load_text_backbone(broken, "vqa")
+        else:
+            backbones.load_vision_backbone(broken)
+
+
+def test_offline_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RoutevlError, match="owner/name at revision abc: .*local cache does not hold it"):
+        backbones.load_text_backbone("owner/name", "vqa", revision="abc")
+
+
+def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:
+    backbone = backbones.load_vision_backbone(folders["vit"])
+    pixels = torch.randn(2, 3, 32, 32)
+    pooled, patches = backbone.encode(pixels)
+    output = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
+    assert torch.equal(pooled, output.pooler_output) and torch.equal(patches, output.last_hidden_state[:, 1:])
+    assert pooled.shape == (2, backbone.width) and patches.shape == (2, 16, backbone.width)
+    assert pooled.abs().max() <= 1  # tanh
+
+
+def test_vision_models_without_pooler_give_the_cls_token(folders: dict[str, Path]) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    pooled, _ = backbones.load_vision_backbone(folders["vit_without_pooler"]).encode(pixels)
+    reference = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
+    assert torch.equal(pooled, reference.last_hidden_state[:, 0])
+
+
+def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
+    for name, size, patches in (("timm", 48, 36), ("clip", 32, 16)):
+        backbone = backbones.load_vision_backbone(folders[name])
+        pixels = backbone.transform(Image.new("RGB", (100, 60), "red"))
+        assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
+        pooled, tokens = backbone.encode(pixels[None])
+        assert pooled.shape == (1, backbone.width) and tokens.shape == (1, patches, backbone.width)
+    assert len({backbones.fingerprint_of(folder) for folder in folders.values()}) == len(folders)
+
+
+def test_fingerprint_follows_weights_and_preprocessing_only(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders["vit"], tmp_path / "vit")
+    before = backbones.fingerprint_of(folders["vit"])
+    (copy / "README.md").write_text("a card")
+    assert backbones.fingerprint_of(copy) == before
+    preprocessor = copy / "preprocessor_config.json"
+    preprocessor.write_text(preprocessor.read_text().replace("0.5", "0.4"))
+    assert backbones.fingerprint_of(copy) != before
+
+
+def test_images_of_every_mode_become_rgb() -> None:
+    red = Image.new("RGB", (8, 6), (200, 10, 20))
+    for mode in ("RGB", "RGBA", "CMYK", "HSV", "YCbCr", "P"):
+        image = backbones.to_rgb(red.quantize() if mode == "P" else red.convert(mode))
+        difference = numpy.abs(numpy.asarray(image, dtype=int) - numpy.asarray(red, dtype=int)).max()
+        assert image.mode == "RGB" and difference < 12, mode
+    assert backbones.to_rgb(Image.new("L", (4, 4), 77)).getpixel((0, 0)) == (77, 77, 77)
+    assert backbones.to_rgb(Image.new("1", (4, 4), 1)).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(numpy.full((4, 4), 128 * 257, dtype=numpy.uint16))
+    assert backbones.to_rgb(deep).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_transparency_is_shown_on_white() -> None:
+    assert backbones.to_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert backbones.to_rgb(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.info["transparency"] = 0
+    assert backbones.to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.new("RGB", (10, 4))
+    image.getexif()[0x0112] = 6  # rotated by a quarter
+    assert backbones.to_rgb(image).size == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("pretrain_text", ["--architecture", "roberta", "--sentences", "40"]),
+        ("pretrain_text", ["--architecture", "gpt2", "--sentences", "40"]),
+        ("pretrain_vision", ["--images", "16"]),
+    ],
+)
+def test_pretraining_is_deterministic(
+    folders: dict[str, Path], tmp_path: Path, stage: str, options: list[str]
+) -> None:
+    again = pretrain(stage, tmp_path / "again", *options)
+    first = folders["timm" if stage == "pretrain_vision" else options[1]]
+    names = sorted(file.name for file in first.iterdir())
+    assert names == sorted(file.name for file in again.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+    assert json.loads((again / "pretraining.json").read_text())["held_out"]
+    other_seed = pretrain(stage, tmp_path / "other", *options, "--seed", "2")
+    assert (other_seed / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "0"], "--images 0: expected a positive number"),
+        (["--images", "8", "--patch-size", "7"], "--image-size 48 is not a multiple of --patch-size 7"),
+        (["--images", "8", "--heads", "3"], "--hidden-size 16 is not a multiple of --heads 3"),
+        (["--images", "64", "--epochs", "4", "--learning-rate", "1e30"], "set a lower --learning-rate"),
+    ],
+)
+def test_bad_pretraining_options(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(RoutevlError, match=message):
+        pretrain("pretrain_vision", tmp_path / "vit", *options)
+    assert not (tmp_path / "vit").exists()
