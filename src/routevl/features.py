@@ -132,7 +132,8 @@ def run_extract(arguments: argparse.Namespace) -> None:
     """Encode one shard's images and write them as one safetensors file, whole or not at all.
 
     The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d) and `patches` (n, L, d) float32.
-    Finished chunks are kept beside it in `<output>.partial` until it is complete, and reused by the next call.
+    Finished chunks are kept beside it in `<output>.partial` until it is complete, and reused by the next
+    call.
 
     Raises:
         RoutevlError: a bad option, image list, image or backbone; no output is written then.

@@ -4,7 +4,8 @@
     pretrain-vision  a ViT on the attributes of drawn scenes, never a word
 
 Fine-tuning then has to learn how images and words belong together, as with the paper's backbones.
-Training runs on the CPU: the models are tiny, and the same seed and thread count give the same bits on one machine.
+Training runs on the CPU: the models are tiny, and the same seed and thread count give the same bits on one
+machine.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def train(
     loss_of: Callable[[Any], torch.Tensor],
     description: str,
 ) -> None:
-    """Minimise `loss_of(batch)` over `steps` batches: AdamW, one-cycle learning rate, gradients clipped at norm 1.
+    """Minimise `loss_of(batch)` over all batches: AdamW, one-cycle learning rate, gradient norm at most 1.
 
     Raises:
         RoutevlError: the loss became infinite or not a number.
@@ -349,7 +350,8 @@ def run_pretrain_vision(arguments: argparse.Namespace) -> None:
     """Train a ViT on drawn scenes to tell what stands in each cell of the grid; save it as a timm folder.
 
     A linear head, dropped afterwards, reads the attributes of all cells from the [CLS] token, which so has to
-    gather the whole image, and those of its own cell alone from each patch token, which so has to know where it is.
+    gather the whole image, and those of its own cell alone from each patch token, which so has to know
+    where it is.
 
     Raises:
         RoutevlError: a bad option, or training diverged.
@@ -438,7 +440,7 @@ def _mean_over_cells(patches: torch.Tensor) -> torch.Tensor:
 
 
 def _only_own_cell(targets: torch.Tensor) -> torch.Tensor:
-    """Attributes of all cells (B, cells * a) -> a copy for each cell, zero elsewhere (B, cells, cells * a)."""
+    """Attributes of all cells (B, cells * a) -> a copy per cell, zero elsewhere (B, cells, cells * a)."""
     import torch
 
     from routevl.data.shapes import GRID

@@ -15,7 +15,8 @@ def progress(iterable: Iterable[Item], total: int, description: str) -> Iterator
     """Yield the items of `iterable`, reporting on stderr how many of `total` are done.
 
     On a terminal this is a tqdm bar. Elsewhere it is one plain line at each tenth of the way, and at
-    least one in every ten seconds in which an item is finished, so that a log file stays short and can be followed.
+    least one in every ten seconds in which an item is finished, so that a log file stays short and can be
+    followed.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
