@@ -57,17 +57,11 @@ def _hub_snapshot(hub_id: str, revision: str | None) -> Path:
 
     at_revision = f" at revision {revision}" if revision else ""
     try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]
-            )
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]))
     except RevisionNotFoundError:
         raise RoutevlError(f"backbone {hub_id}: the Hugging Face hub has no revision {revision}") from None
     except RepositoryNotFoundError:
-        raise RoutevlError(
-            f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub"
-        ) from None
+        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub") from None
     except LocalEntryNotFoundError:
         raise RoutevlError(
             f"backbone {hub_id}{at_revision}: no such folder, and the Hugging Face hub cannot be reached and "
@@ -84,9 +78,7 @@ def _check_files(folder: Path, name: str | Path) -> None:
         raise RoutevlError(f"backbone {name}: no config.json in {folder}, so it is not a model folder")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = (
-            f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
-        )
+        found = f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
         raise RoutevlError(f"backbone {name}: no *.safetensors weights in {folder}{found}")
 
 
@@ -138,22 +130,14 @@ def _check_kind(config: PretrainedConfig, task: str, path: str | Path) -> None:
 
     single_stack = not config.is_encoder_decoder
     # RoBERTa also has a causal class: what counts is whether its configuration makes it a decoder.
-    encoder = (
-        single_stack
-        and type(config) in MODEL_FOR_MASKED_LM_MAPPING
-        and not getattr(config, "is_decoder", False)
-    )
+    encoder = single_stack and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     decoder = single_stack and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
     if task == "vqa" and not encoder:
         raise RoutevlError(
-            f"backbone {path}: a {config.model_type} model; vqa needs a bidirectional text encoder "
-            "such as roberta"
+            f"backbone {path}: a {config.model_type} model; vqa needs a bidirectional text encoder such as roberta"
         )
     if task == "caption" and not decoder:
-        raise RoutevlError(
-            f"backbone {path}: a {config.model_type} model; caption needs a causal language model "
-            "such as gpt2"
-        )
+        raise RoutevlError(f"backbone {path}: a {config.model_type} model; caption needs a causal language model such as gpt2")
 
 
 def _text_model_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
@@ -175,9 +159,7 @@ def _transformers_config(folder: Path, path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise RoutevlError(
-            f"backbone {path}: config.json is not of a transformers model ({_first_line(error)})"
-        ) from None
+        raise RoutevlError(f"backbone {path}: config.json is not of a transformers model ({_first_line(error)})") from None
 
 
 def _load_transformers(
@@ -296,9 +278,7 @@ def _load_transformers_vision(folder: Path, path: str | Path) -> tuple:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RoutevlError(
-            f"backbone {path}: no readable preprocessor_config.json ({_first_line(error)})"
-        ) from None
+        raise RoutevlError(f"backbone {path}: no readable preprocessor_config.json ({_first_line(error)})") from None
 
     def preprocess(image: Image) -> torch.Tensor:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -306,9 +286,7 @@ def _load_transformers_vision(folder: Path, path: str | Path) -> tuple:
     return model, preprocess, _encode_transformers, config.hidden_size
 
 
-def _vision_model_class(
-    config: PretrainedConfig, path: str | Path
-) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+def _vision_model_class(config: PretrainedConfig, path: str | Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     from transformers import MODEL_MAPPING, CLIPConfig, CLIPVisionModel
 
     if isinstance(config, CLIPConfig):

@@ -59,8 +59,7 @@ def read_image_lists(paths: Sequence[str | Path]) -> list[ImageFile]:
             image = _image_file(entry, index, path)
             if file_names.setdefault(image.image_id, image.file_name) != image.file_name:
                 raise RoutevlError(
-                    f"{path}: image id {image.image_id} names {image.file_name}, "
-                    f"but {file_names[image.image_id]} before"
+                    f"{path}: image id {image.image_id} names {image.file_name}, but {file_names[image.image_id]} before"
                 )
     return [ImageFile(image_id, file_names[image_id]) for image_id in sorted(file_names)]
 
@@ -97,8 +96,7 @@ def read_image(image: ImageFile) -> Image:
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         # Pillow raises SyntaxError and ValueError for some broken PNG and JPEG headers.
         raise RoutevlError(
-            f"image {image.image_id}: {image.file_name} cannot be decoded, it is damaged or not an "
-            f"image ({error})"
+            f"image {image.image_id}: {image.file_name} cannot be decoded, it is damaged or not an image ({error})"
         ) from None
 
 
@@ -107,24 +105,16 @@ def read_image(image: ImageFile) -> Image:
 
 def add_arguments_extract(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl extract`."""
-    parser.add_argument(
-        "--images", nargs="+", required=True, metavar="JSON", help="images.json of every split"
-    )
-    parser.add_argument(
-        "--backbone", required=True, help="vision model: a timm or transformers folder or hub id"
-    )
+    parser.add_argument("--images", nargs="+", required=True, metavar="JSON", help="images.json of every split")
+    parser.add_argument("--backbone", required=True, help="vision model: a timm or transformers folder or hub id")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--shard", type=int, default=0, help="which shard to compute, counted from 0")
     parser.add_argument("--shards", type=int, default=1, help="how many shards there are")
     parser.add_argument("--tokens", nargs="+", choices=TOKENS, default=list(TOKENS), help="what to store")
     parser.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="autocast type, stored as float32"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="autocast type, stored as float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the forward pass")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that decode images; 0: this one does"
-    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0: this one does")
     parser.add_argument("--output", required=True, metavar="SAFETENSORS", help="the shard's file")
 
 
@@ -144,9 +134,7 @@ def run_extract(arguments: argparse.Namespace) -> None:
 
     for option in ("batch_size", "threads"):
         if getattr(arguments, option) < 1:
-            raise RoutevlError(
-                f"--{option.replace('_', '-')} {getattr(arguments, option)}: expected at least 1"
-            )
+            raise RoutevlError(f"--{option.replace('_', '-')} {getattr(arguments, option)}: expected at least 1")
     if arguments.workers < 0:
         raise RoutevlError(f"--workers {arguments.workers}: expected 0 or more")
     torch.set_num_threads(arguments.threads)
@@ -154,8 +142,7 @@ def run_extract(arguments: argparse.Namespace) -> None:
     images = slice_of_shard(all_images, arguments.shard, arguments.shards)
     if not images:
         raise RoutevlError(
-            f"shard {arguments.shard} of {arguments.shards} is empty: there are only "
-            f"{len(all_images)} images; set fewer shards"
+            f"shard {arguments.shard} of {arguments.shards} is empty: there are only {len(all_images)} images; set fewer shards"
         )
     backbone = load_vision_backbone(arguments.backbone, arguments.revision)
     tokens = [name for name in TOKENS if name in arguments.tokens]
@@ -248,9 +235,7 @@ def _encode_chunks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone.model.to(device)
     size = arguments.batch_size
-    batches = [
-        chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)
-    ]
+    batches = [chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)]
     loaded = progress(_load_batches(batches, backbone, arguments.workers), len(batches), "extract")
     for chunk in chunks:
         parts = []
@@ -261,9 +246,7 @@ def _encode_chunks(
     next(loaded, None)  # lets the progress report its end
 
 
-def _load_batches(
-    batches: list[list[ImageFile]], backbone: VisionBackbone, workers: int
-) -> Iterator[torch.Tensor]:
+def _load_batches(batches: list[list[ImageFile]], backbone: VisionBackbone, workers: int) -> Iterator[torch.Tensor]:
     """Pixels (B, 3, H, W) of each batch; bad images raise their one-line error here, not inside a worker."""
     from torch.utils.data import DataLoader
 
@@ -363,9 +346,7 @@ def _read_header(path: Path) -> _Header:
 
 def add_arguments_index_features(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl index-features`."""
-    parser.add_argument(
-        "--shards", nargs="+", required=True, metavar="SAFETENSORS", help="every shard's file"
-    )
+    parser.add_argument("--shards", nargs="+", required=True, metavar="SAFETENSORS", help="every shard's file")
     parser.add_argument("--output", required=True, metavar="JSON", help="index.json, in the shards' folder")
 
 
@@ -376,9 +357,7 @@ def run_index_features(arguments: argparse.Namespace) -> None:
         RoutevlError: a shard is unreadable, missing, twice there, or of another backbone, precision,
             choice of tokens, number of shards or image list.
     """
-    shards = sorted(
-        (_describe_shard(Path(path)) for path in arguments.shards), key=lambda shard: shard["shard"]
-    )
+    shards = sorted((_describe_shard(Path(path)) for path in arguments.shards), key=lambda shard: shard["shard"])
     _check_shards(shards)
     folder = Path(arguments.output).resolve().parent
     first = shards[0]
@@ -464,9 +443,7 @@ class Features:
             or a backbone other than `expected_fingerprint`.
     """
 
-    def __init__(
-        self, folder: str | Path, tokens: str = "pooled", expected_fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path, tokens: str = "pooled", expected_fingerprint: str | None = None) -> None:
         index_path = Path(folder) / "index.json"
         index = read_json(index_path)
         try:
@@ -477,8 +454,7 @@ class Features:
             raise RoutevlError(f"{index_path}: not an index of features") from None
         if tokens not in lengths:
             raise RoutevlError(
-                f"{index_path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them "
-                "with --tokens"
+                f"{index_path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them with --tokens"
             )
         if expected_fingerprint not in (None, self.fingerprint):
             raise RoutevlError(
@@ -499,14 +475,10 @@ class Features:
                 # get_tensor maps the file: rows are read from disk when they are asked for.
                 shard_ids, rows = file.get_tensor("image_ids"), file.get_tensor(tokens)
             if len(shard_ids) != shard["n"]:
-                raise RoutevlError(
-                    f"{path}: {len(shard_ids)} images, but {shard['n']} in the index; index it again"
-                )
+                raise RoutevlError(f"{path}: {len(shard_ids)} images, but {shard['n']} in the index; index it again")
             self._shards.append(rows)
             ids.append(shard_ids)
-        self._image_ids = torch.cat(
-            ids
-        )  # shards are contiguous slices of the sorted ids, so these are sorted
+        self._image_ids = torch.cat(ids)  # shards are contiguous slices of the sorted ids, so these are sorted
         self._starts = torch.tensor([0, *(len(shard_ids) for shard_ids in ids)]).cumsum(0)
 
     def __len__(self) -> int:
@@ -524,9 +496,7 @@ class Features:
         positions = torch.searchsorted(self._image_ids, wanted).clamp(max=len(self) - 1)
         unknown = wanted[self._image_ids[positions] != wanted]
         if len(unknown):
-            raise RoutevlError(
-                f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split"
-            )
+            raise RoutevlError(f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split")
         shard_numbers = torch.searchsorted(self._starts, positions, right=True) - 1
         result = torch.empty(len(wanted), self.length, self.width)
         for number in shard_numbers.unique().tolist():

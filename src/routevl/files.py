@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from routevl.errors import RoutevlError
 
@@ -97,10 +97,10 @@ def sha256_of(path: str | Path) -> str:
 
 
 @contextmanager
-def lock(path: str | Path) -> Iterator[None]:
+def lock(path: str | Path) -> Iterator[IO[str]]:
     """Hold a lock file while the body runs; wait, with one line on stderr, while another process holds it.
 
-    The operating system frees the lock when its holder dies, however it dies.
+    Yields the open file; the operating system frees the lock when all processes that hold it open have died, however.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -109,4 +109,4 @@ def lock(path: str | Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that holds {path}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file

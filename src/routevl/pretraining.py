@@ -32,9 +32,7 @@ HELD_OUT = 1000  # sentences or scenes that the quality is measured on
 TRAINING_DATA, HELD_OUT_DATA, TRAINING_ORDER = range(3)  # independent random streams of one seed
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
-POSITION_SCALE = (
-    0.5  # of the ViT's initial position embeddings; at timm's 0.02 it is slow to learn what is where
-)
+POSITION_SCALE = 0.5  # of the ViT's initial position embeddings; at timm's 0.02 it is slow to learn what is where
 POSITIVE_WEIGHT = 5.0  # only one attribute in sixteen is present
 BATCHES_PER_POOL = 16  # sorted by length among themselves
 MASKED = 0.15  # of the tokens, as in RoBERTa
@@ -59,9 +57,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser, batch_size: int, lear
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument(
-        "--learning-rate", type=float, default=learning_rate, help="highest of the one-cycle schedule"
-    )
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="highest of the one-cycle schedule")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
@@ -80,9 +76,7 @@ def _check_options(arguments: argparse.Namespace, *more: str) -> None:
         if value <= 0:
             raise RoutevlError(f"--{option.replace('_', '-')} {value}: expected a positive number")
     if arguments.hidden_size % arguments.heads:
-        raise RoutevlError(
-            f"--hidden-size {arguments.hidden_size} is not a multiple of --heads {arguments.heads}"
-        )
+        raise RoutevlError(f"--hidden-size {arguments.hidden_size} is not a multiple of --heads {arguments.heads}")
     if arguments.seed < 0:
         raise RoutevlError(f"--seed {arguments.seed}: expected 0 or more")
 
@@ -95,9 +89,7 @@ def _prepare_torch(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that costs a tenth of the time
-    )
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
     torch.manual_seed(arguments.seed)
 
 
@@ -140,15 +132,8 @@ def batch_indices(lengths: Sequence[int], batch_size: int, epochs: int, seed: in
     for _ in range(epochs):
         order = generator.permutation(len(lengths)).tolist()
         pool = batch_size * BATCHES_PER_POOL
-        pools = [
-            sorted(order[start : start + pool], key=lengths.__getitem__)
-            for start in range(0, len(order), pool)
-        ]
-        batches = [
-            members[start : start + batch_size]
-            for members in pools
-            for start in range(0, len(members), batch_size)
-        ]
+        pools = [sorted(order[start : start + pool], key=lengths.__getitem__) for start in range(0, len(order), pool)]
+        batches = [members[start : start + batch_size] for members in pools for start in range(0, len(members), batch_size)]
         yield from (batches[index] for index in generator.permutation(len(batches)).tolist())
 
 
@@ -169,10 +154,8 @@ def add_arguments_pretrain_text(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl pretrain-text`."""
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
     parser.add_argument("--sentences", type=int, required=True, help="training sentences about random scenes")
-    parser.add_argument(
-        "--vocabulary-size", type=int, default=800, help="byte-level BPE tokens, at least 300"
-    )
-    _add_common_arguments(parser, batch_size=64, learning_rate=1e-3)
+    parser.add_argument("--vocabulary-size", type=int, default=800, help="byte-level BPE tokens, at least 300")
+    _add_common_arguments(parser, batch_size=32, learning_rate=2e-3)
 
 
 def run_pretrain_text(arguments: argparse.Namespace) -> None:
@@ -184,8 +167,7 @@ def run_pretrain_text(arguments: argparse.Namespace) -> None:
     _check_options(arguments, "sentences")
     if arguments.vocabulary_size < 300:
         raise RoutevlError(
-            f"--vocabulary-size {arguments.vocabulary_size}: expected at least 300 "
-            "(256 bytes and the special tokens come first)"
+            f"--vocabulary-size {arguments.vocabulary_size}: expected at least 300 (256 bytes and the special tokens come first)"
         )
     _prepare_torch(arguments)
     from routevl.data.shapes import sentences
@@ -214,14 +196,10 @@ def run_pretrain_text(arguments: argparse.Namespace) -> None:
         _finish(folder, "pretrain-text", quality, arguments)
 
 
-def _roberta(
-    sentences: list[str], arguments: argparse.Namespace
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _roberta(sentences: list[str], arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
-    vocabulary = _byte_pairs(
-        sentences, arguments.vocabulary_size, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    )
+    vocabulary = _byte_pairs(sentences, arguments.vocabulary_size, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer = RobertaTokenizer(**vocabulary, model_max_length=POSITIONS)
     config = RobertaConfig(
         vocab_size=len(tokenizer),
@@ -240,9 +218,7 @@ def _roberta(
     return tokenizer, RobertaForMaskedLM(config)
 
 
-def _gpt2(
-    sentences: list[str], arguments: argparse.Namespace
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _gpt2(sentences: list[str], arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
     vocabulary = _byte_pairs(sentences, arguments.vocabulary_size, ["<|endoftext|>"])
@@ -272,9 +248,7 @@ def _byte_pairs(sentences: list[str], vocabulary_size: int, special_tokens: list
     from tokenizers import ByteLevelBPETokenizer
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        sentences, vocab_size=vocabulary_size, special_tokens=special_tokens, show_progress=False
-    )
+    trained.train_from_iterator(sentences, vocab_size=vocabulary_size, special_tokens=special_tokens, show_progress=False)
     merges = json.loads(trained.to_str())["model"]["merges"]
     return {"vocab": trained.get_vocab(), "merges": [tuple(pair) for pair in merges]}
 
@@ -327,9 +301,7 @@ def _text_quality(
             labels = batch.pop("labels")
             logits = model(**batch).logits
             logits, labels = logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten()
-            loss_sum += torch.nn.functional.cross_entropy(
-                logits, labels, ignore_index=NO_LABEL, reduction="sum"
-            ).item()
+            loss_sum += torch.nn.functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum").item()
             right += (logits.argmax(-1) == labels).sum().item()
             predicted += (labels != NO_LABEL).sum().item()
     return {"token_accuracy": right / predicted, "perplexity": math.exp(loss_sum / predicted)}
@@ -343,7 +315,7 @@ def add_arguments_pretrain_vision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, required=True, help="training images of random scenes")
     parser.add_argument("--image-size", type=int, default=48, help="pixels a side")
     parser.add_argument("--patch-size", type=int, default=8, help="pixels a side")
-    _add_common_arguments(parser, batch_size=64, learning_rate=1e-3)
+    _add_common_arguments(parser, batch_size=32, learning_rate=2e-3)
 
 
 def run_pretrain_vision(arguments: argparse.Namespace) -> None:
@@ -360,9 +332,7 @@ def run_pretrain_vision(arguments: argparse.Namespace) -> None:
     from routevl.data.shapes import ATTRIBUTES
 
     if arguments.image_size % arguments.patch_size:
-        raise RoutevlError(
-            f"--image-size {arguments.image_size} is not a multiple of --patch-size {arguments.patch_size}"
-        )
+        raise RoutevlError(f"--image-size {arguments.image_size} is not a multiple of --patch-size {arguments.patch_size}")
     _prepare_torch(arguments)
     import torch
 
@@ -465,11 +435,7 @@ def _vision_quality(
     with torch.inference_mode():
         logits = torch.cat(
             [
-                head(
-                    model.forward_features(
-                        torch.stack([transform(image) for image in images[start : start + 100]])
-                    )[:, 0]
-                )
+                head(model.forward_features(torch.stack([transform(image) for image in images[start : start + 100]]))[:, 0])
                 for start in range(0, len(images), 100)
             ]
         )

@@ -31,7 +31,9 @@ def add_arguments_train(parser: argparse.ArgumentParser) -> None:
     _add_inputs(parser)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="where the trained adapter goes")
     parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where the test split's predictions go")
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints")
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged losses")
     run_settings.add_arguments(parser)
@@ -99,9 +101,7 @@ class Trainer:
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
         parameters = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.model, self.optimiser = self.accelerator.prepare(self.task.model, optimiser)
         self.schedule = get_linear_schedule_with_warmup(
             self.optimiser.optimizer, settings.warmup_steps(self.total_steps), self.total_steps

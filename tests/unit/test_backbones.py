@@ -54,8 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A toy backbone of each kind."""
     root = tmp_path_factory.mktemp("backbones")
     made = {
-        name: pretrain("pretrain_text", root / name, "--architecture", name, "--sentences", "40")
-        for name in ("roberta", "gpt2")
+        name: pretrain("pretrain_text", root / name, "--architecture", name, "--sentences", "40") for name in ("roberta", "gpt2")
     }
     made["timm"] = pretrain("pretrain_vision", root / "timm", "--images", "16")
     torch.manual_seed(1)
@@ -231,9 +230,7 @@ def test_exif_orientation_is_applied() -> None:
         ("pretrain_vision", ["--images", "16"]),
     ],
 )
-def test_pretraining_is_deterministic(
-    folders: dict[str, Path], tmp_path: Path, stage: str, options: list[str]
-) -> None:
+def test_pretraining_is_deterministic(folders: dict[str, Path], tmp_path: Path, stage: str, options: list[str]) -> None:
     again = pretrain(stage, tmp_path / "again", *options)
     first = folders["timm" if stage == "pretrain_vision" else options[1]]
     names = sorted(file.name for file in first.iterdir())

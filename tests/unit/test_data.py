@@ -27,10 +27,7 @@ def captions_file(image_ids: list[int], first_id: int = 1) -> dict:
         "info": {},
         "licenses": [{"id": 1, "name": "test"}],
         "images": [{"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg", "width": 4} for n in image_ids],
-        "annotations": [
-            {"id": first_id + place, "image_id": n, "caption": f"picture {n}."}
-            for place, n in enumerate(image_ids)
-        ],
+        "annotations": [{"id": first_id + place, "image_id": n, "caption": f"picture {n}."} for place, n in enumerate(image_ids)],
     }
 
 
@@ -50,9 +47,7 @@ def annotations_file(image_ids: list[int], answer: str = "yes") -> dict:
                 "question_type": "is it",
                 "answer_type": "yes/no",
                 "multiple_choice_answer": answer,
-                "answers": [
-                    {"answer": answer, "answer_confidence": "yes", "answer_id": 1 + k} for k in range(10)
-                ],
+                "answers": [{"answer": answer, "answer_confidence": "yes", "answer_id": 1 + k} for k in range(10)],
             }
             for n in image_ids
         ]
@@ -228,9 +223,7 @@ def test_images_are_found_by_the_number_in_their_names(tmp_path):
 def make_source(tmp_path):
     """Makes a source of ten images (or those given) on disk; returns its entry of --sources."""
 
-    def make(
-        name: str = "source", image_ids=tuple(range(1, 11)), captioned=True, asked=True, **changed
-    ) -> dict:
+    def make(name: str = "source", image_ids=tuple(range(1, 11)), captioned=True, asked=True, **changed) -> dict:
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for image_id in image_ids:
@@ -340,9 +333,7 @@ def test_missing_images_are_an_error_or_dropped(tmp_path, make_source, capsys):
 def test_missing_images_of_questions_name_the_questions_file(tmp_path, make_source):
     source = make_source(captioned=False)
     (Path(source["images"]) / "COCO_val2014_000000000003.jpg").unlink()
-    with pytest.raises(
-        RoutevlError, match=r"000000000003.*no such image.*questions\.json refers to the image 3"
-    ):
+    with pytest.raises(RoutevlError, match=r"000000000003.*no such image.*questions\.json refers to the image 3"):
         prepare_run(tmp_path / "data", [source])
 
 
@@ -357,9 +348,7 @@ def test_one_file_under_two_ids_in_two_splits(tmp_path, make_source):
     source = make_source("a", split="train")
     other = make_source("b", (11, 12), split="test")
     captions = captions_file([11, 12], first_id=5000)
-    captions["images"][0]["file_name"] = str(
-        Path(source["images"]).resolve() / "COCO_val2014_000000000001.jpg"
-    )
+    captions["images"][0]["file_name"] = str(Path(source["images"]).resolve() / "COCO_val2014_000000000001.jpg")
     save(Path(other["captions"]), captions)
     with pytest.raises(RoutevlError, match="is both in train and in test"):
         prepare_run(tmp_path / "data", [source, other])

@@ -99,9 +99,7 @@ def extract_all(folder: Path, backbone_folder: Path, shards: int = 2) -> Path:
     return output
 
 
-def test_stored_features_are_the_backbones_own(
-    images: Path, backbone_folder: Path, backbone: VisionBackbone
-) -> None:
+def test_stored_features_are_the_backbones_own(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
     folder = extract_all(images, backbone_folder)
     stored = {tokens: features.Features(folder, tokens) for tokens in features.TOKENS}
     assert (stored["pooled"].length, stored["patches"].length, stored["pooled"].width) == (1, 4, 16)
@@ -115,16 +113,12 @@ def test_stored_features_are_the_backbones_own(
             torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=1e-6)
 
 
-def test_stored_features_are_bit_equal_to_the_same_batches(
-    images: Path, backbone_folder: Path, backbone: VisionBackbone
-) -> None:
+def test_stored_features_are_bit_equal_to_the_same_batches(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
     shard = extract(images, backbone_folder, images / "shard.safetensors")
     listed = features.read_image_lists([images / "train.json", images / "test.json"])
     with safe_open(shard, framework="pt") as file, torch.inference_mode():
         for start in range(0, 11, 3):
-            batch = torch.stack(
-                [backbone.transform(features.read_image(image)) for image in listed[start : start + 3]]
-            )
+            batch = torch.stack([backbone.transform(features.read_image(image)) for image in listed[start : start + 3]])
             pooled, patches = backbone.encode(batch)
             assert torch.equal(file.get_tensor("pooled")[start : start + 3], pooled)
             assert torch.equal(file.get_tensor("patches")[start : start + 3], patches)
@@ -192,9 +186,7 @@ def test_worker_processes_give_the_same_bytes(images: Path, backbone_folder: Pat
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["truncated", "text", "absent"])
-def test_damaged_image_is_one_clear_error(
-    images: Path, backbone_folder: Path, damage: str, workers: int
-) -> None:
+def test_damaged_image_is_one_clear_error(images: Path, backbone_folder: Path, damage: str, workers: int) -> None:
     photo = images / "image1.jpg"
     if damage == "absent":
         photo.unlink()
@@ -220,9 +212,7 @@ def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path,
     first = extract(images, backbone_folder, images / "first", "--shards", 2)
     second = extract(images, backbone_folder, images / "second", "--shard", 1, "--shards", 2)
     third = extract(images, backbone_folder, images / "third", "--shard", 1, "--shards", 3)
-    pooled = extract(
-        images, backbone_folder, images / "pooled", "--shard", 1, "--shards", 2, "--tokens", "pooled"
-    )
+    pooled = extract(images, backbone_folder, images / "pooled", "--shard", 1, "--shards", 2, "--tokens", "pooled")
     other_backbone = make_backbone(tmp_path / "other", seed=2)
     other = extract(images, other_backbone, images / "other_shard", "--shard", 1, "--shards", 2)
     write_json(images / "train.json", json.loads((images / "train.json").read_text())[:3])
@@ -242,17 +232,12 @@ def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path,
     assert not (images / "index.json").exists()
 
 
-def test_index_and_reader_refuse_what_does_not_fit(
-    images: Path, backbone_folder: Path, backbone: VisionBackbone
-) -> None:
+def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
     folder = extract_all(images, backbone_folder)
     index = json.loads((folder / "index.json").read_text())
     assert index["n"] == 11 and index["tokens"] == {"pooled": 1, "patches": 4} and index["width"] == 16
     assert [shard["file"] for shard in index["shards"]] == ["shard-0.safetensors", "shard-1.safetensors"]
-    assert (
-        features.Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint
-        == backbone.fingerprint
-    )
+    assert features.Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint == backbone.fingerprint
     with pytest.raises(RoutevlError, match=f"{backbone.fingerprint}.*another"):
         features.Features(folder, expected_fingerprint="another")
     shard = folder / "shard-1.safetensors"

@@ -135,8 +135,7 @@ def vqa_split(folder: Path, answers: dict[int, list[str]], answer_type: str = "o
             "answer_type": answer_type,
             "multiple_choice_answer": given[0],
             "answers": [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": place}
-                for place, answer in enumerate(given, start=1)
+                {"answer": answer, "answer_confidence": "yes", "answer_id": place} for place, answer in enumerate(given, start=1)
             ],
         }
         for number, given in answers.items()
@@ -187,9 +186,7 @@ def test_score_stage_writes_vqa_scores(tmp_path: Path) -> None:
     assert sorted(path.name for path in output.parent.iterdir()) == ["lora_seed1"]
 
 
-def test_vqa_score_stage_prints_the_official_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vqa_score_stage_prints_the_official_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     split = vqa_split(tmp_path, ANSWERS)
     results = vqa_results(tmp_path / "results.json", {3: "blue", 4: "red", 5: "red"})
     files = ["--questions", split / "questions.json", "--annotations", split / "annotations.json"]
@@ -226,9 +223,7 @@ def test_bad_results_are_one_clear_error(tmp_path: Path, results: Any, message: 
     path = write(tmp_path / "run/results.json", results)
     output = tmp_path / "scores"
     with pytest.raises(RoutevlError, match=message) as caught:
-        run_stage(
-            score, "--task", "vqa", "--split-folder", split, "--predictions", path.parent, "--output", output
-        )
+        run_stage(score, "--task", "vqa", "--split-folder", split, "--predictions", path.parent, "--output", output)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not output.exists()
@@ -320,9 +315,7 @@ def meteor() -> Iterator[java.Meteor]:
         yield process
 
 
-def test_odd_captions_do_not_shift_the_scores_of_others(
-    meteor: java.Meteor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_captions_do_not_shift_the_scores_of_others(meteor: java.Meteor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions, "start_meteor", lambda: nullcontext(meteor))
     good = {
         1: (["a red circle above a blue square"], "a red circle above a blue square"),
@@ -357,9 +350,7 @@ def caption_split(folder: Path) -> Path:
     }
     images = [{"id": image, "file_name": f"{image}.png"} for image in texts]
     annotations = [
-        {"id": 10 * image + place, "image_id": image, "caption": text}
-        for image, text in texts.items()
-        for place in range(2)
+        {"id": 10 * image + place, "image_id": image, "caption": text} for image, text in texts.items() for place in range(2)
     ]
     write(folder / "captions.json", {"images": images, "annotations": annotations})
     return folder
@@ -413,9 +404,7 @@ def test_score_stage_writes_caption_scores_twice_at_once(tmp_path: Path) -> None
         ({}, True, "no captions to score"),
     ],
 )
-def test_results_of_other_images_are_an_error(
-    tmp_path: Path, texts: dict[int, str], subset: bool, message: str
-) -> None:
+def test_results_of_other_images_are_an_error(tmp_path: Path, texts: dict[int, str], subset: bool, message: str) -> None:
     split = caption_split(tmp_path)
     results = caption_results(tmp_path / "results.json", texts)
     with pytest.raises(RoutevlError, match=message):
@@ -458,9 +447,7 @@ def executable(path: Path, script: str) -> Path:
         ("while read line; do echo nonsense; done", "METEOR failed in Java: nonsense"),
     ],
 )
-def test_a_failing_meteor_is_one_clear_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str
-) -> None:
+def test_a_failing_meteor_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str) -> None:
     fake = executable(tmp_path / "java", script)
     monkeypatch.setattr(java, "find_java", lambda: str(fake))
     with pytest.raises(RoutevlError, match=message), java.start_meteor() as meteor:

@@ -39,9 +39,7 @@ CAPTION_METRICS = {
 # A synthetic results folder ------------------------------------------------------------------------
 
 
-def experiment(
-    task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds=""
-) -> dict:
+def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds="") -> dict:
     name = f"{task}_{method}_{routing}_r{rank}_e{epochs}" + ("" if prefix == "yes" else "_noprefix")
     backbone = "roberta_demo" if task == "vqa" else "gpt2_demo"
     values = (name, task, method, routing, rank, epochs, prefix, seeds, feeds, backbone, "vit_demo", "pooled")
@@ -56,9 +54,7 @@ def write_sheet(path: Path, experiments: list[dict]) -> Path:
     return path
 
 
-def write_results(
-    folder: Path, experiments: list[dict], images: int = 40, photographs: tuple[Path, ...] = ()
-) -> Path:
+def write_results(folder: Path, experiments: list[dict], images: int = 40, photographs: tuple[Path, ...] = ()) -> Path:
     """The files that scored runs leave, routed runs better than plain ones; returns the folder."""
     test = write_test_split(folder / "data" / "test", images, photographs)
     for row in experiments:
@@ -86,9 +82,7 @@ def write_test_split(folder: Path, images: int, photographs: tuple[Path, ...]) -
             (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=str(color))
             picture.save(path)
         entries.append({"id": image_id, "file_name": str(path)})
-        captions.append(
-            {"id": image_id, "image_id": image_id, "caption": f"there is a {color} {shape} in the corner."}
-        )
+        captions.append({"id": image_id, "image_id": image_id, "caption": f"there is a {color} {shape} in the corner."})
         asked = [
             (f"what color is the {shape}?", str(color), "other", "what color is the"),
             (f"is there a {color} {shape}?", "yes", "yes/no", "is there a"),
@@ -125,17 +119,11 @@ def write_run(folder: Path, row: dict, run: str, test: dict) -> None:
     generator = np.random.default_rng(zlib.crc32(run.encode()))
     blind = row["routing"] == "none" and row["prefix"] == "no"
     room = 1.0 if rank == 4 and epochs == 2 else 0.35
-    skill = (
-        0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (epochs - 2) + SKILL[row["routing"]] * room - 0.2 * blind
-    )
+    skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (epochs - 2) + SKILL[row["routing"]] * room - 0.2 * blind
     bottleneck = 2 * 4 * 2 * 128 * rank
     write_model(folder / "models" / run, row, run, bottleneck, skill, generator)
-    metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(
-        test, skill, generator
-    )
-    missing = (
-        {} if row["task"] == "vqa" else {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
-    )
+    metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
+    missing = {} if row["task"] == "vqa" else {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
     content = {
         "run": run,
         "task": row["task"],
@@ -173,9 +161,7 @@ def write_model(folder: Path, row: dict, run: str, bottleneck: int, skill: float
             lines.append({"step": step, "epoch": epoch, "loss": loss, "learning_rate": 1e-3})
         score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if row["task"] == "vqa" else 2)
         lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
-    folder.joinpath("training.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
@@ -402,10 +388,7 @@ def test_a_wrong_value_in_the_sheet_is_named(tmp_path, column, value, message):
 def test_score_table_reports_means_gains_and_blanks(scored, tmp_path):
     rows = rows_of(make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv"))
     mul, add, plain = (rows[f"vqa_lora_{routing}_r4_e2"] for routing in ("mul", "add", "none"))
-    runs = [
-        json.loads((scored / "scores" / f"vqa_lora_mul_r4_e2_seed{seed}" / "metrics.json").read_text())
-        for seed in (1, 2)
-    ]
+    runs = [json.loads((scored / "scores" / f"vqa_lora_mul_r4_e2_seed{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
     accuracies = [run["metrics"]["accuracy"] for run in runs]
     assert float(mul["accuracy_mean"]) == pytest.approx(np.mean(accuracies), rel=1e-5)
     assert float(mul["accuracy_std"]) == pytest.approx(np.std(accuracies, ddof=1), rel=1e-4)
@@ -419,9 +402,7 @@ def test_score_table_reports_means_gains_and_blanks(scored, tmp_path):
 
 
 def test_score_table_in_words(scored, tmp_path):
-    text = (
-        make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".md").read_text(encoding="utf-8")
-    )
+    text = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".md").read_text(encoding="utf-8")
     assert "At rank 4 after 2 epochs routing (`mul`) improves LoRA by" in text
     assert "on VQA (n=2 seeds)" in text
     assert "over 20% on VQAv2 (RoBERTa-large + ViT-L/16)" in text
@@ -464,8 +445,7 @@ def test_cost_table_reads_sizes_and_timings(scored, tmp_path):
 
 def test_a_published_figure_is_shown_for_the_same_backbones_only(scored, tmp_path):
     lines = PUBLISHED.read_text(encoding="utf-8") + (
-        "Paper,1,vqa,roberta_demo + vit_demo,lora mul,accuracy,71.5,,\n"
-        "Paper,1,vqa,another + vit_demo,lora add,accuracy,70.5,,\n"
+        "Paper,1,vqa,roberta_demo + vit_demo,lora mul,accuracy,71.5,,\nPaper,1,vqa,another + vit_demo,lora add,accuracy,70.5,,\n"
     )
     published = tmp_path / "published.csv"
     published.write_text(lines, encoding="utf-8")
@@ -484,9 +464,7 @@ def test_published_figures_are_those_of_the_sources():
 
 
 def test_tex_escapes_what_latex_would_misread(scored, tmp_path):
-    tex = (
-        make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".tex").read_text(encoding="utf-8")
-    )
+    tex = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".tex").read_text(encoding="utf-8")
     assert r"T1\_vqa: VQA accuracy (\%)" in tex
     assert "±" not in tex
 

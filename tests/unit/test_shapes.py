@@ -97,9 +97,7 @@ def test_relation_captions_hold():
         scene = shapes.sample_scene(generator)
         for caption in shapes.captions(scene, generator):
             noun_phrase = rf"an? ((?:\w+ )+(?:{'|'.join(shapes.SHAPES)}))"
-            match = re.match(
-                rf"{noun_phrase} (?:is )?(left of|right of|above|below) {noun_phrase}[,.]", caption
-            )
+            match = re.match(rf"{noun_phrase} (?:is )?(left of|right of|above|below) {noun_phrase}[,.]", caption)
             if match:
                 firsts, seconds = (matching(scene, match[place]) for place in (1, 3))
                 assert any(holds(first, match[2], second) for first in firsts for second in seconds)
@@ -176,9 +174,7 @@ def answer(scene: shapes.Scene, question: str) -> str:
 
 def test_every_question_has_one_answer_and_it_is_the_given_one(train_questions):
     for scene, question in train_questions:
-        match = re.fullmatch(
-            r"what color is the thing (left of|right of|above|below) (the .+)\?", question.text
-        )
+        match = re.fullmatch(r"what color is the thing (left of|right of|above|below) (the .+)\?", question.text)
         computed = related(scene, match[1], match[2]).color if match else answer(scene, question.text)
         assert computed == question.answer, (scene, question)
         kind = {"yes": "yes/no", "no": "yes/no"}.get(computed, "number" if computed.isdigit() else "other")
@@ -267,9 +263,7 @@ def test_world_is_in_the_official_formats(small_world):
         files = images_in_folder(small_world / split / "images")
         assert files == {image["id"]: image["file_name"] for image in captions["images"]}
         assert len(files) == count and len(captions["annotations"]) == 5 * count
-        questions, annotations = read_pair(
-            small_world / split / "questions.json", small_world / split / "annotations.json"
-        )
+        questions, annotations = read_pair(small_world / split / "questions.json", small_world / split / "annotations.json")
         assert len(questions) == 3 * count
         assert {question["image_id"] for question in questions} == set(files)
         for annotation in annotations:

@@ -13,7 +13,9 @@ from routevl.startup import imports_done
 validate(config, "../schemas/config.schema.yaml")
 
 R = config["results"]
-EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False)
+EXPERIMENTS = pd.read_csv(
+    config["experiments"], sep="\t", dtype=str, keep_default_na=False
+)
 validate(EXPERIMENTS, "../schemas/experiments.schema.yaml")
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated
@@ -76,15 +78,33 @@ def option(name, value):
 
 def options(values):
     """Options from a mapping, in its order."""
-    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
+    return " ".join(
+        filter(None, (option(name, value) for name, value in values.items()))
+    )
 
 
 def run_settings(wildcards):
     """A run's settings: its row of the sheet, its task's part of the configuration, and what all runs share."""
     row = RUNS[wildcards.run]
-    columns = ["task", "method", "routing", "rank", "alpha", "prefix", "visual_tokens", "epochs"]
+    columns = [
+        "task",
+        "method",
+        "routing",
+        "rank",
+        "alpha",
+        "prefix",
+        "visual_tokens",
+        "epochs",
+    ]
     settings = {column: row[column] for column in columns}
-    return options({**settings, **config["tasks"][row["task"]], **config["runs"], "seed": row["seed"]})
+    return options(
+        {
+            **settings,
+            **config["tasks"][row["task"]],
+            **config["runs"],
+            "seed": row["seed"],
+        }
+    )
 
 
 def backbone_options(wildcards):
@@ -96,6 +116,45 @@ def backbone_options(wildcards):
         values[f"{modality}_backbone"] = backbone_path(modality, name)
         values[f"{modality}_revision"] = backbone(modality, name).get("revision")
     return options(values)
+
+
+def source_files(wildcards):
+    """The files and folders that the configuration's sources name; the demo world's count as its rule's output."""
+    if "world" in config:
+        return [f"{R}/world"]
+    names = ("images", "questions", "annotations", "captions")
+    return [
+        source[name]
+        for source in config["data"]["sources"]
+        for name in names
+        if name in source
+    ]
+
+
+def shard_names():
+    n = config["features"]["shards"]
+    return [f"shard-{shard:05d}-of-{n:05d}.safetensors" for shard in range(n)]
+
+
+def scoring_batches():
+    """(task, number, runs) of each scoring job, in the order of the run sheet."""
+    size = config["scoring"]["runs_per_job"]
+    for task in config["tasks"]:
+        runs = [run for run, row in RUNS.items() if row["task"] == task]
+        yield from (
+            (task, start // size, runs[start : start + size])
+            for start in range(0, len(runs), size)
+        )
+
+
+def results_of_runs(wildcards):
+    """What a table or figure reads of its runs."""
+    runs = runs_feeding(wildcards.name)
+    return [
+        f"{R}/{kind}/{run}"
+        for run in runs
+        for kind in ("models", "predictions", "scores")
+    ]
 
 
 for row in RUNS.values():

@@ -4,8 +4,6 @@
 rule world:
     output:
         directory(f"{R}/world"),
-    params:
-        options=lambda wildcards: options(config["world"]),
     log:
         f"{R}/logs/world.log",
     benchmark:
@@ -13,16 +11,10 @@ rule world:
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        options=lambda wildcards: options(config["world"]),
     shell:
         "routevl world {params.options} --output {output} &> {log}"
-
-
-def source_files(wildcards):
-    """The files and folders that the configuration's sources name; the demo world's count as its rule's output."""
-    if "world" in config:
-        return [f"{R}/world"]
-    names = ("images", "questions", "annotations", "captions")
-    return [source[name] for source in config["data"]["sources"] for name in names if name in source]
 
 
 rule prepare:
@@ -30,9 +22,6 @@ rule prepare:
         source_files,
     output:
         directory(f"{R}/data"),
-    params:
-        sources=json.dumps(config["data"]["sources"]),
-        options=options({k: v for k, v in config["data"].items() if k != "sources"}),
     log:
         f"{R}/logs/prepare.log",
     benchmark:
@@ -40,5 +29,8 @@ rule prepare:
     resources:
         mem_mb=8000,
         runtime=60,
+    params:
+        sources=json.dumps(config["data"]["sources"]),
+        options=options({k: v for k, v in config["data"].items() if k != "sources"}),
     shell:
         "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"

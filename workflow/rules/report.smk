@@ -1,12 +1,6 @@
 # Tables and figures, from results alone: nothing is trained to redraw them.
 
 
-def results_of_runs(wildcards):
-    """What a table or figure reads of its runs."""
-    runs = runs_feeding(wildcards.name)
-    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
-
-
 rule table:
     input:
         results_of_runs,
@@ -14,17 +8,19 @@ rule table:
         published="config/published.csv",
     output:
         multiext(f"{R}/tables/{{name}}", csv=".csv", md=".md", tex=".tex"),
-    wildcard_constraints:
-        name="|".join(TABLES),
     log:
         f"{R}/logs/table/{{name}}.log",
     benchmark:
         f"{R}/benchmarks/table/{{name}}.tsv"
+    wildcard_constraints:
+        name="|".join(TABLES),
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        results=lambda wildcards: R,
     shell:
-        "routevl table --name {wildcards.name} --experiments {input.experiments} --results {R} "
+        "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
         "--published {input.published} --output {output.csv} &> {log}"
 
 
@@ -34,18 +30,22 @@ rule figure:
         data=f"{R}/data",
         experiments=config["experiments"],
     output:
-        multiext(f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"),
-    wildcard_constraints:
-        name="|".join(FIGURES),
+        multiext(
+            f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"
+        ),
     log:
         f"{R}/logs/figure/{{name}}.log",
     benchmark:
         f"{R}/benchmarks/figure/{{name}}.tsv"
+    wildcard_constraints:
+        name="|".join(FIGURES),
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        results=lambda wildcards: R,
     shell:
-        "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {R} "
+        "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
         "--data {input.data}/test --output {output.svg} &> {log}"
 
 
@@ -56,4 +56,7 @@ rule tables:
 
 rule figures:
     input:
-        expand(f"{R}/figures/{{file}}", file=targets(FIGURES, ("svg", "png", "pdf", "csv"))),
+        expand(
+            f"{R}/figures/{{file}}",
+            file=targets(FIGURES, ("svg", "png", "pdf", "csv")),
+        ),

@@ -6,19 +6,15 @@ rule train:
     input:
         data=f"{R}/data",
         features=lambda wildcards: f"{R}/features/{RUNS[wildcards.run]['vision_backbone']}/index.json",
-        text_backbone=lambda wildcards: backbone_files("text", RUNS[wildcards.run]["text_backbone"]),
-        vision_backbone=lambda wildcards: backbone_files("vision", RUNS[wildcards.run]["vision_backbone"]),
+        text_backbone=lambda wildcards: backbone_files(
+            "text", RUNS[wildcards.run]["text_backbone"]
+        ),
+        vision_backbone=lambda wildcards: backbone_files(
+            "vision", RUNS[wildcards.run]["vision_backbone"]
+        ),
     output:
         model=directory(f"{R}/models/{{run}}"),
         predictions=directory(f"{R}/predictions/{{run}}"),
-    params:
-        features=lambda wildcards, input: Path(input.features).parent,
-        backbones=backbone_options,
-        settings=run_settings,
-        checkpoint=f"{R}/checkpoints/{{run}}",
-        workers=config["training"]["workers"],
-        checkpoint_every=config["training"]["checkpoint_every"],
-        log_every=config["training"]["log_every"],
     log:
         f"{R}/logs/train/{{run}}.log",
     benchmark:
@@ -28,6 +24,14 @@ rule train:
         cpus_per_task=config["training"]["threads"],
         mem_mb=8000,
         runtime=1440,
+    params:
+        features=lambda wildcards, input: Path(input.features).parent,
+        backbones=backbone_options,
+        settings=run_settings,
+        checkpoint=f"{R}/checkpoints/{{run}}",
+        workers=config["training"]["workers"],
+        checkpoint_every=config["training"]["checkpoint_every"],
+        log_every=config["training"]["log_every"],
     shell:
         "routevl train --data {input.data} --features {params.features} {params.backbones} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "

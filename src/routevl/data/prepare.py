@@ -34,13 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '"seed": n}, "questions" and "annotations": VQAv2 files, "captions": COCO file, "missing_images": '
         '"error" | "drop"}, or a file that holds it',
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the splits, replaced as a whole"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the splits, replaced as a whole")
     answers = parser.add_mutually_exclusive_group()
-    answers.add_argument(
-        "--vocabulary", type=Path, help="answers: a JSON list, or an object of answer to index"
-    )
+    answers.add_argument("--vocabulary", type=Path, help="answers: a JSON list, or an object of answer to index")
     answers.add_argument(
         "--minimum-answer-count",
         type=int,
@@ -66,9 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             _write_split(folder / name, name, split)
         write_records(folder / "answers.json", answers)
     for name, split in splits.items():
-        counts = (
-            f"{len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions"
-        )
+        counts = f"{len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions"
         print(f"{name}: {counts}")
     print(f"{len(answers)} answers")
 
@@ -114,9 +108,7 @@ def _parse_source(place: str, entry: Any) -> Source:
     unknown = sorted(set(entry) - set(SOURCE_KEYS))
     if unknown:
         raise RoutevlError(f"{place}: unknown key {unknown[0]!r}, expected one of {', '.join(SOURCE_KEYS)}")
-    paths = {
-        key: _parse_path(place, entry, key) for key in ("images", "questions", "annotations", "captions")
-    }
+    paths = {key: _parse_path(place, entry, key) for key in ("images", "questions", "annotations", "captions")}
     if paths["images"] is None:
         raise RoutevlError(f"{place}: lacks the key 'images', the folder of its images")
     if (paths["questions"] is None) != (paths["annotations"] is None):
@@ -231,9 +223,7 @@ def _find_images(source: Source, content: Split, referred: dict[int, Path]) -> N
                 "(put it there, or set the source's missing_images to 'drop')"
             )
     if missing:
-        print(
-            f"{source.images}: dropped what is about {missing} of {len(referred)} images, which are missing"
-        )
+        print(f"{source.images}: dropped what is about {missing} of {len(referred)} images, which are missing")
 
 
 def assign_splits(image_ids: list[int], split: str | dict[str, Any]) -> dict[int, str]:
@@ -347,9 +337,7 @@ def build_vocabulary(splits: dict[str, Split], minimum_count: int) -> list[str]:
         counts[normalize_answer(answer)] += count
     frequent = [answer for answer, count in counts.items() if count >= minimum_count]
     if counts and not frequent:
-        raise RoutevlError(
-            f"no answer occurs {minimum_count} times in train and val; lower --minimum-answer-count"
-        )
+        raise RoutevlError(f"no answer occurs {minimum_count} times in train and val; lower --minimum-answer-count")
     return sorted(frequent, key=lambda answer: (-counts[answer], answer))
 
 

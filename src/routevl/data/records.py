@@ -71,9 +71,7 @@ def check_fields(path: str | Path, place: str, entries: Sequence[Any], fields: M
                 raise RoutevlError(f"{path}: {place}[{index}] lacks the key {field!r}")
             if type(entry[field]) is not kind:
                 found = json_name(type(entry[field]))
-                raise RoutevlError(
-                    f"{path}: {place}[{index}][{field!r}] must be {json_name(kind)}, found {found}"
-                )
+                raise RoutevlError(f"{path}: {place}[{index}][{field!r}] must be {json_name(kind)}, found {found}")
 
 
 def check_unique(path: str | Path, place: str, field: str, entries: Iterable[Record]) -> None:

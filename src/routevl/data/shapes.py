@@ -85,11 +85,7 @@ class Description(NamedTuple):
 
     def matches(self, thing: Thing) -> bool:
         """Whether all that is said is true of `thing`."""
-        return (
-            self.size in (None, thing.size)
-            and self.color in (None, thing.color)
-            and self.shape in (None, thing.shape)
-        )
+        return self.size in (None, thing.size) and self.color in (None, thing.color) and self.shape in (None, thing.shape)
 
     def count(self, scene: Scene) -> int:
         """The number of things in the scene that match."""
@@ -341,9 +337,7 @@ def _said(thing: Thing, pattern: Pattern) -> Description:
     return Description(**{field: getattr(thing, field) for field in pattern})
 
 
-def _referring(
-    scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator
-) -> str | None:
+def _referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator) -> str | None:
     """Words that are true of `thing` alone and leave out its `hidden` attribute, or None."""
     unique = [
         description
@@ -419,9 +413,7 @@ def _ask_what_is_related(scene: Scene, generator: numpy.random.Generator) -> Que
     words = _referring(scene, reference, None, generator)
     if len(related) != 1 or words is None:
         return None
-    text, field = pick(
-        generator, (("what is", "shape"), ("what shape is", "shape"), ("what color is the thing", "color"))
-    )
+    text, field = pick(generator, (("what is", "shape"), ("what shape is", "shape"), ("what color is the thing", "color")))
     return make_question(f"{text} {relation} {words}?", getattr(related[0], field))
 
 

@@ -80,9 +80,7 @@ def read_pair(questions_path: str | Path, annotations_path: str | Path) -> tuple
         question_id = question["question_id"]
         annotation = annotations.pop(question_id, None)
         if annotation is None:
-            raise RoutevlError(
-                f"{annotations_path}: no annotation for the question_id {question_id} of {questions_path}"
-            )
+            raise RoutevlError(f"{annotations_path}: no annotation for the question_id {question_id} of {questions_path}")
         if annotation["image_id"] != question["image_id"]:
             raise RoutevlError(
                 f"{annotations_path}: question_id {question_id} is about the image {annotation['image_id']}, "
@@ -90,7 +88,5 @@ def read_pair(questions_path: str | Path, annotations_path: str | Path) -> tuple
             )
         matched.append(annotation)
     if annotations:
-        raise RoutevlError(
-            f"{annotations_path}: the question_id {next(iter(annotations))} is not in {questions_path}"
-        )
+        raise RoutevlError(f"{annotations_path}: the question_id {next(iter(annotations))} is not in {questions_path}")
     return questions, matched

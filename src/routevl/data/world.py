@@ -68,9 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_range("--seed", arguments.seed, 0, 2**63 - 1)
     with atomic_folder(arguments.output) as folder:
         for split, count in counts.items():
-            write_split(
-                folder, split, count, arguments.seed, arguments.image_size, arguments.questions_per_image
-            )
+            write_split(folder, split, count, arguments.seed, arguments.image_size, arguments.questions_per_image)
     print(f"world of {sum(counts.values())} images written to {arguments.output}")
 
 
@@ -79,9 +77,7 @@ def _check_range(option: str, value: int, low: int, high: int) -> None:
         raise RoutevlError(f"{option}: expected {low} to {high}, got {value}")
 
 
-def write_split(
-    folder: Path, split: str, count: int, seed: int, image_size: int, questions_per_image: int
-) -> None:
+def write_split(folder: Path, split: str, count: int, seed: int, image_size: int, questions_per_image: int) -> None:
     """Write one split under `folder`; an image depends on seed, split and its index only."""
     (folder / split / "images").mkdir(parents=True)
     images: list[Record] = []
@@ -128,9 +124,7 @@ def _question_record(question: Question, image_id: int, question_id: int) -> Rec
     return {"image_id": image_id, "question": question.text, "question_id": question_id}
 
 
-def _annotation_record(
-    question: Question, image_id: int, question_id: int, generator: numpy.random.Generator
-) -> Record:
+def _annotation_record(question: Question, image_id: int, question_id: int, generator: numpy.random.Generator) -> Record:
     answers = annotators_answers(question.answer, generator)
     return {
         "image_id": image_id,
@@ -180,9 +174,7 @@ def _write_captions(path: Path, images: list[Record], annotations: list[Record])
     write_records(path, {"info": INFO, "licenses": [LICENSE], "images": images, "annotations": annotations})
 
 
-def _write_questions(
-    folder: Path, split: str, question_records: list[Record], annotation_records: list[Record]
-) -> None:
+def _write_questions(folder: Path, split: str, question_records: list[Record], annotation_records: list[Record]) -> None:
     shared = {
         "info": INFO,
         "task_type": "Open-Ended",

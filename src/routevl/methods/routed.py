@@ -37,7 +37,9 @@ class RoutedConfig(PeftConfig):
     routing: str = field(default="none", metadata={"help": "Routing function: none, mul, add, attn or expand."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Names (or one regular expression) of the modules to adapt; None: the method's own for the model type."},
+        metadata={
+            "help": "Names (or one regular expression) of the modules to adapt; None: the method's own for the model type."
+        },
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to adapt."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt only these layers."})
@@ -111,7 +113,9 @@ class VisualFeatures:
             return features, mask
         beams, remainder = divmod(batch_size, features.shape[0])
         if not self.generating or remainder or beams == 0:
-            raise RoutevlError(f"visual_features has batch size {features.shape[0]} but the text has {batch_size}: they must be equal")
+            raise RoutevlError(
+                f"visual_features has batch size {features.shape[0]} but the text has {batch_size}: they must be equal"
+            )
         return features.repeat_interleave(beams, 0), None if mask is None else mask.repeat_interleave(beams, 0)
 
     @contextmanager
@@ -149,7 +153,9 @@ class VisualFeatures:
         if not self.generating:
             self._set(None, None)
 
-    def _generate(self, *args: Any, visual_features: Tensor | None = None, visual_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def _generate(
+        self, *args: Any, visual_features: Tensor | None = None, visual_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         with self.given(visual_features, visual_mask, generating=True):
             return type(self.model).generate(self.model, *args, **kwargs)
 
@@ -241,7 +247,13 @@ class RoutedTuner(BaseTuner):
         raise NotImplementedError
 
     def _create_and_replace(
-        self, peft_config: RoutedConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
+        self,
+        peft_config: RoutedConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
     ) -> None:
         layer = target if isinstance(target, RoutedLayer) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config, current_key)

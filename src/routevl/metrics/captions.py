@@ -46,9 +46,7 @@ def one_line(caption: str) -> str:
     return "".join(character for character in spaced if unicodedata.category(character) != "Cc")
 
 
-def score(
-    references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[int, str]]
-) -> list[CaptionScores]:
+def score(references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[int, str]]) -> list[CaptionScores]:
     """Score the captions of one or more systems, each one caption per image.
 
     METEOR loads its tables for about ten seconds, once for all systems.
@@ -66,9 +64,7 @@ def score(
         return [_score_one({image: tokens[image] for image in system}, system, meteor) for system in candidates]
 
 
-def _score_one(
-    reference_tokens: Mapping[int, list[str]], candidates: Mapping[int, str], meteor: Meteor
-) -> CaptionScores:
+def _score_one(reference_tokens: Mapping[int, list[str]], candidates: Mapping[int, str], meteor: Meteor) -> CaptionScores:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -93,9 +89,7 @@ def _tokenize_references(references: Mapping[int, Sequence[str]]) -> dict[int, l
     return by_image
 
 
-def score_files(
-    annotations: str | Path, results: Sequence[str | Path], subset: bool = False
-) -> list[CaptionScores]:
+def score_files(annotations: str | Path, results: Sequence[str | Path], subset: bool = False) -> list[CaptionScores]:
     """Score results files against an official COCO captions file.
 
     Args:
@@ -126,9 +120,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the stage `caption-score`."""
     parser.add_argument("--annotations", required=True, help="COCO captions file (json or json.gz)")
     parser.add_argument("--results", required=True, help='results file: [{"image_id": ..., "caption": ...}]')
-    parser.add_argument(
-        "--subset", action="store_true", help="the results are for some of the images: score those alone"
-    )
+    parser.add_argument("--subset", action="store_true", help="the results are for some of the images: score those alone")
 
 
 def run(arguments: Namespace) -> None:

@@ -70,10 +70,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     if len(lines) - len(captions) not in (0, 1):  # the last line may or may not be ended
         raise RoutevlError(f"the caption tokenizer gave {len(lines)} lines for {len(captions)} captions")
     punctuation = frozenset(ptbtokenizer.PUNCTUATIONS)
-    return [
-        " ".join(token for token in line.rstrip().split(" ") if token not in punctuation)
-        for line in lines[: len(captions)]
-    ]
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in punctuation) for line in lines[: len(captions)]]
 
 
 class Meteor:
@@ -90,8 +87,7 @@ class Meteor:
             RoutevlError: METEOR ended or answered with something else than numbers.
         """
         statistics = [
-            self._ask(" ||| ".join(["SCORE", *texts, candidate]))
-            for texts, candidate in zip(references, candidates, strict=True)
+            self._ask(" ||| ".join(["SCORE", *texts, candidate])) for texts, candidate in zip(references, candidates, strict=True)
         ]
         self._send(" ||| ".join(["EVAL", *statistics]))
         for _ in candidates:
@@ -141,9 +137,7 @@ def start_meteor() -> Iterator[Meteor]:
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile() as log:
         try:
-            process = subprocess.Popen(
-                command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
+            process = subprocess.Popen(command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         except OSError as error:
             raise RoutevlError(f"METEOR could not start {command[0]}: {error.strerror}") from error
         try:

@@ -48,9 +48,7 @@ def check_known(path: str | Path, id_field: str, found: Collection[int], expecte
         )
 
 
-def check_complete(
-    path: str | Path, id_field: str, found: Collection[int], expected: Collection[int]
-) -> None:
+def check_complete(path: str | Path, id_field: str, found: Collection[int], expected: Collection[int]) -> None:
     """Check that there is a result for every id of `expected`.
 
     Raises:

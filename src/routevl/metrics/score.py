@@ -65,9 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=sorted(_SCORERS))
     parser.add_argument("--split-folder", required=True, type=Path, help="prepared split to score on")
     parser.add_argument("--predictions", required=True, type=Path, nargs="+", help="runs' folders of results.json")
-    parser.add_argument(
-        "--output", required=True, type=Path, nargs="+", help="as many folders of metrics.json, items.json"
-    )
+    parser.add_argument("--output", required=True, type=Path, nargs="+", help="as many folders of metrics.json, items.json")
 
 
 def run(arguments: Namespace) -> None:
@@ -77,9 +75,7 @@ def run(arguments: Namespace) -> None:
         RoutevlError: as the task's scorer; or not as many outputs as predictions.
     """
     if len(arguments.predictions) != len(arguments.output):
-        raise RoutevlError(
-            f"--output names {len(arguments.output)} folders for {len(arguments.predictions)} --predictions"
-        )
+        raise RoutevlError(f"--output names {len(arguments.output)} folders for {len(arguments.predictions)} --predictions")
     results = [folder / "results.json" for folder in arguments.predictions]
     scores = list(_SCORERS[arguments.task](arguments.split_folder, results))
     for predictions, output, (summary, items) in zip(arguments.predictions, arguments.output, scores, strict=True):

@@ -22,9 +22,7 @@ from routevl.metrics.results import check_complete, check_known, read_results
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = {
     word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
+    for number, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
 } | {"none": "0"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -181,9 +179,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the stage `vqa-score`."""
     parser.add_argument("--questions", required=True, help="VQAv2 questions file (json or json.gz)")
     parser.add_argument("--annotations", required=True, help="VQAv2 annotations file (json or json.gz)")
-    parser.add_argument(
-        "--results", required=True, help='results file: [{"question_id": ..., "answer": ...}]'
-    )
+    parser.add_argument("--results", required=True, help='results file: [{"question_id": ..., "answer": ...}]')
 
 
 def run(arguments: Namespace) -> None:

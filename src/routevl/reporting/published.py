@@ -35,9 +35,7 @@ def read_published(path: str | Path) -> pandas.DataFrame:
         try:
             published[column] = pd.to_numeric(published[column].replace("", None))
         except ValueError as error:
-            raise RoutevlError(
-                f"{path}: the column {column} holds something that is no number ({error})"
-            ) from None
+            raise RoutevlError(f"{path}: the column {column} holds something that is no number ({error})") from None
     return published
 
 

@@ -77,8 +77,7 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
     sheet["seeds"] = sheet["seeds"].map(_split)
     settings = [column for column in sheet.columns if column not in _NOT_A_SETTING]
     sheet["setting"] = [
-        tuple(zip(settings, values, strict=True))
-        for values in sheet[settings].itertuples(index=False, name=None)
+        tuple(zip(settings, values, strict=True)) for values in sheet[settings].itertuples(index=False, name=None)
     ]
     order = sorted(range(len(sheet)), key=lambda index: _display_order(sheet.iloc[index]))
     return sheet.iloc[order].reset_index(drop=True)
@@ -185,9 +184,7 @@ def read_training(results_folder: str | Path, run: str) -> pandas.DataFrame:
             record = json.loads(line)
             _ = record["step"], record["epoch"]
         except (ValueError, KeyError, TypeError):
-            raise RoutevlError(
-                f'{path}: line {number} is not a JSON object with "step" and "epoch"'
-            ) from None
+            raise RoutevlError(f'{path}: line {number} is not a JSON object with "step" and "epoch"') from None
         records.append(record)
     if not records:
         raise RoutevlError(f"{path}: holds no line")

@@ -50,9 +50,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
 
 
-def bootstrap_mean(
-    scores: numpy.ndarray, seed: int, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
-) -> Interval:
+def bootstrap_mean(scores: numpy.ndarray, seed: int, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Interval:
     """Percentile-bootstrap interval of the mean of `scores`.
 
     Args:

@@ -64,9 +64,7 @@ class Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, metavar="TABLE", help=f"which table: {', '.join(TABLES)}")
     parser.add_argument("--experiments", required=True, type=Path, metavar="TSV", help="experiments sheet")
-    parser.add_argument(
-        "--results", required=True, type=Path, metavar="FOLDER", help="results folder to read"
-    )
+    parser.add_argument("--results", required=True, type=Path, metavar="FOLDER", help="results folder to read")
     parser.add_argument("--published", required=True, type=Path, metavar="CSV", help="published figures")
     parser.add_argument(
         "--output",
@@ -99,9 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
 # Scores --------------------------------------------------------------------------------------------
 
 
-def score_table(
-    experiments_sheet: Path, results_folder: Path, published: pandas.DataFrame, task: str, name: str
-) -> Table:
+def score_table(experiments_sheet: Path, results_folder: Path, published: pandas.DataFrame, task: str, name: str) -> Table:
     """T1 or T2: one row per experiment, with its gain over the same experiment without routing."""
     import pandas as pd
 
@@ -176,9 +172,7 @@ def _score_record(group: pandas.DataFrame, gain: Gain | None, published: pandas.
 def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
     first = group.iloc[0]
     if group["trainable_params"].nunique() != 1:
-        raise RoutevlError(
-            f"models/{first['run']}/run.json: trainable_params differs from another seed of the experiment"
-        )
+        raise RoutevlError(f"models/{first['run']}/run.json: trainable_params differs from another seed of the experiment")
     record = {column: first[column] for column in _IDENTITY if column in group}
     record["prefix"] = "yes" if first["prefix"] else "no"
     return record | {
@@ -190,10 +184,7 @@ def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
 
 def _score_row(record: dict[str, Any], gain: Gain | None, task: str) -> list[str]:
     scale = SCORE_SCALE[task]
-    scores = [
-        _plus_minus(record[f"{metric}_mean"] * scale, record[f"{metric}_std"] * scale)
-        for metric in _SHOWN_METRICS[task]
-    ]
+    scores = [_plus_minus(record[f"{metric}_mean"] * scale, record[f"{metric}_std"] * scale) for metric in _SHOWN_METRICS[task]]
     gains = ["", ""] if gain is None else [_signed(gain.absolute, scale), _signed(gain.relative)]
     return [*_identity_row(record), *scores, *gains, _number(record["published"] * scale)]
 
@@ -262,9 +253,7 @@ def _score_notes(runs: pandas.DataFrame, task: str) -> list[str]:
     ]
     if task == "caption":
         notes += ["", "Captioning metrics are shown times 100; the csv holds fractions."]
-        reasons = sorted(
-            {f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()}
-        )
+        reasons = sorted({f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()})
         if reasons:
             notes += ["", f"Missing, hence blank in the csv: {'; '.join(reasons)}."]
     return notes
@@ -306,9 +295,7 @@ def cost_table(experiments_sheet: Path, results_folder: Path) -> Table:
         "adapter_model.safetensors, without the task head. %: of all parameters of the adapted model, frozen "
         "ones included.",
     ]
-    return Table(
-        "Cost of training", pd.DataFrame(records), header, [_cost_row(record) for record in records], notes
-    )
+    return Table("Cost of training", pd.DataFrame(records), header, [_cost_row(record) for record in records], notes)
 
 
 def _cost_record(group: pandas.DataFrame, results_folder: Path) -> dict[str, Any]:

@@ -67,9 +67,9 @@ class CaptionTask(Task):
         if not annotations:
             raise RoutevlError(f"{path}: no captions, so nothing to learn captioning from")
         texts = [annotation["caption"].strip() for annotation in annotations]
-        tokens = self.tokenizer(
-            texts, add_special_tokens=False, truncation=True, max_length=self.settings.max_text_tokens - 2
-        )["input_ids"]
+        tokens = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.settings.max_text_tokens - 2)[
+            "input_ids"
+        ]
         return Dataset.from_dict(
             {
                 "token_ids": [[self.bos, *ids, self.tokenizer.eos_token_id] for ids in tokens],

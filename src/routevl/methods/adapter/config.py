@@ -24,11 +24,15 @@ class RoutedAdapterConfig(RoutedConfig):
 
     PEFT_TYPE: ClassVar[str] = "ROUTED_ADAPTER"
 
-    activation: str = field(default="gelu", metadata={"help": "The non-linearity in the bottleneck, by its name in transformers."})
+    activation: str = field(
+        default="gelu", metadata={"help": "The non-linearity in the bottleneck, by its name in transformers."}
+    )
     residual: bool = field(default=True, metadata={"help": "Add x_H to the adapter's output, so that it starts as the identity."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.PEFT_TYPE
         if self.activation not in ACT2FN:
-            raise RoutevlError(f"activation {self.activation!r} is not one of transformers' activations ({', '.join(sorted(ACT2FN))})")
+            raise RoutevlError(
+                f"activation {self.activation!r} is not one of transformers' activations ({', '.join(sorted(ACT2FN))})"
+            )

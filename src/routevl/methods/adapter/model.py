@@ -27,5 +27,7 @@ class RoutedAdapterModel(RoutedTuner):
 
     def _new_layer(self, target: nn.Module, name: str) -> RoutedAdapterLayer:
         if not isinstance(target, (nn.Linear, Conv1D)):
-            raise RoutevlError(f"target module {name} is a {type(target).__name__}: routed adapters follow Linear and Conv1D modules")
+            raise RoutevlError(
+                f"target module {name} is a {type(target).__name__}: routed adapters follow Linear and Conv1D modules"
+            )
         return RoutedAdapterLayer(target, self.visual)

@@ -18,12 +18,8 @@ FIGURES = ("F1_method", "F2_main", "F3_rank_budget", "F5_curves", "F6_question_t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, metavar="FIGURE", help=f"which figure: {', '.join(FIGURES)}")
-    parser.add_argument(
-        "--experiments", type=Path, metavar="TSV", help="experiments sheet (all but F1_method)"
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="FOLDER", help="results folder to read (all but F1_method)"
-    )
+    parser.add_argument("--experiments", type=Path, metavar="TSV", help="experiments sheet (all but F1_method)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="results folder to read (all but F1_method)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared test split (F8_examples)")
     parser.add_argument(
         "--output",

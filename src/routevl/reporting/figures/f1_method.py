@@ -94,9 +94,7 @@ def _draw_bottleneck(axes: Axes, text: float) -> None:
     _text(axes, (text + image) / 2, _DOWN + 0.105, "shared", color=_TRAINED["edgecolor"], fontsize=7)
     width = _STREAMS + _NARROW + 0.14
     middle = (text + image) / 2
-    _rectangle(
-        axes, middle, _ROUTE, width, _ROUTE_HEIGHT, "route$(x_t,\\, x_v)$", _PARAMETER_FREE, rounding=0.09
-    )
+    _rectangle(axes, middle, _ROUTE, width, _ROUTE_HEIGHT, "route$(x_t,\\, x_v)$", _PARAMETER_FREE, rounding=0.09)
     _trapezium(axes, text, _UP, _NARROW, _WIDE, r"$W_\mathrm{up}$")
     _arrow(axes, [(text, _UP + _DOWN_HEIGHT / 2), (text, _SUM - _SUM_RADIUS)])
     _draw_sum(axes, text)

@@ -57,10 +57,7 @@ def scores(inputs: FigureInputs) -> pandas.DataFrame:
         rows.append(
             {
                 "experiment": experiment,
-                **{
-                    column: first[column]
-                    for column in ("task", "method", "routing", "prefix", "rank", "epochs")
-                },
+                **{column: first[column] for column in ("task", "method", "routing", "prefix", "rank", "epochs")},
                 "metric": SCORE_LABELS[first["task"]],
                 "score": interval.estimate * scale,
                 "ci_low": interval.low * scale,
@@ -100,13 +97,9 @@ def _draw_task(axes: Axes, data: pandas.DataFrame, task: str) -> None:
 
 def _draw_bar(axes: Axes, place: float, row) -> None:
     style = routing_style(row.routing)
-    axes.bar(
-        place, row.score, 0.86 * _BAR, color=style.color, hatch=style.hatch, edgecolor="white", linewidth=0
-    )
+    axes.bar(place, row.score, 0.86 * _BAR, color=style.color, hatch=style.hatch, edgecolor="white", linewidth=0)
     below, above = row.score - row.ci_low, row.ci_high - row.score
-    axes.errorbar(
-        place, row.score, [[below], [above]], color=INK, linewidth=0.9, capsize=2, capthick=0.9, zorder=5
-    )
+    axes.errorbar(place, row.score, [[below], [above]], color=INK, linewidth=0.9, capsize=2, capthick=0.9, zorder=5)
     seeds = [float(value) for value in row.seed_scores.split()]
     if len(seeds) > 1:
         steps = [place + 0.14 + 0.2 * index / (len(seeds) - 1) for index in range(len(seeds))]

@@ -36,9 +36,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
     from matplotlib.figure import Figure
 
     data = curves(inputs)
-    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(
-        dict.fromkeys(data["setting"])
-    )
+    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(dict.fromkeys(data["setting"]))
     columns = min(_COLUMNS, len(settings))
     pairs = -(-len(settings) // columns)
     figure = Figure(figsize=(min(TEXT_WIDTH, 1.2 + 2.4 * columns), 0.4 + 3.4 * pairs), layout="constrained")
@@ -111,14 +109,10 @@ def _over_seeds(curves_of_seeds: list[pandas.Series]) -> pandas.DataFrame:
     import pandas as pd
 
     together = pd.concat(curves_of_seeds, axis=1).sort_index()
-    return pd.DataFrame(
-        {"mean": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)}
-    )
+    return pd.DataFrame({"mean": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)})
 
 
-def _draw_setting(
-    above: Axes, below: Axes, data: pandas.DataFrame, setting: tuple, settings: list[tuple]
-) -> None:
+def _draw_setting(above: Axes, below: Axes, data: pandas.DataFrame, setting: tuple, settings: list[tuple]) -> None:
     task = dict(setting)["task"]
     here = data[(data["setting"] == setting) | (data["blind"] & _blind_of(data, setting))]
     for axes, of_loss in ((above, False), (below, True)):
@@ -156,6 +150,4 @@ def _draw_curve(axes: Axes, curve: pandas.DataFrame, routing: str, blind: bool) 
         markeredgecolor="white", markeredgewidth=0.5,
     )  # fmt: skip
     if curve["n_seeds"].iloc[0] > 1:
-        axes.fill_between(
-            curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.18, linewidth=0
-        )
+        axes.fill_between(curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.18, linewidth=0)

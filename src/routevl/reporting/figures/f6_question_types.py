@@ -32,20 +32,11 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
     from matplotlib.figure import Figure
 
     data = accuracies(inputs)
-    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(
-        dict.fromkeys(data["setting"])
-    )
-    labels = {
-        kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"]))
-        for kind in ("answer type", "question type")
-    }
+    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(dict.fromkeys(data["setting"]))
+    labels = {kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"])) for kind in ("answer type", "question type")}
     heights = [len(names) for names in labels.values()]
-    figure = Figure(
-        figsize=(min(TEXT_WIDTH, 1.8 + 2.6 * len(settings)), 1.3 + 0.21 * sum(heights)), layout="constrained"
-    )
-    panels = figure.subplots(
-        2, len(settings), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights}
-    )
+    figure = Figure(figsize=(min(TEXT_WIDTH, 1.8 + 2.6 * len(settings)), 1.3 + 0.21 * sum(heights)), layout="constrained")
+    panels = figure.subplots(2, len(settings), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights})
     for column, setting in enumerate(settings):
         chosen = data[(data["setting"] == setting) | data["blind"]]
         for axes, (kind, names) in zip(panels[:, column], labels.items(), strict=True):
@@ -77,10 +68,7 @@ def accuracies(inputs: FigureInputs) -> pandas.DataFrame:
         }  # fmt: skip
         for metric, label in _ANSWER_TYPES.items():
             if group[metric].notna().all():
-                rows.append(
-                    shared
-                    | {"by": "answer type", "type": label, "label": label, "accuracy": group[metric].mean()}
-                )
+                rows.append(shared | {"by": "answer type", "type": label, "label": label, "accuracy": group[metric].mean()})
         for question_type, n, accuracy in _by_question_type(group):
             label = f"{question_type} ({n:,})"
             rows.append(
@@ -98,19 +86,14 @@ def accuracies(inputs: FigureInputs) -> pandas.DataFrame:
 
 def _by_question_type(group: pandas.DataFrame) -> list[tuple[str, int, float]]:
     """(question type, questions, mean accuracy over seeds) of the most frequent types, in this order."""
-    if "by_question_type" not in group or not all(
-        isinstance(table, dict) for table in group["by_question_type"]
-    ):
+    if "by_question_type" not in group or not all(isinstance(table, dict) for table in group["by_question_type"]):
         raise RoutevlError(f'scores/{group["run"].iloc[0]}/metrics.json: "by_question_type" is missing')
     tables = list(group["by_question_type"])
     if any(table.keys() != tables[0].keys() for table in tables):
-        raise RoutevlError(
-            f"{group['experiment'].iloc[0]}: its seeds were scored on different question types"
-        )
+        raise RoutevlError(f"{group['experiment'].iloc[0]}: its seeds were scored on different question types")
     counts = sorted((-entry["n"], name) for name, entry in tables[0].items())
     return [
-        (name, -n, sum(table[name]["accuracy"] for table in tables) / len(tables))
-        for n, name in counts[:_MOST_QUESTION_TYPES]
+        (name, -n, sum(table[name]["accuracy"] for table in tables) / len(tables)) for n, name in counts[:_MOST_QUESTION_TYPES]
     ]
 
 

@@ -92,9 +92,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
     from matplotlib.figure import Figure
 
     runs = inputs.runs(files=())
-    images = {
-        entry["id"]: Path(entry["file_name"]) for entry in _entries(inputs.need("data") / "images.json")
-    }
+    images = {entry["id"]: Path(entry["file_name"]) for entry in _entries(inputs.need("data") / "images.json")}
     sections, rows = [], []
     for task, group in runs.groupby("task", sort=False):
         generator = np.random.default_rng(CHOICE_SEED)
@@ -124,9 +122,7 @@ def _section(
     items = (_questions if task == "vqa" else _references)(inputs.need("data"))
     unknown = [item for item in systems[-1].scores.index if item not in items]
     if unknown:
-        raise RoutevlError(
-            f"{inputs.data}: holds no item {unknown[0]}, which {systems[-1].run} was scored on"
-        )
+        raise RoutevlError(f"{inputs.data}: holds no item {unknown[0]}, which {systems[-1].run} was scored on")
     groups = _right_and_wrong(systems) if task == "vqa" else _quarters(systems[-1])
     repeats = _COLUMNS // len(groups)
     headings, columns, rows, used = [], [], [], set()
@@ -145,9 +141,7 @@ def _systems(results_folder: Path, task: str, runs: pandas.DataFrame) -> tuple[t
     """The plain and the first routed model of the first setting that has both; otherwise what there is."""
     runs = runs[[not is_blind(row) for row in runs.to_dict("records")]]
     if runs.empty:
-        raise RoutevlError(
-            f"figure F8_examples: only the blind baseline of {task} feeds F8, nothing to compare"
-        )
+        raise RoutevlError(f"figure F8_examples: only the blind baseline of {task} feeds F8, nothing to compare")
     by_setting = {setting: group for setting, group in runs.groupby("setting", sort=False)}
     setting, group = max(by_setting.items(), key=lambda pair: (pair[1]["routing"] == "none").nunique())
     routed = group[group["routing"] != "none"].head(1)
@@ -208,9 +202,7 @@ def _draw_items(
 
 def _questions(data_folder: Path) -> dict[int, dict]:
     questions = _entries(data_folder / "questions.json", "questions", ("question_id", "image_id", "question"))
-    annotations = _entries(
-        data_folder / "annotations.json", "annotations", ("question_id", "multiple_choice_answer")
-    )
+    annotations = _entries(data_folder / "annotations.json", "annotations", ("question_id", "multiple_choice_answer"))
     answers = {entry["question_id"]: entry["multiple_choice_answer"] for entry in annotations}
     return {
         entry["question_id"]: {
@@ -272,9 +264,7 @@ def _darker(color: str) -> tuple[float, ...]:
     return tuple(0.7 * channel for channel in to_rgb(color))
 
 
-def _row(
-    task: str, group: str, share: float, item: int, entry: dict, systems: list[_System]
-) -> dict[str, Any]:
+def _row(task: str, group: str, share: float, item: int, entry: dict, systems: list[_System]) -> dict[str, Any]:
     row = {
         "task": task, "group": group, "share_percent": share, "id": item, "image_id": entry["image_id"],
         "question": entry["question"], "truth": entry["truth"],
@@ -371,6 +361,4 @@ def _rule(figure: Figure, left: float, y: float, joins: bool) -> None:
 
     width, height = figure.get_size_inches()
     start = left - _GUTTER if joins else left
-    figure.add_artist(
-        Line2D([start / width, (left + _CELL) / width], [y / height] * 2, color=MUTED, linewidth=0.7)
-    )
+    figure.add_artist(Line2D([start / width, (left + _CELL) / width], [y / height] * 2, color=MUTED, linewidth=0.7))

@@ -1,0 +1,41 @@
+"""Run the workflow as `make demo` does: Snakemake, started again safely after any kind of death, and timed.
+
+usage: python workflow/run.py RESULTS [Snakemake options]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from routevl.files import lock
+from routevl.startup import LOG_VARIABLE
+
+SNAKEMAKE = [str(Path(sys.executable).with_name("snakemake")), "--rerun-incomplete", "--show-failed-logs"]
+
+
+def main() -> int:
+    """Returns Snakemake's exit status."""
+    results, *options = sys.argv[1:]
+    cores = int(options[options.index("--cores") + 1])
+    startup_log = Path(results) / "logs" / "startup.jsonl"
+    startup_log.unlink(missing_ok=True)
+    # Jobs inherit the lock: those that outlive a killed Snakemake end before a new one starts beside them.
+    with lock(".snakemake/run.lock") as held:
+        if any(Path(".snakemake/locks").glob("*")):  # left by a Snakemake that was killed; none other can be running
+            subprocess.run([*SNAKEMAKE, "--unlock", "--quiet", "all", *options], check=True)
+        started = time.monotonic()
+        environment = os.environ | {LOG_VARIABLE: str(startup_log.absolute())}
+        status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
+        wall = time.monotonic() - started
+    if status == 0 and startup_log.exists() and len(startup_log.read_text().splitlines()) > 1:
+        report = ["startup-report", "--log", str(startup_log), "--wall-seconds", f"{wall:.0f}", "--cores", str(cores)]
+        subprocess.run([str(Path(sys.executable).with_name("routevl")), *report], check=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
