@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo sample test lint lock clean-env
+.PHONY: env demo sample test lint lock
 
 env: $(VENV)/.complete
 

@@ -28,4 +28,4 @@ rule all:
 
 
 onstart:
-    imports_done("snakemake")
+    log_startup("snakemake")

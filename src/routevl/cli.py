@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from routevl.errors import RoutevlError
+from routevl.startup import importing
 
 # stage -> (module, suffix of its add_arguments and run functions, what it does); in the order in which data flows
 STAGES = {
@@ -41,6 +42,8 @@ def main() -> None:
             getattr(module, "add_arguments" + suffix)(subparser)
     arguments = parser.parse_args()
     module, suffix = _load(arguments.stage)
+    with importing(arguments.stage):
+        getattr(module, "import_libraries", lambda: None)()
     try:
         getattr(module, "run" + suffix)(arguments)
     except RoutevlError as error:

@@ -103,6 +103,12 @@ def read_image(image: ImageFile) -> Image:
 # ------------------------------------------------------------------------------------ stage `extract`
 
 
+def import_libraries() -> None:
+    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
+    import timm  # noqa: F401
+    import torch  # noqa: F401
+
+
 def add_arguments_extract(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl extract`."""
     parser.add_argument("--images", nargs="+", required=True, metavar="JSON", help="images.json of every split")

@@ -51,8 +51,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
+            if file.is_file():  # some libraries write weights that nobody but their owner may read
+                file.chmod(file.stat().st_mode | 0o444 & ~_umask())
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -60,6 +60,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise RoutevlError(f"could not write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -102,11 +108,22 @@ def lock(path: str | Path) -> Iterator[IO[str]]:
 
     Yields the open file; the operating system frees the lock when all processes that hold it open have died, however.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that holds {path}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+    while True:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that holds {path}", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):
+                yield file
+                return
+
+
+def _is_at(file: IO[str], path: str | Path) -> bool:
+    """Whether an open file is still what stands at `path`: whoever held the lock may have deleted it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

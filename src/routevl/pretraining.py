@@ -150,6 +150,12 @@ def _finish(folder: Path, stage: str, quality: dict[str, float], arguments: argp
 # ------------------------------------------------------------------------------------------------- text
 
 
+def import_libraries() -> None:
+    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
+    import timm  # noqa: F401
+    from transformers import GPT2LMHeadModel, RobertaForMaskedLM  # noqa: F401
+
+
 def add_arguments_pretrain_text(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl pretrain-text`."""
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routevl import settings as run_settings
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, lock, read_json, write_json
+from routevl.files import atomic_folder, lock, read_json, sha256_of, write_json
 from routevl.settings import RunSettings
-from routevl.startup import imports_done
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,14 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that load batches; results do not depend on them")
 
 
+def import_libraries() -> None:
+    """Import at one point what the stages need, so that start-up can be measured apart from work."""
+    import accelerate  # noqa: F401
+    from transformers import MODEL_MAPPING, AutoTokenizer  # noqa: F401
+
+    from routevl.tasks import TASKS  # noqa: F401
+
+
 # ------------------------------------------------------------------------------------------------ train
 
 
@@ -69,18 +79,24 @@ def run_train(arguments: argparse.Namespace) -> None:
         SystemExit: with EXIT_STOPPED, after SIGTERM or SIGUSR1; the checkpoint is then on disk.
     """
     settings = run_settings.from_arguments(arguments)
+    _check_execution(arguments)
     run = Path(arguments.model).name
-    import accelerate  # noqa: F401  (imported here so that the measured start-up has all of it)
-
-    from routevl.tasks import TASKS  # noqa: F401
-
-    imports_done("train")
-    with lock(Path(arguments.checkpoint) / "lock"):
+    with lock(Path(arguments.checkpoint) / "lock") as held:
+        os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
         trainer = Trainer(settings, arguments, run)
         trainer.fit()
         trainer.write_model(Path(arguments.model))
+        trainer.exit_when_told_to_stop()
         write_predictions(trainer.task, trainer.accelerator, Path(arguments.predictions), "test", arguments.workers)
         shutil.rmtree(arguments.checkpoint)
+
+
+def _check_execution(arguments: argparse.Namespace) -> None:
+    """Raise RoutevlError where an option about how to run, not what, is out of range; a stage has some of them."""
+    for name, least in (("threads", 1), ("workers", 0), ("checkpoint_every", 1), ("log_every", 1)):
+        value = getattr(arguments, name, least)
+        if value < least:
+            raise RoutevlError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
 class Trainer:
@@ -96,6 +112,7 @@ class Trainer:
         set_seed(settings.seed)
         self.accelerator = new_accelerator(settings)
         self.task, self.inputs = load_task(settings, arguments)
+        self.inputs["data"] = _fingerprint_of_data(Path(arguments.data))
         self.examples = self.task.examples("train")
         self.validation = self.task.examples("val")
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
@@ -124,10 +141,7 @@ class Trainer:
             signal.signal(number, self._on_stop_signal)
         self._resume()
         for _ in progress(self._steps(), self.total_steps - self.step, f"train {self.run}"):
-            if self.stop_signal:
-                self._save()
-                print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
-                raise SystemExit(EXIT_STOPPED)
+            self._stop_if_told()
             if self.step % self.arguments.checkpoint_every == 0:
                 self._save()
         self._save()
@@ -135,15 +149,40 @@ class Trainer:
     def _on_stop_signal(self, number: int, frame: Any) -> None:
         self.stop_signal = number
 
+    def _stop_if_told(self) -> None:
+        if self.stop_signal:
+            self._save()
+            print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_STOPPED)
+
+    def exit_when_told_to_stop(self) -> None:
+        """From here on a stop signal ends the process at once; `fit` has written its last checkpoint."""
+
+        def leave(number: int, frame: Any) -> None:
+            print(f"train {self.run}: told to stop, training is done, predictions are not", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_STOPPED)
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, leave)
+        if self.stop_signal:
+            leave(self.stop_signal, None)
+
     def _steps(self) -> Iterator[int]:
+        if self._validation_is_due():  # the process before was stopped in it
+            self._end_epoch(self.step // self.batches_per_epoch - 1)
         while self.step < self.total_steps:
             epoch, first_batch = divmod(self.step, self.batches_per_epoch)
             self.model.train()
             for batch in self._loader(epoch, first_batch):
                 self._train_step(epoch, batch)
-                if self.step % self.batches_per_epoch == 0:
+                if self._validation_is_due():
+                    self._save()
                     self._end_epoch(epoch)
                 yield self.step
+
+    def _validation_is_due(self) -> bool:
+        """Whether an epoch is over, but the last line of the history is still of training."""
+        return self.step % self.batches_per_epoch == 0 and bool(self.history) and "loss" in self.history[-1]
 
     def _loader(self, epoch: int, first_batch: int) -> Any:
         """The epoch's batches from `first_batch` on; their order depends on seed and epoch alone."""
@@ -195,6 +234,7 @@ class Trainer:
                 self.task, self.validation, self.accelerator, self.arguments.workers, batch_size=self.settings.batch_size
             )
             for batch in loader:
+                self._stop_if_told()
                 output = {name: value for name, value in self.model(**batch).items() if value.dim()}
                 outputs.append(self.accelerator.gather_for_metrics(output))
         self.model.train()
@@ -235,22 +275,28 @@ class Trainer:
         if not self.checkpoint.exists():
             return
         tensors, record = load_checkpoint(self.checkpoint)
-        for name in ("settings", "inputs"):
-            ours = self.settings.as_record() if name == "settings" else self.inputs
-            if record[name] != ours:
-                changed = next(key for key in ours if record[name].get(key) != ours[key])
-                raise RoutevlError(
-                    f"{self.checkpoint}: the unfinished run has {changed} {record[name].get(changed)!r}, now it is "
-                    f"{ours[changed]!r}: delete {self.checkpoint.parent} to start again"
-                )
-        restore_training_state(tensors, self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
-        self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
+        try:
+            self._check_same_run(record["settings"] | record["inputs"])
+            restore_training_state(tensors, self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
+            self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
+            self.clock = Clock(**record["clock"])
+            self.schedule.load_state_dict(record["schedule"])
+        except KeyError as error:
+            raise RoutevlError(f"{self.checkpoint}: a damaged checkpoint (it lacks {error}); delete it to start again") from error
         self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
-        self.clock = Clock(**record["clock"])
-        self.schedule.load_state_dict(record["schedule"])
         for group, learning_rate in zip(self.optimiser.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = learning_rate
         print(f"train {self.run}: going on from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
+
+    def _check_same_run(self, before: dict[str, Any]) -> None:
+        """Raise RoutevlError where the unfinished run had other settings or inputs than this one; names the first."""
+        now = self.settings.as_record() | self.inputs
+        for name in now | before:
+            if before.get(name) != now.get(name):
+                raise RoutevlError(
+                    f"{self.checkpoint}: the unfinished run has {name} {before.get(name)!r}, now it is {now.get(name)!r}: "
+                    f"delete {self.checkpoint.parent} to start again"
+                )
 
     # -- the result
 
@@ -316,8 +362,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 def prepare_torch(threads: int) -> None:
     """Threads as asked, and only deterministic kernels."""
-    import os
-
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
@@ -345,7 +389,13 @@ def load_task(settings: RunSettings, arguments: argparse.Namespace) -> tuple[Tas
     model, tokenizer = load_text_backbone(arguments.text_backbone, task_class.text_task, arguments.text_revision)
     text = fingerprint_of(resolve_folder(arguments.text_backbone, arguments.text_revision))
     task = task_class(settings, model, tokenizer, features, Path(arguments.data))
-    return task, {"text_backbone": text, "vision_backbone": vision}
+    return task, {"text_backbone": text, "vision_backbone": vision, **task.inputs()}
+
+
+def _fingerprint_of_data(data: Path) -> str:
+    """sha256 (hexadecimal) over what is trained on and validated with: questions, answers and captions, not image paths."""
+    names = [f"{split}/{kind}.json" for split in ("train", "val") for kind in ("questions", "annotations", "captions")]
+    return hashlib.sha256("".join(sha256_of(data / name) for name in names).encode()).hexdigest()
 
 
 def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **options: Any) -> Any:
@@ -357,9 +407,24 @@ def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **opt
         collate_fn=task.collate,
         num_workers=workers,
         generator=torch.Generator().manual_seed(0),  # its own, so that making a loader does not advance the global one
+        worker_init_fn=_obey_the_main_process_alone,
         **options,
     )
     return accelerator.prepare_data_loader(loader)
+
+
+def _obey_the_main_process_alone(worker: int) -> None:
+    """In a process that loads batches: pass over stop signals of others. A scheduler may signal all processes of a job, but
+    the main process needs its loaders until the checkpoint is written."""
+    main_process = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != main_process:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Clock:
@@ -414,11 +479,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
     Raises:
         RoutevlError: not a trained run, or one of another text or vision model than those given.
     """
-    import accelerate  # noqa: F401
-
-    from routevl.tasks import TASKS  # noqa: F401
-
-    imports_done("predict")
+    _check_execution(arguments)
     prepare_torch(arguments.threads)
     record = read_json(Path(arguments.model) / "run.json")
     settings = RunSettings.from_record(record["settings"], f"{arguments.model}/run.json")
@@ -426,9 +487,10 @@ def run_predict(arguments: argparse.Namespace) -> None:
     task, inputs = load_task(settings, arguments)
     for name, fingerprint in inputs.items():
         if record["inputs"][name] != fingerprint:
+            given = f"{arguments.data}/answers.json" if name == "answers" else getattr(arguments, name)
             raise RoutevlError(
                 f"{arguments.model}: an adapter of another model: it was trained with the {name} of fingerprint "
-                f"{record['inputs'][name][:12]}, but {getattr(arguments, name)} has {fingerprint[:12]}"
+                f"{record['inputs'][name][:12]}, but {given} has {fingerprint[:12]}"
             )
     task.model.load(Path(arguments.model))
     task.model.to(accelerator.device)

@@ -8,7 +8,7 @@ from snakemake.utils import validate
 
 from routevl.reporting.figures import FIGURES
 from routevl.reporting.tables import TABLES
-from routevl.startup import imports_done
+from routevl.startup import log_startup
 
 validate(config, "../schemas/config.schema.yaml")
 

@@ -28,7 +28,6 @@ _TIMING_FIELDS = {
     "samples_per_second": _NUMBER,
     "peak_memory_mb": (int, float, type(None)),  # unknown on some devices
     "device": str,
-    "startup_seconds": _NUMBER,
 }
 
 

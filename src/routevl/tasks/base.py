@@ -145,6 +145,10 @@ class Task(ABC):
     def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VisionLanguageModel:
         """The model to train; its forward pass takes a batch of `collate` and returns {"loss": scalar, ...}."""
 
+    def inputs(self) -> dict[str, str]:
+        """Name -> sha256 (hexadecimal) of what else the model's weights belong to, beside the backbones."""
+        return {}
+
     @abstractmethod
     def examples(self, split: str) -> Dataset:
         """The examples of a split, tokenised, in a fixed order. Raises RoutevlError when the split has none."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
-from routevl.files import read_json
+from routevl.files import read_json, sha256_of
 from routevl.methods.routed import RoutedConfig
 from routevl.metrics.vqa import soft_scores
 from routevl.tasks.base import Task, VisionLanguageModel
@@ -64,6 +64,10 @@ class VqaTask(Task):
             raise RoutevlError(f"{self.data / 'answers.json'}: the answer vocabulary is empty")
         self.answer_index = {answer: index for index, answer in enumerate(self.answers)}
         return VqaModel(text_model, adapter, self.features.width, self.settings.prefix, len(self.answers))
+
+    def inputs(self) -> dict[str, str]:
+        """The answer vocabulary, to whose order the head's outputs belong."""
+        return {"answers": sha256_of(self.data / "answers.json")}
 
     def examples(self, split: str) -> Dataset:
         folder = self.data / split

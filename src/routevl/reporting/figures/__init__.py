@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 FIGURES = ("F1_method", "F2_main", "F3_rank_budget", "F5_curves", "F6_question_types", "F8_examples")
 
 
+def import_libraries() -> None:
+    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
+    import matplotlib.pyplot  # noqa: F401
+    import pandas  # noqa: F401
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", required=True, metavar="FIGURE", help=f"which figure: {', '.join(FIGURES)}")
     parser.add_argument("--experiments", type=Path, metavar="TSV", help="experiments sheet (all but F1_method)")

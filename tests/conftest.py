@@ -1,0 +1,102 @@
+"""A small world for the tests: data, toy backbones and features, made once by the package's own stages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads only make toys slower
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+DROPOUT = 0.1  # of the toy text models, so that training depends on the random generators
+
+
+def run_stage(stage: str, *options: object) -> None:
+    """Run a stage in this process, as `routevl <stage> <options>` does but with its exceptions."""
+    from routevl.cli import STAGES, _load
+
+    assert stage in STAGES
+    module, suffix = _load(stage)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    getattr(module, "add_arguments" + suffix)(parser)
+    getattr(module, "run" + suffix)(parser.parse_args([str(option) for option in options]))
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    """Where everything is that a run starts from.
+
+    Attributes:
+        root: folder of all of it; `root/world` is in the official formats.
+        data: prepared data.
+        text: toy text backbone of each task, with dropout, of width 16.
+        vision: toy vision backbones by their width: 16 is that of the text models, 24 needs a visual projection.
+        features: stored features, pooled and patches, by the width of their backbone.
+    """
+
+    root: Path
+    data: Path
+    text: dict[str, Path]
+    vision: dict[int, Path]
+    features: dict[int, Path]
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    """Twelve training, five validation and six test images with all that training needs."""
+    root = tmp_path_factory.mktemp("small")
+    data = root / "data"
+    images = ("--train-images", 12, "--val-images", 5, "--test-images", 6)
+    run_stage("world", "--output", root / "world", "--seed", 3, *images, "--image-size", 24, "--questions-per-image", 3)
+    names = ("questions", "annotations", "captions")
+    sources = [
+        {
+            "split": split,
+            "images": str(root / "world" / split / "images"),
+            **{name: str(root / "world" / split / f"{name}.json") for name in names},
+        }
+        for split in ("train", "val", "test")
+    ]
+    run_stage("prepare", "--sources", json.dumps(sources), "--minimum-answer-count", 1, "--output", data)
+    text = {task: _text_backbone(root / architecture, architecture) for task, architecture in TEXT_ARCHITECTURES.items()}
+    vision = {width: _vision_backbone(root / f"vit{width}", width) for width in (16, 24)}
+    features = {width: _features(data, backbone, root / f"features{width}") for width, backbone in vision.items()}
+    return SmallWorld(root, data, text, vision, features)
+
+
+TEXT_ARCHITECTURES = {"vqa": "roberta", "caption": "gpt2"}
+TOY = ("--seed", 1, "--epochs", 1, "--heads", 2, "--batch-size", 8)
+
+
+def _text_backbone(folder: Path, architecture: str) -> Path:
+    run_stage(
+        "pretrain-text", *TOY, "--architecture", architecture, "--sentences", 40, "--vocabulary-size", 320,
+        "--hidden-size", 16, "--layers", 2, "--output", folder,
+    )  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    config |= {name: DROPOUT for name in config if name.endswith(("dropout_prob", "pdrop"))}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _vision_backbone(folder: Path, width: int) -> Path:
+    run_stage(
+        "pretrain-vision", *TOY, "--images", 8, "--image-size", 24, "--patch-size", 12, "--hidden-size", width,
+        "--layers", 1, "--output", folder,
+    )  # fmt: skip
+    return folder
+
+
+def _features(data: Path, backbone: Path, folder: Path) -> Path:
+    lists = [data / split / "images.json" for split in ("train", "val", "test")]
+    shards = [folder / f"shard-{shard:05d}-of-00002.safetensors" for shard in range(2)]
+    for shard, path in enumerate(shards):
+        run_stage("extract", "--images", *lists, "--backbone", backbone, "--shard", shard, "--shards", 2, "--output", path)
+    run_stage("index-features", "--shards", *shards, "--output", folder / "index.json")
+    return folder
