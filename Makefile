@@ -27,6 +27,17 @@ $(VENV)/.complete: envs/requirements.lock pyproject.toml
 demo: env
 	$(RUN) results --cores $(CORES)
 
+# The demo's backbones unless others are named; DATA's layout is described in config/sample.yaml.
+ROBERTA ?= results/backbones/roberta
+GPT2 ?= results/backbones/gpt2
+VIT ?= results/backbones/vit
+sample: env
+	@test -d '$(DATA)' || { echo "routevl: error: DATA='$(DATA)' is not a folder; see config/sample.yaml for what it holds" >&2; exit 2; }
+	$(RUN) results --cores $(CORES) $(filter results/%,$(ROBERTA) $(GPT2) $(VIT))
+	$(RUN) results/sample --cores $(CORES) --configfile config/sample.yaml --config \
+	  'data={"root": "$(DATA)", "vocabulary": "$(DATA)/vqav2/trainval_ans2label.json"}' \
+	  'backbones={"text": {"roberta": {"path": "$(ROBERTA)"}, "gpt2": {"path": "$(GPT2)"}}, "vision": {"vit": {"path": "$(VIT)"}}}'
+
 test: env
 	$(BIN)/python -m pytest tests
 

@@ -1,14 +1,17 @@
 # One DAG from raw data to the paper's tables and figures.
 #
-#   make demo                                                the embedded default, on two CPU cores
-#   snakemake --cores 2 tables                               every table;  figures: every figure
-#   snakemake --cores 2 --configfile config/sample.yaml      another configuration over the same rules
+#   make demo                                                     the embedded default, on two CPU cores
+#   snakemake --cores 2 tables                                    every table; `figures`: every figure
+#   snakemake --cores 2 --configfile config/sample.yaml           the same rules with another configuration
 from snakemake.utils import min_version
 
 min_version("9.20")
 
 
-configfile: "config/config.yaml"
+# A configuration given on the command line stands alone; single values given there override the default.
+if "experiments" not in config:
+
+    configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -13,9 +13,7 @@ from routevl.startup import log_startup
 validate(config, "../schemas/config.schema.yaml")
 
 R = config["results"]
-EXPERIMENTS = pd.read_csv(
-    config["experiments"], sep="\t", dtype=str, keep_default_na=False
-)
+EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False)
 validate(EXPERIMENTS, "../schemas/experiments.schema.yaml")
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated
@@ -78,9 +76,7 @@ def option(name, value):
 
 def options(values):
     """Options from a mapping, in its order."""
-    return " ".join(
-        filter(None, (option(name, value) for name, value in values.items()))
-    )
+    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
 
 
 def run_settings(wildcards):
@@ -118,17 +114,23 @@ def backbone_options(wildcards):
     return options(values)
 
 
+SOURCE_FILES = ("images", "questions", "annotations", "captions")
+
+
+def sources():
+    """The sources of the data, with their paths under the data's root."""
+    root = Path(config["data"]["root"])
+    return [
+        {key: str(root / value) if key in SOURCE_FILES else value for key, value in source.items()}
+        for source in config["data"]["sources"]
+    ]
+
+
 def source_files(wildcards):
-    """The files and folders that the configuration's sources name; the demo world's count as its rule's output."""
+    """The files and folders that the sources name; the demo world's count as its rule's output."""
     if "world" in config:
         return [f"{R}/world"]
-    names = ("images", "questions", "annotations", "captions")
-    return [
-        source[name]
-        for source in config["data"]["sources"]
-        for name in names
-        if name in source
-    ]
+    return [source[name] for source in sources() for name in SOURCE_FILES if name in source]
 
 
 def shard_names():
@@ -141,20 +143,13 @@ def scoring_batches():
     size = config["scoring"]["runs_per_job"]
     for task in config["tasks"]:
         runs = [run for run, row in RUNS.items() if row["task"] == task]
-        yield from (
-            (task, start // size, runs[start : start + size])
-            for start in range(0, len(runs), size)
-        )
+        yield from ((task, start // size, runs[start : start + size]) for start in range(0, len(runs), size))
 
 
 def results_of_runs(wildcards):
     """What a table or figure reads of its runs."""
     runs = runs_feeding(wildcards.name)
-    return [
-        f"{R}/{kind}/{run}"
-        for run in runs
-        for kind in ("models", "predictions", "scores")
-    ]
+    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
 
 
 for row in RUNS.values():

@@ -30,7 +30,7 @@ rule prepare:
         mem_mb=8000,
         runtime=60,
     params:
-        sources=json.dumps(config["data"]["sources"]),
-        options=options({k: v for k, v in config["data"].items() if k != "sources"}),
+        sources=json.dumps(sources()),
+        options=options({key: value for key, value in config["data"].items() if key not in ("root", "sources")}),
     shell:
         "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"

@@ -36,9 +36,7 @@ rule extract:
 
 rule index_features:
     input:
-        lambda wildcards: [
-            f"{R}/features/{wildcards.vision}/{name}" for name in shard_names()
-        ],
+        lambda wildcards: [f"{R}/features/{wildcards.vision}/{name}" for name in shard_names()],
     output:
         f"{R}/features/{{vision}}/index.json",
     log:

@@ -1,0 +1,182 @@
+"""The real workflow on a tiny configuration: the same Snakefile, rules and code as the demo, in a copy of the project."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+COLUMNS = (
+    "experiment task text_backbone vision_backbone method routing rank alpha epochs prefix visual_tokens seeds feeds".split()
+)
+EXPERIMENTS = [
+    "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T1,T6,F2,F3,F5,F6,F8",
+    "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T1,T6,F2,F3,F5,F6,F8",
+    "caption_none caption gpt2 vit adapter none 2 2 1 yes pooled 1 T2,T6,F2,F5,F8",
+    "caption_attn caption gpt2 vit adapter attn 2 2 1 no patches 1 T2,T6,F2,F5,F8",
+]
+TARGETS = 3 * 3 + 6 * 4  # tables in three forms, figures in four
+
+pytestmark = pytest.mark.slow
+
+
+def tiny(config: dict) -> dict:
+    """The demo's configuration with everything small."""
+    config |= {"experiments": "config/experiments/tiny.tsv"}
+    config["world"] |= {"train_images": 60, "val_images": 12, "test_images": 16, "questions_per_image": 2}
+    config["data"]["minimum_answer_count"] = 2
+    for entry in config["backbones"]["text"].values():
+        entry["pretrain"] |= {"sentences": 300, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
+    config["backbones"]["vision"]["vit"]["pretrain"] |= {"images": 100, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
+    config["runs"] |= {"beams": 2, "max_new_tokens": 6}
+    config["training"] |= {"checkpoint_every": 2, "log_every": 1}
+    for task in config["tasks"].values():
+        task["batch_size"] = 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the workflow consists of, with a tiny configuration as its default."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(PROJECT / "Snakefile", folder)
+    for name in ("workflow", "config"):
+        shutil.copytree(PROJECT / name, folder / name)
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(tiny(config)))
+    rows = ["\t".join(COLUMNS), *("\t".join(row.split()) for row in EXPERIMENTS)]
+    (folder / "config/experiments/tiny.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def snakemake(project: Path, *options: str) -> str:
+    """Run Snakemake in the project, to success; returns what it printed."""
+    command = [str(BIN / "snakemake"), "--cores", "2", "--show-failed-logs", *options]
+    result = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def make_demo(project: Path) -> subprocess.Popen:
+    """What `make demo` runs, in a process group of its own."""
+    command = [sys.executable, "workflow/run.py", "results", "--cores", "2"]
+    output = open(project / "output.log", "a")  # noqa: SIM115  (the process outlives this function)
+    return subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finished(project: Path) -> dict[str, int]:
+    """The outputs whose job is complete, with their time stamps: a scored run's model is."""
+    models = (project / "results/models").glob("*_seed*")
+    backbones = (project / "results/backbones").glob("*/config.json")
+    return {str(path): path.stat().st_mtime_ns for path in [*models, *backbones]}
+
+
+@pytest.fixture(scope="module")
+def results(project: Path) -> Path:
+    """The whole DAG; killed without warning in the middle, all its processes at once, and started again."""
+    process = make_demo(project)
+    deadline = time.monotonic() + 400
+    checkpoints = project / "results/checkpoints"
+    while not (len(list((project / "results/predictions").glob("*_seed*"))) >= 2 and any(checkpoints.glob("*/*.safetensors"))):
+        assert process.poll() is None and time.monotonic() < deadline, (project / "output.log").read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = finished(project)
+    again = make_demo(project)
+    assert again.wait(timeout=500) == 0, (project / "output.log").read_text()
+    after = finished(project)
+    redone = [path for path, stamp in before.items() if after[path] != stamp]
+    assert len(redone) <= 2, redone  # at most the two jobs that were running: their outputs were there, they had not ended
+    assert not any(checkpoints.glob("*/*")), "checkpoints of finished runs are left"
+    return project / "results"
+
+
+def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -> None:
+    files = sorted(path.name for folder in ("tables", "figures") for path in (results / folder).iterdir())
+    assert len(files) == TARGETS, files
+    with open(results / "tables/T1_vqa.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["routing"]: row["n_seeds"] for row in rows} == {"none": "1", "mul": "2"}
+    wanted = "method routing rank n_seeds trainable_params accuracy_mean accuracy_std gain_vs_none gain_ci_low gain_ci_high"
+    assert set(wanted.split()) <= set(rows[0])
+    assert len({row["trainable_params"] for row in rows}) == 1
+    with open(results / "tables/T2_caption.csv") as file:
+        assert {row["routing"] for row in csv.DictReader(file)} == {"none", "attn"}
+    questions = json.loads((results / "data/test/questions.json").read_text())["questions"]
+    answers = json.loads((results / "predictions/vqa_mul_seed2/results.json").read_text())
+    assert {a["question_id"] for a in answers} == {q["question_id"] for q in questions}
+    assert set(answers[0]) == {"question_id", "answer"}
+    captions = json.loads((results / "predictions/caption_attn_seed1/results.json").read_text())
+    assert len(captions) == 16 and set(captions[0]) == {"image_id", "caption"}
+    assert "start-up and imports:" in (results.parent / "output.log").read_text()
+
+
+def test_nothing_is_left_to_be_done(project: Path, results: Path) -> None:
+    assert "Nothing to be done" in snakemake(project)
+
+
+def test_a_run_made_again_alone_is_bit_equal(project: Path, results: Path, tmp_path: Path) -> None:
+    """Also says that the runs that were killed and resumed above ended as uninterrupted ones do."""
+    runs = ["vqa_none_seed1", "vqa_mul_seed1", "caption_none_seed1"]
+    for run in runs:
+        shutil.move(results / "models" / run, tmp_path / run)
+    snakemake(project, *(f"results/models/{run}" for run in runs))
+    for run in runs:
+        command = [str(BIN / "routevl"), "compare", str(tmp_path / run), str(results / "models" / run)]
+        compared = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert compared.returncode == 0 and "bit-equal" in compared.stdout, compared.stderr
+
+
+def test_figures_and_tables_are_redrawn_without_training(project: Path, results: Path) -> None:
+    snakemake(project)  # the runs above are newer than their scores
+    before = {path: path.read_bytes() for path in (results / "figures").iterdir() if path.suffix != ".pdf"}
+    (results / "figures/F2_main.svg").unlink()
+    (results / "tables/T1_vqa.md").unlink()
+    shutil.move(results / "world", project / "world")  # what they were made from may be gone
+    plan = snakemake(project, "--dry-run", "figures", "tables")
+    assert "rule figure:" in plan and "rule table:" in plan
+    assert not any(f"rule {name}:" in plan for name in ("train", "world", "prepare", "extract", "pretrain_text"))
+    snakemake(project, "figures", "tables")
+    shutil.move(project / "world", results / "world")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_new_line_in_the_sheet_runs_that_experiment_alone(project: Path, results: Path) -> None:
+    sheet = project / "config/experiments/tiny.tsv"
+    text = sheet.read_text()
+    sheet.write_text(text + "\t".join("vqa_add vqa roberta vit lora add 2 2 1 yes pooled 7 T1".split()) + "\n")
+    try:
+        plan = snakemake(project, "--dry-run")
+    finally:
+        sheet.write_text(text)
+    trained = [line for line in plan.splitlines() if "output: results/models/" in line]
+    assert len(trained) == 1 and "vqa_add_seed7" in trained[0], plan
+
+
+def test_the_plan_of_every_configuration_is_complete() -> None:
+    """Every rule's command of the demo prints; none has an unresolved placeholder."""
+    plan = subprocess.run(
+        [str(BIN / "snakemake"), "--dry-run", "--printshellcmds", "--forceall", "--cores", "2", "--directory", str(PROJECT)],
+        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    commands = [line for line in plan.stdout.splitlines() + plan.stderr.splitlines() if "routevl " in line and "&>" in line]
+    assert plan.returncode == 0 and sum("routevl train" in command for command in commands) >= 25
+    assert not any("{" in command.replace('{"', "") for command in commands if "prepare" not in command)
