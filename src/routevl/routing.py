@@ -15,12 +15,14 @@ Shapes: B examples, L_t text positions, L_v visual tokens, r the rank. dtypes: t
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from routevl.errors import RoutevlError
 
-RoutingFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+if TYPE_CHECKING:  # the workflow reads the names in ROUTING without loading torch
+    from torch import Tensor
+
+    RoutingFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def mean_visual_token(x_v: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,14 +6,22 @@ from pathlib import Path
 import pandas as pd
 from snakemake.utils import validate
 
+import routevl
 from routevl.reporting.figures import FIGURES
 from routevl.reporting.tables import TABLES
+from routevl.routing import ROUTING
 from routevl.startup import log_startup
 
 validate(config, "../schemas/config.schema.yaml")
 
 R = config["results"]
-EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False)
+METHODS = [
+    path.parent.name
+    for path in sorted(Path(workflow.basedir).glob("src/routevl/methods/*/config.py"))
+]
+EXPERIMENTS = pd.read_csv(
+    config["experiments"], sep="\t", dtype=str, keep_default_na=False
+)
 validate(EXPERIMENTS, "../schemas/experiments.schema.yaml")
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated
@@ -43,25 +51,15 @@ def targets(names, endings):
     return [f"{name}.{ending}" for name in fed for ending in endings]
 
 
-def backbone(modality, name):
-    """The entry of a backbone in the configuration."""
-    known = config["backbones"][modality]
-    if name not in known:
-        raise WorkflowError(
-            f"{config['experiments']}: {modality}_backbone {name!r} is not one of {', '.join(known)} (config key backbones.{modality})"
-        )
-    return known[name]
-
-
 def backbone_path(modality, name):
     """Where a backbone is: the folder of its pretraining rule, a folder on disk, or a hub id."""
-    entry = backbone(modality, name)
+    entry = config["backbones"][modality][name]
     return f"{R}/backbones/{name}" if "pretrain" in entry else entry["path"]
 
 
 def backbone_files(modality, name):
     """The backbone as a rule's input: none where it is a hub id, which is pinned by its revision."""
-    entry, path = backbone(modality, name), backbone_path(modality, name)
+    entry, path = config["backbones"][modality][name], backbone_path(modality, name)
     return [path] if "pretrain" in entry or Path(path).is_dir() else []
 
 
@@ -76,7 +74,9 @@ def option(name, value):
 
 def options(values):
     """Options from a mapping, in its order."""
-    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
+    return " ".join(
+        filter(None, (option(name, value) for name, value in values.items()))
+    )
 
 
 def run_settings(wildcards):
@@ -110,7 +110,9 @@ def backbone_options(wildcards):
     for modality in ("text", "vision"):
         name = row[f"{modality}_backbone"]
         values[f"{modality}_backbone"] = backbone_path(modality, name)
-        values[f"{modality}_revision"] = backbone(modality, name).get("revision")
+        values[f"{modality}_revision"] = config["backbones"][modality][name].get(
+            "revision"
+        )
     return options(values)
 
 
@@ -121,7 +123,10 @@ def sources():
     """The sources of the data, with their paths under the data's root."""
     root = Path(config["data"]["root"])
     return [
-        {key: str(root / value) if key in SOURCE_FILES else value for key, value in source.items()}
+        {
+            key: str(root / value) if key in SOURCE_FILES else value
+            for key, value in source.items()
+        }
         for source in config["data"]["sources"]
     ]
 
@@ -130,7 +135,9 @@ def source_files(wildcards):
     """The files and folders that the sources name; the demo world's count as its rule's output."""
     if "world" in config:
         return [f"{R}/world"]
-    return [source[name] for source in sources() for name in SOURCE_FILES if name in source]
+    return [
+        source[name] for source in sources() for name in SOURCE_FILES if name in source
+    ]
 
 
 def shard_names():
@@ -143,15 +150,34 @@ def scoring_batches():
     size = config["scoring"]["runs_per_job"]
     for task in config["tasks"]:
         runs = [run for run, row in RUNS.items() if row["task"] == task]
-        yield from ((task, start // size, runs[start : start + size]) for start in range(0, len(runs), size))
+        yield from (
+            (task, start // size, runs[start : start + size])
+            for start in range(0, len(runs), size)
+        )
 
 
 def results_of_runs(wildcards):
     """What a table or figure reads of its runs."""
     runs = runs_feeding(wildcards.name)
-    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
+    return [
+        f"{R}/{kind}/{run}"
+        for run in runs
+        for kind in ("models", "predictions", "scores")
+    ]
+
+
+def check_choice(row, column, choices):
+    """Stop where a row of the run sheet names something that does not exist."""
+    if row[column] not in choices:
+        raise WorkflowError(
+            f"{config['experiments']}: {column} {row[column]!r} of experiment {row['experiment']!r} is not one of {', '.join(choices)}"
+        )
 
 
 for row in RUNS.values():
-    backbone("text", row["text_backbone"])
-    backbone("vision", row["vision_backbone"])
+    check_choice(row, "method", METHODS)
+    check_choice(row, "routing", ROUTING)
+    check_choice(row, "task", config["tasks"])
+    check_choice(row, "text_backbone", config["backbones"]["text"])
+    check_choice(row, "vision_backbone", config["backbones"]["vision"])
+    check_choice(row, "visual_tokens", config["features"]["tokens"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -19,7 +19,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from routevl.errors import RoutevlError
-from routevl.routing import RoutingFunction, routing_function
+from routevl.routing import routing_function
+
+if TYPE_CHECKING:
+    from routevl.routing import RoutingFunction
 
 # name -> parameter-free scaling of the visual features x_R, (B, L_v, d) -> the same
 VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {

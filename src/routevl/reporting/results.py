@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.routing import ROUTING
 
 if TYPE_CHECKING:
     import pandas
 
 MAIN_METRIC = {"vqa": "accuracy", "caption": "CIDEr"}
 METHODS = ("lora", "adapter")
-ROUTINGS = ("none", "mul", "add", "attn", "expand")
 
 _REQUIRED_COLUMNS = ("experiment", "task", "method", "routing", "rank", "epochs", "prefix", "seeds", "feeds")
 _NOT_A_SETTING = {"experiment", "routing", "seeds", "feeds"}
@@ -251,7 +251,7 @@ def _display_order(row: Any) -> tuple:
         not row["prefix"],
         row["rank"],
         row["epochs"],
-        _position(ROUTINGS, row["routing"]),
+        _position(tuple(ROUTING), row["routing"]),
     )
 
 

@@ -1,0 +1,74 @@
+"""Beam search of a routed GPT-2 with the key-value cache against without it, on the same images.
+
+    python benchmarks/beam_search.py --threads 2 --output benchmarks/results/beam_search.json
+
+Every caption has --new-tokens tokens. The captions of both must be equal, else this ends with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import HEAD_WIDTH, add_arguments, in_turn, prepare, ratios, report
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from routevl.methods import RoutedLoraConfig
+from routevl.routing import ROUTING
+from routevl.tasks.captioning import CaptionModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--routing", choices=[name for name in ROUTING if name != "none"], default="mul")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--images", type=int, default=4, help="captioned together")
+    parser.add_argument("--beams", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=30)
+    add_arguments(parser, rounds=5)
+    arguments = parser.parse_args()
+    device = prepare(arguments)
+    model = routed_gpt2(arguments).to(device).eval()
+    features = torch.randn(arguments.images, 1, arguments.width, device=device).tanh()
+    captions: dict[str, Tensor] = {}
+
+    def search(name: str, use_cache: bool) -> None:
+        captions[name] = model.generate(
+            0,
+            features,
+            num_beams=arguments.beams,
+            min_new_tokens=arguments.new_tokens,
+            max_new_tokens=arguments.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=use_cache,
+        )
+
+    variants = {
+        "with the cache": lambda: search("with the cache", True),
+        "without": lambda: search("without", False),
+    }
+    seconds = in_turn(variants, arguments.rounds, device, arguments.warm_up)
+    if not torch.equal(captions["with the cache"], captions["without"]):
+        raise SystemExit(f"the captions differ: {captions}")
+    report(ratios(seconds, "with the cache"), arguments, seconds=seconds)
+
+
+def routed_gpt2(arguments: argparse.Namespace) -> CaptionModel:
+    """A GPT-2 of random weights with visual prefix and routed LoRA, whose up-projections are not zero: images tell."""
+    config = GPT2Config(
+        n_layer=arguments.layers, n_embd=arguments.width, n_head=arguments.width // HEAD_WIDTH, bos_token_id=0, eos_token_id=0
+    )
+    adapter = RoutedLoraConfig(r=arguments.rank, lora_alpha=arguments.rank, routing=arguments.routing)
+    model = CaptionModel(GPT2LMHeadModel(config), adapter, visual_width=arguments.width, prefix=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""One epoch of training from stored features against one that runs the vision model at every step, on the same batches.
+
+    python benchmarks/stored_features.py --threads 2 --output benchmarks/results/stored_features.json
+
+Images are JPEG files of COCO's usual size. The one epoch reads what `routevl extract` stored, by `routevl.features.Features`;
+the other decodes, resizes and encodes the batch's images. Both train the VQA model (routed LoRA, `mul`) on the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+from common import add_arguments, in_turn, prepare, random_roberta, ratios, report, seconds_of
+from PIL import Image
+from timm.models import save_for_hf
+from torch import Tensor
+
+from routevl import features as feature_stages
+from routevl.backbones import VisionBackbone, load_vision_backbone
+from routevl.features import Features, read_image, read_image_lists
+from routevl.methods import RoutedLoraConfig
+from routevl.tasks.vqa import VqaModel
+
+COCO_SIZE = (640, 480)
+ANSWERS = 3129
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision-model", default="vit_base_patch16_224", help="a timm model; its weights are random here")
+    parser.add_argument("--layers", type=int, default=12, help="of the text model")
+    parser.add_argument("--width", type=int, default=768, help="of the text model")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--images", type=int, default=96, help="one question about each makes an epoch")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=20, help="text tokens, L_t")
+    add_arguments(parser, rounds=3)
+    arguments = parser.parse_args()
+    device = prepare(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(Path(folder), arguments, device)
+
+
+def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -> None:
+    """Make images, backbone and features in `folder`, and time both kinds of epochs."""
+    image_list, backbone_folder = folder / "images.json", folder / "backbone"
+    draw_images(folder, image_list, arguments.images)
+    model = timm.create_model(arguments.vision_model, num_classes=0)
+    save_for_hf(model, str(backbone_folder), model_args=dict(model._model_args), safe_serialization=True)
+    extraction = seconds_of(lambda: extract(folder, image_list, backbone_folder, arguments), device)
+    stored = Features(folder)
+    backbone = load_vision_backbone(backbone_folder)
+    backbone.model.to(device)
+    training = Training(arguments, stored.width, device)
+    images = read_image_lists([image_list])
+    batches = [images[start : start + arguments.batch_size] for start in range(0, len(images), arguments.batch_size)]
+
+    def epoch_from_storage() -> None:
+        for batch in batches:
+            training.step(stored.features([image.image_id for image in batch]))
+
+    def epoch_with_vision_model() -> None:
+        for batch in batches:
+            training.step(encode(backbone, torch.stack([backbone.transform(read_image(image)) for image in batch]), device))
+
+    variants = {"stored features": epoch_from_storage, "vision model at every step": epoch_with_vision_model}
+    seconds = in_turn(variants, arguments.rounds, device, arguments.warm_up)
+    report(ratios(seconds, "stored features"), arguments, seconds=seconds, extraction_seconds=extraction)
+    print(f"\nextraction, once for all epochs and runs: {extraction:.1f} s")
+
+
+def draw_images(folder: Path, image_list: Path, count: int) -> None:
+    """JPEG files of noise, and their images.json."""
+    generator = numpy.random.default_rng(0)
+    entries = []
+    for image_id in range(count):
+        path = folder / f"{image_id:012d}.jpg"
+        coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=numpy.uint8))
+        coarse.resize(COCO_SIZE).save(path)
+        entries.append({"id": image_id, "file_name": str(path)})
+    image_list.write_text(json.dumps(entries), encoding="utf-8")
+
+
+def extract(folder: Path, image_list: Path, backbone: Path, arguments: argparse.Namespace) -> None:
+    """The package's own stages, with one shard of pooled features."""
+    shard = folder / "shard-00000-of-00001.safetensors"
+    run_stage("extract", "--images", image_list, "--backbone", backbone, "--tokens", "pooled", "--threads", arguments.threads,
+              "--batch-size", arguments.batch_size, "--output", shard)  # fmt: skip
+    run_stage("index_features", "--shards", shard, "--output", folder / "index.json")
+
+
+def run_stage(stage: str, *options: object) -> None:
+    parser = argparse.ArgumentParser()
+    getattr(feature_stages, f"add_arguments_{stage}")(parser)
+    getattr(feature_stages, f"run_{stage}")(parser.parse_args([str(option) for option in options]))
+
+
+def encode(backbone: VisionBackbone, pixels: Tensor, device: torch.device) -> Tensor:
+    """Pixels (B, 3, H, W) -> pooled features (B, 1, d)."""
+    with torch.no_grad():
+        pooled, _ = backbone.encode(pixels.to(device))
+    return pooled.unsqueeze(1)
+
+
+class Training:
+    """The VQA model and its optimiser; questions and answers are random, but the same at every step."""
+
+    def __init__(self, arguments: argparse.Namespace, visual_width: int, device: torch.device) -> None:
+        adapter = RoutedLoraConfig(r=arguments.rank, routing="mul", modules_to_save=["LayerNorm"])
+        text_model = random_roberta(arguments.layers, arguments.width)
+        self.model = VqaModel(text_model, adapter, visual_width, prefix=True, n_answers=ANSWERS).to(device).train()
+        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        self.device = device
+        self.questions = torch.randint(5, 50000, (arguments.batch_size, arguments.tokens), device=device)
+        self.answers = torch.rand(arguments.batch_size, ANSWERS, device=device)
+
+    def step(self, visual_features: Tensor) -> None:
+        """One step on a batch's features (B, 1, d_v)."""
+        size = len(visual_features)
+        questions = self.questions[:size]
+        output = self.model(
+            questions, torch.ones_like(questions), visual_features.to(self.device), answer_scores=self.answers[:size]
+        )
+        output["loss"].backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
