@@ -2,7 +2,8 @@
 
     python benchmarks/beam_search.py --threads 2 --output benchmarks/results/beam_search.json
 
-Every caption has --new-tokens tokens. The captions of both must be equal, else this ends with an error.
+Every caption has --new-tokens tokens. The captions of both must be equal, else this ends with an error. They begin with <bos>
+and have no visual prefix: transformers always uses the cache where generation starts from embeddings, as a prefix needs.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import argparse
 
 import torch
 from common import HEAD_WIDTH, add_arguments, in_turn, prepare, ratios, report
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from routevl.methods import RoutedLoraConfig
 from routevl.routing import ROUTING
-from routevl.tasks.captioning import CaptionModel
 
 
 def main() -> None:
@@ -33,12 +34,14 @@ def main() -> None:
     device = prepare(arguments)
     model = routed_gpt2(arguments).to(device).eval()
     features = torch.randn(arguments.images, 1, arguments.width, device=device).tanh()
+    bos = torch.zeros(arguments.images, 1, dtype=torch.int64, device=device)
     captions: dict[str, Tensor] = {}
 
     def search(name: str, use_cache: bool) -> None:
         captions[name] = model.generate(
-            0,
-            features,
+            input_ids=bos,
+            attention_mask=torch.ones_like(bos),
+            visual_features=features,
             num_beams=arguments.beams,
             min_new_tokens=arguments.new_tokens,
             max_new_tokens=arguments.new_tokens,
@@ -57,13 +60,13 @@ def main() -> None:
     report(ratios(seconds, "with the cache"), arguments, seconds=seconds)
 
 
-def routed_gpt2(arguments: argparse.Namespace) -> CaptionModel:
-    """A GPT-2 of random weights with visual prefix and routed LoRA, whose up-projections are not zero: images tell."""
+def routed_gpt2(arguments: argparse.Namespace) -> PeftModel:
+    """A GPT-2 of random weights with routed LoRA, whose up-projections are not zero, so that captions depend on the image."""
     config = GPT2Config(
         n_layer=arguments.layers, n_embd=arguments.width, n_head=arguments.width // HEAD_WIDTH, bos_token_id=0, eos_token_id=0
     )
     adapter = RoutedLoraConfig(r=arguments.rank, lora_alpha=arguments.rank, routing=arguments.routing)
-    model = CaptionModel(GPT2LMHeadModel(config), adapter, visual_width=arguments.width, prefix=True)
+    model = get_peft_model(GPT2LMHeadModel(config), adapter)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,11 @@ def run_stage(stage: str, *options: object) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     getattr(module, "add_arguments" + suffix)(parser)
     getattr(module, "run" + suffix)(parser.parse_args([str(option) for option in options]))
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """Options by their names in Python -> words of a command line."""
+    return [str(word) for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
 
 
 @dataclass(frozen=True)
@@ -100,3 +106,44 @@ def _features(data: Path, backbone: Path, folder: Path) -> Path:
         run_stage("extract", "--images", *lists, "--backbone", backbone, "--shard", shard, "--shards", 2, "--output", path)
     run_stage("index-features", "--shards", *shards, "--output", folder / "index.json")
     return folder
+
+
+def run_options(world: SmallWorld, task: str, width: int = 16, **changes: Any) -> dict[str, Any]:
+    """The options of a small training run, but for its folders, with some of them changed.
+
+    Args:
+        width: which vision backbone; its features need a visual projection unless this is 16.
+    """
+    options = {
+        "data": world.data,
+        "features": world.features[width],
+        "text_backbone": world.text[task],
+        "vision_backbone": world.vision[width],
+        "checkpoint_every": 3,
+        "log_every": 2,
+        "threads": 1,
+        "workers": 0,
+        "task": task,
+        "method": "lora",
+        "routing": "mul",
+        "rank": 2,
+        "alpha": 4,
+        "prefix": "yes",
+        "visual_tokens": "pooled",
+        "visual_scale": "tanh",
+        "freeze_layer_norm": "no",
+        "epochs": 2,
+        "batch_size": 5,
+        "prediction_batch_size": 4,
+        "learning_rate": 0.02,
+        "warmup": 0.1,
+        "weight_decay": 0.01,
+        "max_text_tokens": 20,
+        "beams": 2,
+        "max_new_tokens": 8,
+        "precision": "float32",
+        "gradient_checkpointing": "no",
+        "seed": 5,
+    }
+    assert set(changes) <= set(options)
+    return options | changes

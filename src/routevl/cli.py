@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import sys
+from typing import NoReturn
 
 from routevl.errors import RoutevlError
 from routevl.startup import importing
@@ -30,9 +31,22 @@ STAGES = {
 }
 
 
+# what the disk or the user can cause, as against a fault of the program
+USER_ERRORS = {
+    getattr(errno, name) for name in "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY EACCES EPERM EROFS ENOSPC EDQUOT EIO".split()
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that ends as all bad input does: with one line, not with its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see {self.prog} --help)")
+
+
 def main() -> None:
     """Run one stage. Bad input ends with one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="routevl", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="routevl", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="stage", required=True, metavar="stage")
     chosen = sys.argv[1] if len(sys.argv) > 1 else None
     for stage, (_, _, help) in STAGES.items():
@@ -46,10 +60,11 @@ def main() -> None:
         getattr(module, "import_libraries", lambda: None)()
     try:
         getattr(module, "run" + suffix)(arguments)
+        sys.stdout.flush()
     except RoutevlError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in USER_ERRORS:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
 
@@ -59,6 +74,6 @@ def _load(stage: str) -> tuple:
     return importlib.import_module(module), suffix
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print("routevl: error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

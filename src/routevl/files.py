@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,12 +28,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RoutevlError(f"could not write {path}: {error.strerror or error}") from error
+        with _naming(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,19 +47,35 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():  # some libraries write weights that nobody but their owner may read
-                file.chmod(file.stat().st_mode | 0o444 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RoutevlError(f"could not write {path}: {error.strerror or error}") from error
+        with _naming(path, temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():  # some libraries write weights that nobody but their owner may read
+                    file.chmod(file.stat().st_mode | 0o444 & ~_umask())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Turn the operating system's errors into RoutevlErrors that name `path`; safetensors has them in its messages alone."""
+    try:
+        yield
+    except RoutevlError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise RoutevlError(str(error).replace(str(temporary), str(path))) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not isinstance(error, OSError) and not number:
+            raise
+        reason = os.strerror(int(number[1])) if number else error.strerror or error
+        raise RoutevlError(f"could not write {path}: {reason}") from error
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -30,6 +31,7 @@ class RunSettings:
     freeze_layer_norm: bool = _setting("keep the text model's layer norms frozen: yes or no")
     epochs: int = _setting("passes over the training split")
     batch_size: int = _setting("examples per optimiser step, over all processes")
+    prediction_batch_size: int = _setting("examples per batch in validation and prediction")
     learning_rate: float = _setting("peak learning rate of AdamW")
     warmup: float = _setting("linear warm-up: a fraction of all steps when below 1, else a number of steps")
     weight_decay: float = _setting("AdamW's weight decay")
@@ -41,13 +43,19 @@ class RunSettings:
     seed: int = _setting("seed of initialisation, data order and dropout")
 
     def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "batch_size", "max_text_tokens", "beams", "max_new_tokens"):
+        for name in ("rank", "epochs", "batch_size", "prediction_batch_size", "beams", "max_new_tokens"):
             if getattr(self, name) <= 0:
                 raise RoutevlError(f"{name} must be a positive integer, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise RoutevlError(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise RoutevlError("warmup and weight_decay must not be negative")
+        if self.max_text_tokens < 3:  # two of them are special
+            raise RoutevlError(f"max_text_tokens must be 3 or more, not {self.max_text_tokens}")
+        for name in ("alpha", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RoutevlError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RoutevlError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise RoutevlError(f"seed must be 0 or more and below 2**32, not {self.seed}")
 
     def warmup_steps(self, total_steps: int) -> int:
         """How many of the optimiser's `total_steps` are warm-up."""

@@ -47,12 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the share of the wall time that start-up and imports took, per stage and in all."""
     try:
-        lines = [json.loads(line) for line in Path(arguments.log).read_text(encoding="utf-8").splitlines()]
+        log = Path(arguments.log).read_text(encoding="utf-8")
+        lines = [(line["stage"], line["seconds"]) for line in map(json.loads, log.splitlines())]
     except FileNotFoundError:
         raise RoutevlError(f"{arguments.log}: no start-up was logged") from None
+    except (ValueError, KeyError, TypeError):
+        raise RoutevlError(f"{arguments.log}: not a log of start-ups") from None
+    if not lines:
+        raise RoutevlError(f"{arguments.log}: no start-up was logged")
+    if arguments.wall_seconds <= 0 or arguments.cores <= 0:
+        raise RoutevlError("--wall-seconds and --cores must be positive")
     stages: dict[str, list[float]] = {}
-    for line in lines:
-        stages.setdefault(line["stage"], []).append(line["seconds"])
+    for stage, seconds in lines:
+        stages.setdefault(stage, []).append(seconds)
     for stage, seconds in sorted(stages.items(), key=lambda item: -sum(item[1])):
         print(f"{stage:20s} {len(seconds):4d} processes, {sum(seconds):7.1f} s")
     total = sum(map(sum, stages.values()))

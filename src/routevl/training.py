@@ -87,7 +87,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         trainer.fit()
         trainer.write_model(Path(arguments.model))
         trainer.exit_when_told_to_stop()
-        write_predictions(trainer.task, trainer.accelerator, Path(arguments.predictions), "test", arguments.workers)
+        write_predictions(trainer.task, trainer.accelerator, Path(arguments.predictions), trainer.to_predict, arguments.workers)
         shutil.rmtree(arguments.checkpoint)
 
 
@@ -112,9 +112,10 @@ class Trainer:
         set_seed(settings.seed)
         self.accelerator = new_accelerator(settings)
         self.task, self.inputs = load_task(settings, arguments)
-        self.inputs["data"] = _fingerprint_of_data(Path(arguments.data))
         self.examples = self.task.examples("train")
         self.validation = self.task.examples("val")
+        self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
+        self.inputs["data"] = _fingerprint_of_data(self.task)
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
         parameters = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
@@ -231,7 +232,11 @@ class Trainer:
         outputs = []
         with torch.inference_mode():
             loader = data_loader(
-                self.task, self.validation, self.accelerator, self.arguments.workers, batch_size=self.settings.batch_size
+                self.task,
+                self.validation,
+                self.accelerator,
+                self.arguments.workers,
+                batch_size=self.settings.prediction_batch_size,
             )
             for batch in loader:
                 self._stop_if_told()
@@ -392,10 +397,10 @@ def load_task(settings: RunSettings, arguments: argparse.Namespace) -> tuple[Tas
     return task, {"text_backbone": text, "vision_backbone": vision, **task.inputs()}
 
 
-def _fingerprint_of_data(data: Path) -> str:
-    """sha256 (hexadecimal) over what is trained on and validated with: questions, answers and captions, not image paths."""
-    names = [f"{split}/{kind}.json" for split in ("train", "val") for kind in ("questions", "annotations", "captions")]
-    return hashlib.sha256("".join(sha256_of(data / name) for name in names).encode()).hexdigest()
+def _fingerprint_of_data(task: Task) -> str:
+    """sha256 (hexadecimal) over the texts that are trained on and validated with."""
+    paths = [task.data / split / name for split in ("train", "val") for name in task.files]
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **options: Any) -> Any:
@@ -481,32 +486,35 @@ def run_predict(arguments: argparse.Namespace) -> None:
     """
     _check_execution(arguments)
     prepare_torch(arguments.threads)
-    record = read_json(Path(arguments.model) / "run.json")
-    settings = RunSettings.from_record(record["settings"], f"{arguments.model}/run.json")
+    path = Path(arguments.model) / "run.json"
+    record = read_json(path)
+    if not (isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "inputs"))):
+        raise RoutevlError(f"{path}: not the record of a trained run")
+    settings = RunSettings.from_record(record["settings"], str(path))
     accelerator = new_accelerator(settings)
     task, inputs = load_task(settings, arguments)
     for name, fingerprint in inputs.items():
-        if record["inputs"][name] != fingerprint:
+        trained = record["inputs"].get(name, "none")
+        if trained != fingerprint:
             given = f"{arguments.data}/answers.json" if name == "answers" else getattr(arguments, name)
             raise RoutevlError(
                 f"{arguments.model}: an adapter of another model: it was trained with the {name} of fingerprint "
-                f"{record['inputs'][name][:12]}, but {given} has {fingerprint[:12]}"
+                f"{trained[:12]}, but {given} has {fingerprint[:12]}"
             )
     task.model.load(Path(arguments.model))
     task.model.to(accelerator.device)
-    write_predictions(task, accelerator, Path(arguments.predictions), arguments.split, arguments.workers)
+    write_predictions(task, accelerator, Path(arguments.predictions), task.to_predict(arguments.split), arguments.workers)
 
 
-def write_predictions(task: Task, accelerator: Any, folder: Path, split: str, workers: int) -> None:
-    """Predict a split with the task's model and write results.json in the official format, in the order of the items."""
+def write_predictions(task: Task, accelerator: Any, folder: Path, items: Any, workers: int) -> None:
+    """Predict items with the task's model and write results.json in the official format, in the order of the items."""
     import torch
     from accelerate.utils import gather_object
 
     from routevl.progress import progress
 
     model = task.model.eval()
-    items = task.to_predict(split)
-    loader = data_loader(task, items, accelerator, workers, batch_size=task.settings.batch_size)
+    loader = data_loader(task, items, accelerator, workers, batch_size=task.settings.prediction_batch_size)
     results = []
     with torch.inference_mode(), accelerator.autocast():
         for batch in progress(loader, len(loader), f"predict {folder.name}"):
@@ -543,12 +551,16 @@ def run_compare(arguments: argparse.Namespace) -> None:
 
 
 def _final_state(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from routevl.checkpoint import digests
 
     state = dict(read_json(folder / "last" / "state.json"))
-    for name in ("adapter_model.safetensors", "task.safetensors"):
-        state |= {f"best/{name}/{tensor}": digest for tensor, digest in digests(load_file(folder / name)).items()}
-    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    try:
+        for name in ("adapter_model.safetensors", "task.safetensors"):
+            state |= {f"best/{name}/{tensor}": digest for tensor, digest in digests(load_file(folder / name)).items()}
+        lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, SafetensorError) as error:
+        raise RoutevlError(f"{folder}: a damaged run ({error})") from error
     return state | {f"training.jsonl line {number:06d}": line for number, line in enumerate(lines, 1)}

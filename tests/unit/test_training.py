@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SmallWorld, run_stage
+from conftest import SmallWorld, command_line, run_options, run_stage
 from safetensors.torch import load_file, save_file
 
 from routevl import cli, training
@@ -89,39 +89,8 @@ class Run:
 
 
 def new_run(world: SmallWorld, root: Path, task: str, **changes: Any) -> Run:
-    """A small run of `task`, with some options changed."""
-    width = changes.pop("width", VISION_WIDTH[task])
-    options = {
-        "data": world.data,
-        "features": world.features[width],
-        "text_backbone": world.text[task],
-        "vision_backbone": world.vision[width],
-        "checkpoint_every": 3,
-        "log_every": 2,
-        "workers": 0,
-        "task": task,
-        "method": "lora",
-        "routing": "mul",
-        "rank": 2,
-        "alpha": 4,
-        "prefix": "yes",
-        "visual_tokens": "pooled",
-        "visual_scale": "tanh",
-        "freeze_layer_norm": "no",
-        "epochs": EPOCHS,
-        "batch_size": BATCH_SIZE[task],
-        "learning_rate": 0.02,
-        "warmup": 0.1,
-        "weight_decay": 0.01,
-        "max_text_tokens": 20,
-        "beams": 2,
-        "max_new_tokens": 8,
-        "precision": "float32",
-        "gradient_checkpointing": "no",
-        "seed": 5,
-    }
-    assert set(changes) <= set(options)
-    return Run(root, options | changes)
+    """A small run of `task`, with some options changed; the captioning runs have a visual projection."""
+    return Run(root, run_options(world, task, **{"width": VISION_WIDTH[task], "batch_size": BATCH_SIZE[task], **changes}))
 
 
 def start(run: Run, sabotage: Callable[[], None] = lambda: None) -> multiprocessing.Process:
@@ -545,7 +514,7 @@ def test_blind_runs_predictions_do_not_depend_on_the_features(small_world: Small
                 original = trainer.task.features.features
                 trainer.task.features.features = lambda ids, original=original: -10 * original(ids)
             folder = tmp_path / routing / name
-            training.write_predictions(trainer.task, trainer.accelerator, folder, "test", 0)
+            training.write_predictions(trainer.task, trainer.accelerator, folder, trainer.to_predict, 0)
             predictions.append((folder / "results.json").read_bytes())
         changed[routing] = predictions[0] != predictions[1]
     assert changed == {"none": False, "attn": True}
@@ -647,7 +616,7 @@ def test_a_caption_does_not_depend_on_its_batch(small_world: SmallWorld, tmp_pat
 def predict(run: Run, folder: Path, output: Path, **changes: Any) -> bytes:
     names = ("data", "features", "text_backbone", "vision_backbone", "workers")
     options = {name: run.options[name] for name in names} | {"model": folder, "predictions": output} | changes
-    run_stage("predict", *(word for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)))
+    run_stage("predict", *command_line(options))
     return (output / "results.json").read_bytes()
 
 

@@ -87,6 +87,7 @@ class VisualFeatures:
         self.by_adapter: dict[str, Tensor] | None = None
         self.mask: Tensor | None = None
         self.generating = False
+        self._checkpointable: list[nn.Module] | None = None  # transformers' layers that can recompute their activations
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
@@ -165,7 +166,9 @@ class VisualFeatures:
     def _keep_features_when_checkpointing(self) -> None:
         """Gradient checkpointing runs a layer again during the backward pass, when the features are long forgotten:
         let each checkpointed call remember its own."""
-        for module in self.model.modules():
+        if self._checkpointable is None:
+            self._checkpointable = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+        for module in self._checkpointable:
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithFeatures):
                 module._gradient_checkpointing_func = _CheckpointWithFeatures(checkpoint, self)

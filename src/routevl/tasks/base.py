@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,11 +118,13 @@ class Task(ABC):
 
     Attributes:
         text_task: which kind of text backbone it needs (see routevl.backbones.load_text_backbone).
+        files: what it reads of each prepared split, beside the list of images.
         selection: the validation metric that chooses the best epoch, and whether more of it is better.
         text_model_params: how many parameters the text backbone has.
     """
 
     text_task: str
+    files: tuple[str, ...]
     selection: tuple[str, bool]
 
     def __init__(
@@ -136,10 +139,26 @@ class Task(ABC):
         self.tokenizer = tokenizer
         self.features = features
         self.data = data
+        self._check_lengths(text_model)
         if settings.gradient_checkpointing:
             text_model.activation_checkpointing_enable()
         self.text_model_params = sum(parameter.numel() for parameter in text_model.parameters())
         self.model = self.build(text_model, adapter_config(settings, text_model))
+
+    def longest_text(self) -> tuple[str, int]:
+        """The setting that bounds the text's length, and this bound in tokens."""
+        return "max_text_tokens", self.settings.max_text_tokens
+
+    def _check_lengths(self, text_model: PreTrainedModel) -> None:
+        """Raise RoutevlError where the longest text, behind its visual prefix, has more tokens than the model has positions."""
+        positions = min(self.tokenizer.model_max_length, getattr(text_model.config, "max_position_embeddings", math.inf))
+        name, length = self.longest_text()
+        visual = self.features.length if self.settings.prefix else 0
+        if length + visual > positions:
+            raise RoutevlError(
+                f"{name} {getattr(self.settings, name)} is too large: {length} text tokens after {visual} visual tokens, but the "
+                f"text backbone has {positions} positions"
+            )
 
     @abstractmethod
     def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VisionLanguageModel:

@@ -51,10 +51,15 @@ class CaptionTask(Task):
     """An image in, a caption out; each of an image's reference captions is one training example."""
 
     text_task = "caption"
+    files = ("captions.json",)
     selection = ("val_loss", False)
 
     def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> CaptionModel:
         return CaptionModel(text_model, adapter, self.features.width, self.settings.prefix)
+
+    def longest_text(self) -> tuple[str, int]:
+        """The longer of a caption to learn and one to generate, which starts with <bos>."""
+        return max(super().longest_text(), ("max_new_tokens", 1 + self.settings.max_new_tokens), key=lambda bound: bound[1])
 
     @property
     def bos(self) -> int:

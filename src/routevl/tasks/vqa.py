@@ -56,12 +56,13 @@ class VqaTask(Task):
     """Questions and ten annotators' answers in, one answer of the vocabulary out."""
 
     text_task = "vqa"
+    files = ("questions.json", "annotations.json")
     selection = ("val_accuracy", True)
 
     def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VqaModel:
         self.answers: list[str] = read_json(self.data / "answers.json")
-        if not self.answers:
-            raise RoutevlError(f"{self.data / 'answers.json'}: the answer vocabulary is empty")
+        if not (type(self.answers) is list and self.answers and all(type(answer) is str for answer in self.answers)):
+            raise RoutevlError(f"{self.data / 'answers.json'}: expected the answer vocabulary, a list of at least one answer")
         self.answer_index = {answer: index for index, answer in enumerate(self.answers)}
         return VqaModel(text_model, adapter, self.features.width, self.settings.prefix, len(self.answers))
 
