@@ -39,7 +39,7 @@ sample: env
 	  'backbones={"text": {"roberta": {"path": "$(ROBERTA)"}, "gpt2": {"path": "$(GPT2)"}}, "vision": {"vit": {"path": "$(VIT)"}}}'
 
 test: env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: env
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import torch
 from transformers import RobertaConfig, RobertaModel
 
 from routevl.files import write_json
+from routevl.progress import progress
 
 PACKAGES = ("torch", "transformers", "peft", "timm")
 HEAD_WIDTH = 64  # of RoBERTa's, GPT-2's and ViT's attention heads
@@ -46,7 +47,7 @@ def in_turn(
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warm_up, rounds):
+    for number in progress(range(-warm_up, rounds), warm_up + rounds, "rounds"):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             elapsed = seconds_of(variants[name], device)

@@ -107,6 +107,7 @@ def test_unknown_option_is_named(small_world: SmallWorld, tmp_path: Path, fails:
         ({"alpha": 0}, "alpha must be positive"),
         ({"epochs": 0}, "epochs must be a positive integer"),
         ({"batch_size": 0}, "batch_size must be a positive integer"),
+        ({"prediction_batch_size": 0}, "prediction_batch_size must be a positive integer"),
         ({"beams": 0}, "beams must be a positive integer"),
         ({"learning_rate": -1}, "learning_rate must be positive"),
         ({"learning_rate": "nan"}, "learning_rate must be positive"),

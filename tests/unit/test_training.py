@@ -60,9 +60,7 @@ class Run:
     @property
     def argv(self) -> list[str]:
         folders = {"model": self.model, "predictions": self.predictions, "checkpoint": self.checkpoint.parent}
-        return [
-            str(word) for name, value in {**self.options, **folders}.items() for word in ("--" + name.replace("_", "-"), value)
-        ]
+        return command_line({**self.options, **folders})
 
     def train(self) -> Run:
         """Train in this process, to the end."""
