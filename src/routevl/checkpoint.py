@@ -1,7 +1,8 @@
-"""The state of a training run: saved in one file, loaded to the same bits, compared tensor by tensor."""
+"""The state of a training run: saved in one file, loaded to the same bits, compared tensor by tensor (stage `compare`)."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_file
+from routevl.files import atomic_file, read_json
 
 OPTIMISER_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, per parameter
 
@@ -89,3 +90,32 @@ def _digest(tensor: Tensor) -> str:
 def first_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
     """The name of the first entry in which two final states (name -> digest or value) differ, or None."""
     return next((name for name in sorted(set(first) | set(second)) if first.get(name) != second.get(name)), None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl compare`."""
+    parser.add_argument("first", metavar="FOLDER", help="a trained run")
+    parser.add_argument("second", metavar="FOLDER", help="the same run, trained again")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Say whether two trained runs ended in the same bits: adapter, optimiser, random generators and metrics.
+
+    Raises:
+        RoutevlError: they differ; names the first tensor or line that does.
+    """
+    first, second = (_final_state(Path(folder)) for folder in (arguments.first, arguments.second))
+    if name := first_difference(first, second):
+        raise RoutevlError(f"{arguments.first} and {arguments.second} differ, first in {name}")
+    print(f"bit-equal: {len(first)} tensors and lines")
+
+
+def _final_state(folder: Path) -> dict[str, Any]:
+    state = dict(read_json(folder / "last" / "state.json"))
+    try:
+        for name in ("adapter_model.safetensors", "task.safetensors"):
+            state |= {f"best/{name}/{tensor}": digest for tensor, digest in digests(load_file(folder / name)).items()}
+        lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, SafetensorError) as error:
+        raise RoutevlError(f"{folder}: a damaged run ({error})") from error
+    return state | {f"training.jsonl line {number:06d}": line for number, line in enumerate(lines, 1)}

@@ -26,7 +26,7 @@ STAGES = {
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
     "table": ("routevl.reporting.tables", "", "make a table from results"),
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
-    "compare": ("routevl.training", "_compare", "say whether two trained runs are bit-equal"),
+    "compare": ("routevl.checkpoint", "", "say whether two trained runs are bit-equal"),
     "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
 }
 

@@ -1,4 +1,4 @@
-"""Stages `train`, `predict` and `compare`: one run from stored features to a peft adapter and its predictions."""
+"""Stages `train` and `predict`: one run from stored features to a peft adapter and its predictions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,14 @@ def import_libraries() -> None:
     """Import at one point what the stages need, so that start-up can be measured apart from work."""
     import accelerate  # noqa: F401
     from transformers import MODEL_MAPPING, AutoTokenizer  # noqa: F401
+    from transformers.utils import logging
 
     from routevl.tasks import TASKS  # noqa: F401
+
+    # what a backbone's folder has too much (the head it was pretrained with) is no news, what it lacks is an error of ours
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
 
 
 # ------------------------------------------------------------------------------------------------ train
@@ -525,42 +532,3 @@ def write_predictions(task: Task, accelerator: Any, folder: Path, items: Any, wo
     if accelerator.is_main_process:
         with atomic_folder(folder) as temporary:
             write_json(temporary / "results.json", results)
-
-
-# -------------------------------------------------------------------------------------------- compare
-
-
-def add_arguments_compare(parser: argparse.ArgumentParser) -> None:
-    """Options of `routevl compare`."""
-    parser.add_argument("first", metavar="FOLDER", help="a trained run")
-    parser.add_argument("second", metavar="FOLDER", help="the same run, trained again")
-
-
-def run_compare(arguments: argparse.Namespace) -> None:
-    """Say whether two trained runs ended in the same bits: adapter, optimiser, random generators and metrics.
-
-    Raises:
-        RoutevlError: they differ; names the first tensor or line that does.
-    """
-    from routevl.checkpoint import first_difference
-
-    first, second = (_final_state(Path(folder)) for folder in (arguments.first, arguments.second))
-    if name := first_difference(first, second):
-        raise RoutevlError(f"{arguments.first} and {arguments.second} differ, first in {name}")
-    print(f"bit-equal: {len(first)} tensors and lines")
-
-
-def _final_state(folder: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from routevl.checkpoint import digests
-
-    state = dict(read_json(folder / "last" / "state.json"))
-    try:
-        for name in ("adapter_model.safetensors", "task.safetensors"):
-            state |= {f"best/{name}/{tensor}": digest for tensor, digest in digests(load_file(folder / name)).items()}
-        lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, SafetensorError) as error:
-        raise RoutevlError(f"{folder}: a damaged run ({error})") from error
-    return state | {f"training.jsonl line {number:06d}": line for number, line in enumerate(lines, 1)}

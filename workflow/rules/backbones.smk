@@ -9,12 +9,7 @@ rule pretrain_text:
     benchmark:
         f"{R}/benchmarks/pretrain/{{text}}.tsv"
     wildcard_constraints:
-        text="|".join(
-            name
-            for name, entry in config["backbones"]["text"].items()
-            if "pretrain" in entry
-        )
-        or "(?!)",
+        text="|".join(name for name, entry in config["backbones"]["text"].items() if "pretrain" in entry) or "(?!)",
     priority: 10
     threads: config["training"]["threads"]
     resources:
@@ -22,9 +17,7 @@ rule pretrain_text:
         mem_mb=4000,
         runtime=60,
     params:
-        options=lambda wildcards: options(
-            config["backbones"]["text"][wildcards.text]["pretrain"]
-        ),
+        options=lambda wildcards: options(config["backbones"]["text"][wildcards.text]["pretrain"]),
     shell:
         "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
 
@@ -37,12 +30,7 @@ rule pretrain_vision:
     benchmark:
         f"{R}/benchmarks/pretrain/{{vision}}.tsv"
     wildcard_constraints:
-        vision="|".join(
-            name
-            for name, entry in config["backbones"]["vision"].items()
-            if "pretrain" in entry
-        )
-        or "(?!)",
+        vision="|".join(name for name, entry in config["backbones"]["vision"].items() if "pretrain" in entry) or "(?!)",
     priority: 20
     threads: config["training"]["threads"]
     resources:
@@ -50,8 +38,6 @@ rule pretrain_vision:
         mem_mb=4000,
         runtime=60,
     params:
-        options=lambda wildcards: options(
-            config["backbones"]["vision"][wildcards.vision]["pretrain"]
-        ),
+        options=lambda wildcards: options(config["backbones"]["vision"][wildcards.vision]["pretrain"]),
     shell:
         "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from snakemake.utils import validate
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 import routevl
 from routevl.reporting.figures import FIGURES
@@ -12,26 +14,31 @@ from routevl.reporting.tables import TABLES
 from routevl.routing import ROUTING
 from routevl.startup import log_startup
 
-validate(config, "../schemas/config.schema.yaml")
 
+def check_schema(value, schema, source):
+    """Stop with one line, which names the key and what is wrong with it, where `value` does not fit the schema."""
+    schema = yaml.safe_load((Path(workflow.current_basedir) / "../schemas" / schema).read_text())
+    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    if error is not None:
+        key = ".".join(map(str, error.absolute_path)) or "top level"
+        raise WorkflowError(f"{source}: {key}: {error.message}")
+
+
+check_schema(config, "config.schema.yaml", "configuration")
 R = config["results"]
-METHODS = [
-    path.parent.name
-    for path in sorted(Path(workflow.basedir).glob("src/routevl/methods/*/config.py"))
-]
-EXPERIMENTS = pd.read_csv(
-    config["experiments"], sep="\t", dtype=str, keep_default_na=False
-)
-validate(EXPERIMENTS, "../schemas/experiments.schema.yaml")
+METHODS = [path.parent.name for path in sorted(Path(routevl.__file__).parent.glob("methods/*/config.py"))]
+if not Path(config["experiments"]).is_file():
+    raise WorkflowError(f"{config['experiments']}: no such run sheet (config key experiments)")
+EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False).to_dict("records")
+for row in EXPERIMENTS:
+    check_schema(row, "experiments.schema.yaml", f"{config['experiments']}: experiment {row.get('experiment')!r}")
+    if [other["experiment"] for other in EXPERIMENTS].count(row["experiment"]) > 1:
+        raise WorkflowError(f"{config['experiments']}: two rows have the experiment name {row['experiment']!r}")
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated
 shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; ')
 
-RUNS = {
-    f"{row['experiment']}_seed{seed}": {**row, "seed": seed}
-    for row in EXPERIMENTS.to_dict("records")
-    for seed in row["seeds"].split(",")
-}
+RUNS = {f"{row['experiment']}_seed{seed}": {**row, "seed": seed} for row in EXPERIMENTS for seed in row["seeds"].split(",")}
 
 
 wildcard_constraints:
@@ -74,9 +81,7 @@ def option(name, value):
 
 def options(values):
     """Options from a mapping, in its order."""
-    return " ".join(
-        filter(None, (option(name, value) for name, value in values.items()))
-    )
+    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
 
 
 def run_settings(wildcards):
@@ -110,9 +115,7 @@ def backbone_options(wildcards):
     for modality in ("text", "vision"):
         name = row[f"{modality}_backbone"]
         values[f"{modality}_backbone"] = backbone_path(modality, name)
-        values[f"{modality}_revision"] = config["backbones"][modality][name].get(
-            "revision"
-        )
+        values[f"{modality}_revision"] = config["backbones"][modality][name].get("revision")
     return options(values)
 
 
@@ -123,10 +126,7 @@ def sources():
     """The sources of the data, with their paths under the data's root."""
     root = Path(config["data"]["root"])
     return [
-        {
-            key: str(root / value) if key in SOURCE_FILES else value
-            for key, value in source.items()
-        }
+        {key: str(root / value) if key in SOURCE_FILES else value for key, value in source.items()}
         for source in config["data"]["sources"]
     ]
 
@@ -135,9 +135,7 @@ def source_files(wildcards):
     """The files and folders that the sources name; the demo world's count as its rule's output."""
     if "world" in config:
         return [f"{R}/world"]
-    return [
-        source[name] for source in sources() for name in SOURCE_FILES if name in source
-    ]
+    return [source[name] for source in sources() for name in SOURCE_FILES if name in source]
 
 
 def shard_names():
@@ -150,20 +148,13 @@ def scoring_batches():
     size = config["scoring"]["runs_per_job"]
     for task in config["tasks"]:
         runs = [run for run, row in RUNS.items() if row["task"] == task]
-        yield from (
-            (task, start // size, runs[start : start + size])
-            for start in range(0, len(runs), size)
-        )
+        yield from ((task, start // size, runs[start : start + size]) for start in range(0, len(runs), size))
 
 
 def results_of_runs(wildcards):
     """What a table or figure reads of its runs."""
     runs = runs_feeding(wildcards.name)
-    return [
-        f"{R}/{kind}/{run}"
-        for run in runs
-        for kind in ("models", "predictions", "scores")
-    ]
+    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
 
 
 def check_choice(row, column, choices):

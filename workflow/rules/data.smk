@@ -31,12 +31,6 @@ rule prepare:
         runtime=60,
     params:
         sources=json.dumps(sources()),
-        options=options(
-            {
-                key: value
-                for key, value in config["data"].items()
-                if key not in ("root", "sources")
-            }
-        ),
+        options=options({key: value for key, value in config["data"].items() if key not in ("root", "sources")}),
     shell:
         "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"

@@ -22,9 +22,7 @@ rule extract:
         backbone=lambda wildcards: options(
             {
                 "backbone": backbone_path("vision", wildcards.vision),
-                "revision": config["backbones"]["vision"][wildcards.vision].get(
-                    "revision"
-                ),
+                "revision": config["backbones"]["vision"][wildcards.vision].get("revision"),
             }
         ),
         shard=lambda wildcards: int(wildcards.shard),
@@ -38,9 +36,7 @@ rule extract:
 
 rule index_features:
     input:
-        lambda wildcards: [
-            f"{R}/features/{wildcards.vision}/{name}" for name in shard_names()
-        ],
+        lambda wildcards: [f"{R}/features/{wildcards.vision}/{name}" for name in shard_names()],
     output:
         f"{R}/features/{{vision}}/index.json",
     log:

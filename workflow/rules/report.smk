@@ -30,9 +30,7 @@ rule figure:
         data=f"{R}/data",
         experiments=config["experiments"],
     output:
-        multiext(
-            f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"
-        ),
+        multiext(f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"),
     log:
         f"{R}/logs/figure/{{name}}.log",
     benchmark:

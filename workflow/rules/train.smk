@@ -6,12 +6,8 @@ rule train:
     input:
         data=f"{R}/data",
         features=lambda wildcards: f"{R}/features/{RUNS[wildcards.run]['vision_backbone']}/index.json",
-        text_backbone=lambda wildcards: backbone_files(
-            "text", RUNS[wildcards.run]["text_backbone"]
-        ),
-        vision_backbone=lambda wildcards: backbone_files(
-            "vision", RUNS[wildcards.run]["vision_backbone"]
-        ),
+        text_backbone=lambda wildcards: backbone_files("text", RUNS[wildcards.run]["text_backbone"]),
+        vision_backbone=lambda wildcards: backbone_files("vision", RUNS[wildcards.run]["vision_backbone"]),
     output:
         model=directory(f"{R}/models/{{run}}"),
         predictions=directory(f"{R}/predictions/{{run}}"),
