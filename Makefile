@@ -22,8 +22,10 @@ $(VENV)/.complete: envs/requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r envs/bootstrap.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes --no-deps -r envs/requirements.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -c 'import routevl.training as t, timm, matplotlib.pyplot; t.import_libraries()'  # compiles what every job imports
 	touch $@
 
+demo: export ROUTEVL_STARTED := $(shell date +%s)
 demo: env
 	$(RUN) results --cores $(CORES)
 

@@ -186,7 +186,7 @@ class Chunk:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with safe_open(self.path, framework=framework) as file:
                 return file.metadata() == {**metadata, "sources": self.sources}
         except (OSError, SafetensorError):  # not there, or cut off
             return False
@@ -388,7 +388,7 @@ def run_index_features(arguments: argparse.Namespace) -> None:
 
 
 def _describe_shard(path: Path) -> dict[str, Any]:
-    with _open_shard(path) as file:
+    with _open_shard(path, "np") as file:  # shapes are all that is read: no need to load torch
         metadata = file.metadata() or {}
         try:
             tokens = metadata["tokens"].split()
@@ -422,11 +422,11 @@ def _check_shards(shards: list[dict[str, Any]]) -> None:
             raise RoutevlError(f"shard {number} of {first['number of shards']} is {found}")
 
 
-def _open_shard(path: Path) -> Any:
+def _open_shard(path: Path, framework: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except FileNotFoundError:
         raise RoutevlError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
@@ -477,7 +477,7 @@ class Features:
         self._shards, ids = [], []
         for shard in shards:
             path = self._folder / shard["file"]
-            with _open_shard(path) as file:
+            with _open_shard(path, "pt") as file:
                 # get_tensor maps the file: rows are read from disk when they are asked for.
                 shard_ids, rows = file.get_tensor("image_ids"), file.get_tensor(tokens)
             if len(shard_ids) != shard["n"]:
