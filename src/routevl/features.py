@@ -186,7 +186,7 @@ class Chunk:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework=framework) as file:
+            with safe_open(self.path, framework="np") as file:
                 return file.metadata() == {**metadata, "sources": self.sources}
         except (OSError, SafetensorError):  # not there, or cut off
             return False
