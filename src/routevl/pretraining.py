@@ -113,7 +113,11 @@ def train(
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=max(steps, 2), pct_start=WARM_UP, cycle_momentum=False
+        optimizer,
+        max_lr=learning_rate,
+        total_steps=max(steps, 2),
+        pct_start=max(WARM_UP, 2 / max(steps, 2)),
+        cycle_momentum=False,
     )
     for batch in progress(batches, steps, description):
         loss = loss_of(batch)
