@@ -112,12 +112,10 @@ def train(
 
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    total = max(steps, 3)
+    warm_up = max(WARM_UP, 2 / total)  # torch divides by the lengths of warm-up and decay, less a step
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=learning_rate,
-        total_steps=max(steps, 2),
-        pct_start=max(WARM_UP, 2 / max(steps, 2)),
-        cycle_momentum=False,
+        optimizer, max_lr=learning_rate, total_steps=total, pct_start=warm_up, cycle_momentum=False
     )
     for batch in progress(batches, steps, description):
         loss = loss_of(batch)
