@@ -67,12 +67,12 @@ def build(method: str, model: str, routing: str = "attn", seed: int = 0, **optio
     return adapted
 
 
-def shake(model: nn.Module, seed: int) -> None:
-    """Give the up-projections, which start at zero, random values."""
+def shake(model: nn.Module, seed: int, adapter: str = "default") -> None:
+    """Give an adapter's up-projections, which start at zero, random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "adapter_up" in name:
+            if f"lora_B.{adapter}." in name or f"adapter_up.{adapter}." in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -256,7 +256,7 @@ def test_several_adapters(method: str, model: str) -> None:
     input_ids, features = inputs()
     first = adapted(input_ids, visual_features=features)[0]
     adapted.add_adapter("other", METHODS[method](r=2, routing="none", target_modules=TARGETS.get(model)))
-    shake(adapted, 0)
+    shake(adapted, 0, "other")
     assert torch.equal(adapted(input_ids, visual_features=features)[0], first)
     adapted.set_adapter("other")
     second = adapted(input_ids)[0]  # `none` needs no features, although the idle adapter does
@@ -282,9 +282,7 @@ def test_disable_and_unload_give_the_base_model_back(method: str, model: str) ->
         adapted.merge_and_unload()
     unloaded = adapted.unload()
     assert torch.equal(unloaded(input_ids)[0], expected)
-    assert type(unloaded.forward) is type(base.forward) and "generate" not in vars(unloaded)
-    with pytest.raises(TypeError):
-        unloaded(input_ids, visual_features=features)
+    assert not unloaded._forward_pre_hooks and not unloaded._forward_hooks and "generate" not in vars(unloaded)
 
 
 @pytest.mark.parametrize(("method", "model"), EVERY)
@@ -451,5 +449,6 @@ def test_parameter_counts_at_paper_size(method: str, model: str, rank: int, laye
             sizes = {"hidden_size": d, "num_hidden_layers": n, "num_attention_heads": d // 64, "intermediate_size": 4 * d}
             base, norms = RobertaModel(RobertaConfig(vocab_size=50265, **sizes), add_pooling_layer=False), ["LayerNorm"]
         adapted = get_peft_model(base, METHODS[method](r=rank, routing="attn", modules_to_save=norms))
-    frozen_biases = 2 * n * d if method == "lora" else 0
+    biases = {"roberta": 2, "gpt2": 3}[model]  # GPT-2's query, key and value share one
+    frozen_biases = biases * n * d if method == "lora" else 0
     assert (trainable(adapted) + frozen_biases) / 1e6 == pytest.approx(expected, abs=0.01)
