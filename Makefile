@@ -1,5 +1,6 @@
 # make demo    set up the environment and run the whole workflow on the embedded default
 # make test    run the tests
+# make plan CONFIG=<file>     what a configuration would cost: jobs, GPU-hours, downloads, disk
 # make sample DATA=<folder>   the same workflow on real photographs, captions and questions
 PYTHON ?= python3.11
 CORES ?= 2
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo sample test lint lock
+.PHONY: env demo sample plan test lint lock
 
 env: $(VENV)/.complete
 
@@ -39,6 +40,10 @@ sample: env
 	$(RUN) results/sample --cores $(CORES) --configfile config/sample.yaml --config \
 	  'data={"root": "$(DATA)", "vocabulary": "$(DATA)/vqav2/trainval_ans2label.json"}' \
 	  'backbones={"text": {"roberta": {"path": "$(ROBERTA)"}, "gpt2": {"path": "$(GPT2)"}}, "vision": {"vit": {"path": "$(VIT)"}}}'
+
+# What a configuration would cost, before anything is spent
+plan: env
+	$(BIN)/python workflow/plan.py '$(CONFIG)'
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

@@ -28,6 +28,7 @@ rule all:
     input:
         rules.tables.input,
         rules.figures.input,
+    localrule: True
 
 
 onstart:

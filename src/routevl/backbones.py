@@ -6,20 +6,23 @@ revision). Only safetensors weights are read, never pickles.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
-from routevl.files import read_json, sha256_of
+from routevl.files import atomic_folder, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FILES_OF_A_BACKBONE = ["*.json", "*.txt", "*.safetensors"]
 # Only what decides the features: a tokenizer or a model card beside the weights does not.
@@ -89,6 +92,35 @@ def fingerprint_of(folder: str | Path) -> str:
     for file in sorted(files):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------- stage `fetch-backbone`
+
+
+def add_arguments_fetch_backbone(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl fetch-backbone`."""
+    parser.add_argument("--hub-id", required=True, metavar="OWNER/NAME", help="a model of the Hugging Face hub")
+    parser.add_argument("--revision", required=True, help="commit, tag or branch")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where its files go")
+
+
+def run_fetch_backbone(arguments: argparse.Namespace) -> None:
+    """Put a hub model's files into a folder, from the local cache (HF_HOME) where it has them, else from the hub.
+
+    The folder also gets source.json: the hub id, the commit that the revision stands for, and the sha256 of every file.
+
+    Raises:
+        RoutevlError: as `resolve_folder`; or a file that is not what the hub published.
+    """
+    snapshot = resolve_folder(arguments.hub_id, arguments.revision)
+    with atomic_folder(arguments.output) as folder:
+        hashes = {}
+        for file in sorted(snapshot.iterdir()):
+            hashes[file.name] = sha256_of(shutil.copyfile(file, folder / file.name))
+            published = file.resolve().name  # the cache names large files by the sha256 that the hub gives
+            if SHA256.fullmatch(published) and published != hashes[file.name]:
+                raise RoutevlError(f"{file}: its sha256 is {hashes[file.name]}, not the published {published}; delete it")
+        write_json(folder / "source.json", {"hub_id": arguments.hub_id, "commit": snapshot.name, "sha256": hashes})
 
 
 # ---------------------------------------------------------------------------------------------- text

@@ -9,12 +9,16 @@ import sys
 from typing import NoReturn
 
 from routevl.errors import RoutevlError
+from routevl.launch import is_launched, launch, leave_to_launcher
 from routevl.startup import importing
 
 # stage -> (module, suffix of its add_arguments and run functions, what it does); in the order in which data flows
 STAGES = {
     "world": ("routevl.data.world", "", "write the demo world in COCO's and VQAv2's file formats"),
+    "download": ("routevl.data.download", "_download", "get one file of the official data and verify it"),
+    "unpack": ("routevl.data.download", "_unpack", "unpack a downloaded archive"),
     "prepare": ("routevl.data.prepare", "", "check COCO and VQAv2 files, split them, build the answer vocabulary"),
+    "fetch-backbone": ("routevl.backbones", "_fetch_backbone", "copy a model of the Hugging Face hub into a folder"),
     "pretrain-text": ("routevl.pretraining", "_pretrain_text", "pretrain a small text backbone on text alone"),
     "pretrain-vision": ("routevl.pretraining", "_pretrain_vision", "pretrain a small vision backbone on images alone"),
     "extract": ("routevl.features", "_extract", "extract one shard of visual features"),
@@ -56,9 +60,12 @@ def main() -> None:
             getattr(module, "add_arguments" + suffix)(subparser)
     arguments = parser.parse_args()
     module, suffix = _load(arguments.stage)
-    with importing(arguments.stage):
-        getattr(module, "import_libraries", lambda: None)()
     try:
+        if getattr(arguments, "processes", 1) > 1 and not is_launched():
+            launch(arguments.processes)
+            return
+        with importing(arguments.stage):
+            getattr(module, "import_libraries", lambda: None)()
         getattr(module, "run" + suffix)(arguments)
         sys.stdout.flush()
     except RoutevlError as error:
@@ -75,5 +82,7 @@ def _load(stage: str) -> tuple:
 
 
 def _fail(message: str) -> NoReturn:
-    print("routevl: error: " + " ".join(message.split()), file=sys.stderr)
+    message = " ".join(message.split())
+    if not leave_to_launcher(message):
+        print("routevl: error: " + message, file=sys.stderr)
     raise SystemExit(2)

@@ -1,4 +1,22 @@
-# The demo's own backbones, pretrained on one modality each. Backbones with a `path` need no rule.
+# The frozen models: fetched from the hub, or the demo's own, pretrained on one modality each. A folder on disk needs no rule.
+
+
+rule fetch_backbone:
+    output:
+        directory(f"{R}/backbones/{{name}}"),
+    log:
+        f"{R}/logs/fetch_backbone/{{name}}.log",
+    benchmark:
+        f"{R}/benchmarks/fetch_backbone/{{name}}.tsv"
+    wildcard_constraints:
+        name=backbones_from("hub"),
+    localrule: True
+    params:
+        options=lambda wildcards: options(
+            {"hub_id": BACKBONES[wildcards.name]["path"], "revision": BACKBONES[wildcards.name].get("revision", "main")}
+        ),
+    shell:
+        "routevl fetch-backbone {params.options} --output {output} &> {log}"
 
 
 rule pretrain_text:
@@ -9,15 +27,15 @@ rule pretrain_text:
     benchmark:
         f"{R}/benchmarks/pretrain/{{text}}.tsv"
     wildcard_constraints:
-        text="|".join(name for name, entry in config["backbones"]["text"].items() if "pretrain" in entry) or "(?!)",
+        text=backbones_from("pretrain", "text"),
     priority: 10
     threads: config["training"]["threads"]
     resources:
         cpus_per_task=config["training"]["threads"],
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=growing(4000),
+        runtime=growing(60),
     params:
-        options=lambda wildcards: options(config["backbones"]["text"][wildcards.text]["pretrain"]),
+        options=lambda wildcards: options(BACKBONES[wildcards.text]["pretrain"]),
     shell:
         "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
 
@@ -30,14 +48,14 @@ rule pretrain_vision:
     benchmark:
         f"{R}/benchmarks/pretrain/{{vision}}.tsv"
     wildcard_constraints:
-        vision="|".join(name for name, entry in config["backbones"]["vision"].items() if "pretrain" in entry) or "(?!)",
+        vision=backbones_from("pretrain", "vision"),
     priority: 20
     threads: config["training"]["threads"]
     resources:
         cpus_per_task=config["training"]["threads"],
-        mem_mb=4000,
-        runtime=60,
+        mem_mb=growing(4000),
+        runtime=growing(60),
     params:
-        options=lambda wildcards: options(config["backbones"]["vision"][wildcards.vision]["pretrain"]),
+        options=lambda wildcards: options(BACKBONES[wildcards.vision]["pretrain"]),
     shell:
         "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"

@@ -1,5 +1,7 @@
 # Configuration and run sheet, validated before anything else; and how a run's settings become options.
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -58,30 +60,62 @@ def targets(names, endings):
     return [f"{name}.{ending}" for name in fed for ending in endings]
 
 
-def backbone_path(modality, name):
-    """Where a backbone is: the folder of its pretraining rule, a folder on disk, or a hub id."""
-    entry = config["backbones"][modality][name]
-    return f"{R}/backbones/{name}" if "pretrain" in entry else entry["path"]
+BACKBONES = {**config["backbones"]["text"], **config["backbones"]["vision"]}
+if clash := config["backbones"]["text"].keys() & config["backbones"]["vision"].keys():
+    raise WorkflowError(f"configuration: backbones: {clash.pop()} names a text and a vision backbone")
 
 
-def backbone_files(modality, name):
-    """The backbone as a rule's input: none where it is a hub id, which is pinned by its revision."""
-    entry, path = config["backbones"][modality][name], backbone_path(modality, name)
-    return [path] if "pretrain" in entry or Path(path).is_dir() else []
+def comes_from(entry):
+    """Where a backbone comes from: its pretraining, a folder on disk, or the hub."""
+    if "pretrain" in entry:
+        return "pretrain"
+    return "folder" if Path(entry["path"]).is_dir() else "hub"
+
+
+for name, entry in BACKBONES.items():
+    if comes_from(entry) == "folder" and "revision" in entry:
+        raise WorkflowError(f"configuration: backbones: {name}: a revision of the local folder {entry['path']}; drop it")
+
+
+def backbones_from(origin, modality=None):
+    """A wildcard constraint: the names of all backbones of that origin."""
+    entries = config["backbones"][modality] if modality else BACKBONES
+    return "|".join(re.escape(name) for name, entry in entries.items() if comes_from(entry) == origin) or "(?!)"
+
+
+def backbone(name):
+    """The folder of a backbone: the user's own, or one of the workflow's outputs."""
+    return BACKBONES[name]["path"] if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
+
+
+def gpus(n):
+    """The resource by which n GPUs are asked for: sbatch's --gpus, or its --gres where the cluster wants that."""
+    if n == 0:
+        return {}
+    return {"gpu": n} if config.get("gpu_flag", "gpus") == "gpus" else {"gres": f"gpu:{n}"}
+
+
+def growing(amount):
+    """Memory or time that grows with each attempt, so that a job which ran out of it succeeds when it is retried."""
+    return lambda wildcards, attempt: amount * attempt
 
 
 def option(name, value):
-    """One option of the command line, quoted; nothing where the value is none."""
-    if value is None:
-        return ""
+    """One option of the command line, quoted."""
     if isinstance(value, bool):
         value = "yes" if value else "no"
-    return f"--{name.replace('_', '-')} {json.dumps(value) if isinstance(value, str) and ' ' in value else value}"
+    values = value if isinstance(value, list) else [value]
+    return f"--{name.replace('_', '-')} {' '.join(shlex.quote(str(value)) for value in values)}"
 
 
 def options(values):
     """Options from a mapping, in its order."""
-    return " ".join(filter(None, (option(name, value) for name, value in values.items())))
+    return " ".join(option(name, value) for name, value in values.items())
+
+
+def without(section, *keys):
+    """A section of the configuration but for some of its keys."""
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def run_settings(wildcards):
@@ -108,34 +142,32 @@ def run_settings(wildcards):
     )
 
 
-def backbone_options(wildcards):
-    """The backbones of a run, as options."""
-    row = RUNS[wildcards.run]
-    values = {}
-    for modality in ("text", "vision"):
-        name = row[f"{modality}_backbone"]
-        values[f"{modality}_backbone"] = backbone_path(modality, name)
-        values[f"{modality}_revision"] = config["backbones"][modality][name].get("revision")
-    return options(values)
-
-
 SOURCE_FILES = ("images", "questions", "annotations", "captions")
+DATA = Path(config["data"]["root"])
+DOWNLOADS = {}
+if "downloads" in config["data"]:
+    DOWNLOADS = pd.read_csv(config["data"]["downloads"], sep="\t", dtype=str).set_index("folder")["file"].to_dict()
 
 
 def sources():
     """The sources of the data, with their paths under the data's root."""
-    root = Path(config["data"]["root"])
-    return [
-        {key: str(root / value) if key in SOURCE_FILES else value for key, value in source.items()}
-        for source in config["data"]["sources"]
-    ]
+    entries = []
+    for source in config["data"]["sources"]:
+        entry = {key: str(DATA / value) if key in SOURCE_FILES else value for key, value in source.items()}
+        if "karpathy" in source["split"]:
+            entry["split"] = {"karpathy": str(DATA / source["split"]["karpathy"])}
+        entries.append(entry)
+    return entries
 
 
 def source_files(wildcards):
-    """The files and folders that the sources name; the demo world's count as its rule's output."""
+    """The files and folders that the sources name; of the demo world and of archives the folder that holds them."""
     if "world" in config:
         return [f"{R}/world"]
-    return [source[name] for source in sources() for name in SOURCE_FILES if name in source]
+    entries = [*sources(), *(source["split"] for source in sources() if "karpathy" in source["split"])]
+    paths = [Path(entry[key]) for entry in entries for key in (*SOURCE_FILES, "karpathy") if key in entry]
+    folders = [path.relative_to(DATA).parts[0] for path in paths]
+    return sorted({str(DATA / folder if folder in DOWNLOADS else path) for path, folder in zip(paths, folders)})
 
 
 def shard_names():

@@ -1,4 +1,4 @@
-# Official-format data: the demo world, or files on disk; checked and split.
+# Official-format data: the demo world, downloaded archives, or files on disk; checked and split.
 
 
 rule world:
@@ -9,12 +9,53 @@ rule world:
     benchmark:
         f"{R}/benchmarks/world.tsv"
     resources:
-        mem_mb=2000,
-        runtime=30,
+        mem_mb=growing(2000),
+        runtime=growing(30),
     params:
         options=lambda wildcards: options(config["world"]),
     shell:
         "routevl world {params.options} --output {output} &> {log}"
+
+
+if DOWNLOADS:
+
+    # The archive itself is no output: Snakemake would delete what was placed there by hand, or came half.
+    rule download:
+        output:
+            f"{R}/downloads/{{file}}.json",
+        log:
+            f"{R}/logs/download/{{file}}.log",
+        benchmark:
+            f"{R}/benchmarks/download/{{file}}.tsv"
+        wildcard_constraints:
+            file="|".join(map(re.escape, DOWNLOADS.values())),
+        localrule: True
+        params:
+            datasets=config["data"]["downloads"],
+            folder=DATA / "downloads",
+        shell:
+            "routevl download --datasets {params.datasets} --file {wildcards.file} --folder {params.folder} "
+            "--record {output} &> {log}"
+
+    rule unpack:
+        input:
+            lambda wildcards: f"{R}/downloads/{DOWNLOADS[wildcards.folder]}.json",
+        output:
+            directory(DATA / "{folder}"),
+        log:
+            f"{R}/logs/unpack/{{folder}}.log",
+        benchmark:
+            f"{R}/benchmarks/unpack/{{folder}}.tsv"
+        wildcard_constraints:
+            folder="|".join(map(re.escape, DOWNLOADS)),
+        localrule: True
+        params:
+            datasets=config["data"]["downloads"],
+            folder=DATA / "downloads",
+            file=lambda wildcards: DOWNLOADS[wildcards.folder],
+        shell:
+            "routevl unpack --datasets {params.datasets} --file {params.file} --folder {params.folder} "
+            "--output {output} &> {log}"
 
 
 rule prepare:
@@ -27,10 +68,10 @@ rule prepare:
     benchmark:
         f"{R}/benchmarks/prepare.tsv"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=growing(config["data"]["mem_mb"]),
+        runtime=growing(config["data"]["runtime"]),
     params:
         sources=json.dumps(sources()),
-        options=options({key: value for key, value in config["data"].items() if key not in ("root", "sources")}),
+        options=options(without(config["data"], "root", "downloads", "sources", "mem_mb", "runtime")),
     shell:
         "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"

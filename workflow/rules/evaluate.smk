@@ -18,8 +18,8 @@ for task, number, runs in scoring_batches():
             f"{R}/benchmarks/score/{task}_{number}.tsv"
         priority: 5
         resources:
-            mem_mb=4000,
-            runtime=60,
+            mem_mb=growing(config["scoring"]["mem_mb"]),
+            runtime=growing(config["scoring"]["runtime"]),
         params:
             task=task,
         shell:

@@ -4,7 +4,7 @@
 rule extract:
     input:
         data=f"{R}/data",
-        backbone=lambda wildcards: backbone_files("vision", wildcards.vision),
+        backbone=lambda wildcards: backbone(wildcards.vision),
     output:
         f"{R}/features/{{vision}}/shard-{{shard}}-of-{config['features']['shards']:05d}.safetensors",
     log:
@@ -15,22 +15,16 @@ rule extract:
         vision="|".join(config["backbones"]["vision"]),
     threads: config["training"]["threads"]
     resources:
+        **gpus(min(config["training"]["gpus"], 1)),
         cpus_per_task=config["training"]["threads"],
-        mem_mb=8000,
-        runtime=240,
+        mem_mb=growing(config["features"]["mem_mb"]),
+        runtime=growing(config["features"]["runtime"]),
     params:
-        backbone=lambda wildcards: options(
-            {
-                "backbone": backbone_path("vision", wildcards.vision),
-                "revision": config["backbones"]["vision"][wildcards.vision].get("revision"),
-            }
-        ),
         shard=lambda wildcards: int(wildcards.shard),
-        options=options({**config["features"], "tokens": None}),
-        tokens=" ".join(config["features"]["tokens"]),
+        options=options(without(config["features"], "mem_mb", "runtime")),
     shell:
         "routevl extract --images {input.data}/train/images.json {input.data}/val/images.json {input.data}/test/images.json "
-        "{params.backbone} --shard {params.shard} {params.options} --tokens {params.tokens} "
+        "--backbone {input.backbone} --shard {params.shard} {params.options} "
         "--threads {resources.cpus_per_task} --output {output} &> {log}"
 
 
@@ -45,8 +39,6 @@ rule index_features:
         f"{R}/benchmarks/index_features/{{vision}}.tsv"
     wildcard_constraints:
         vision="|".join(config["backbones"]["vision"]),
-    resources:
-        mem_mb=2000,
-        runtime=30,
+    localrule: True
     shell:
         "routevl index-features --shards {input} --output {output} &> {log}"

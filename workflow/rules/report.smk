@@ -14,9 +14,7 @@ rule table:
         f"{R}/benchmarks/table/{{name}}.tsv"
     wildcard_constraints:
         name="|".join(TABLES),
-    resources:
-        mem_mb=2000,
-        runtime=30,
+    localrule: True
     params:
         results=lambda wildcards: R,
     shell:
@@ -37,9 +35,7 @@ rule figure:
         f"{R}/benchmarks/figure/{{name}}.tsv"
     wildcard_constraints:
         name="|".join(FIGURES),
-    resources:
-        mem_mb=2000,
-        runtime=30,
+    localrule: True
     params:
         results=lambda wildcards: R,
     shell:
@@ -50,6 +46,7 @@ rule figure:
 rule tables:
     input:
         expand(f"{R}/tables/{{file}}", file=targets(TABLES, ("csv", "md", "tex"))),
+    localrule: True
 
 
 rule figures:
@@ -58,3 +55,4 @@ rule figures:
             f"{R}/figures/{{file}}",
             file=targets(FIGURES, ("svg", "png", "pdf", "csv")),
         ),
+    localrule: True

@@ -6,8 +6,8 @@ rule train:
     input:
         data=f"{R}/data",
         features=lambda wildcards: f"{R}/features/{RUNS[wildcards.run]['vision_backbone']}/index.json",
-        text_backbone=lambda wildcards: backbone_files("text", RUNS[wildcards.run]["text_backbone"]),
-        vision_backbone=lambda wildcards: backbone_files("vision", RUNS[wildcards.run]["vision_backbone"]),
+        text_backbone=lambda wildcards: backbone(RUNS[wildcards.run]["text_backbone"]),
+        vision_backbone=lambda wildcards: backbone(RUNS[wildcards.run]["vision_backbone"]),
     output:
         model=directory(f"{R}/models/{{run}}"),
         predictions=directory(f"{R}/predictions/{{run}}"),
@@ -17,19 +17,20 @@ rule train:
         f"{R}/benchmarks/train/{{run}}.tsv"
     threads: config["training"]["threads"]
     resources:
+        **gpus(config["training"]["gpus"]),
         cpus_per_task=config["training"]["threads"],
-        mem_mb=8000,
-        runtime=1440,
+        mem_mb=growing(config["training"]["mem_mb"]),
+        runtime=growing(config["training"]["runtime"]),
     params:
         features=lambda wildcards, input: Path(input.features).parent,
-        backbones=backbone_options,
         settings=run_settings,
         checkpoint=f"{R}/checkpoints/{{run}}",
         workers=config["training"]["workers"],
         checkpoint_every=config["training"]["checkpoint_every"],
         log_every=config["training"]["log_every"],
     shell:
-        "routevl train --data {input.data} --features {params.features} {params.backbones} "
+        "routevl train --data {input.data} --features {params.features} "
+        "--text-backbone {input.text_backbone} --vision-backbone {input.vision_backbone} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
         "--threads {resources.cpus_per_task} --workers {params.workers} {params.settings} &> {log}"

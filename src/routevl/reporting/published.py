@@ -45,7 +45,7 @@ def published_score(published: pandas.DataFrame, row: pandas.Series, metric: str
     It counts only for the same backbones: `setting` is "<text_backbone> + <vision_backbone>" with the names
     of the experiments sheet, and `method` is "<method> <routing>", for example "lora attn".
     """
-    setting = f"{row.get('text_backbone', '')} + {row.get('vision_backbone', '')}"
+    setting = f"{row['text_backbone']} + {row['vision_backbone']}"
     found = published[
         (published["task"] == row["task"])
         & (published["setting"] == setting)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 MAIN_METRIC = {"vqa": "accuracy", "caption": "CIDEr"}
 METHODS = ("lora", "adapter")
 
-_REQUIRED_COLUMNS = ("experiment", "task", "method", "routing", "rank", "epochs", "prefix", "seeds", "feeds")
+_REQUIRED_COLUMNS = (
+    "experiment", "task", "text_backbone", "vision_backbone", "method", "routing", "rank", "epochs", "prefix",
+    "visual_tokens", "seeds", "feeds",
+)  # fmt: skip
 _NOT_A_SETTING = {"experiment", "routing", "seeds", "feeds"}
 _NUMBER = (int, float)
 _RUN_FIELDS = {"trainable_params": int, "trainable_params_by_part": dict, "total_params": int}
@@ -41,7 +44,7 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
     Returns:
         The sheet's columns as strings, but `rank` and `epochs` as int, `prefix` as bool and `seeds` as a list
         of strings; and `setting`, a tuple of (column, value) of all that two experiments must share for a
-        fair comparison of routing functions. Sorted by task, blind first, method, budget, routing.
+        fair comparison of routing functions. Sorted by task, backbones (as in the sheet), blind first, method, budget, routing.
 
     Raises:
         RoutevlError: no such sheet, a missing column, a value of the wrong type, or no experiment feeds it.
@@ -78,7 +81,8 @@ def read_experiments(experiments_sheet: str | Path, feeds: str) -> pandas.DataFr
     sheet["setting"] = [
         tuple(zip(settings, values, strict=True)) for values in sheet[settings].itertuples(index=False, name=None)
     ]
-    order = sorted(range(len(sheet)), key=lambda index: _display_order(sheet.iloc[index]))
+    backbones = list(dict.fromkeys(zip(sheet["text_backbone"], sheet["vision_backbone"], strict=True)))
+    order = sorted(range(len(sheet)), key=lambda index: _display_order(sheet.iloc[index], backbones))
     return sheet.iloc[order].reset_index(drop=True)
 
 
@@ -243,9 +247,10 @@ def _one_of(value: str, allowed: tuple[str, ...], where: str) -> None:
         raise RoutevlError(f"{where} is {value!r}, expected one of {', '.join(allowed)}")
 
 
-def _display_order(row: Any) -> tuple:
+def _display_order(row: Any, backbones: list[tuple[str, str]]) -> tuple:
     return (
         list(MAIN_METRIC).index(row["task"]),
+        backbones.index((row["text_backbone"], row["vision_backbone"])),
         not is_blind(row),
         _position(METHODS, row["method"]),
         not row["prefix"],

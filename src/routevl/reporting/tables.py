@@ -121,7 +121,7 @@ def score_table(experiments_sheet: Path, results_folder: Path, published: pandas
             verdicts.append(gains[experiment].absolute.verdict)
     data = pd.DataFrame(records)
     header = [
-        "Method", "Routing", "Prefix", "Rank", "Epochs", "Seeds", "Params (M)", "%",
+        "Backbones", "Method", "Routing", "Prefix", "Rank", "Epochs", "Seeds", "Params (M)", "%",
         *_SHOWN_METRICS[task].values(),
         f"Gain in {_SHOWN_METRICS[task][MAIN_METRIC[task]]} [95% CI]", "Relative gain % [95% CI]",
         "Published",
@@ -178,7 +178,7 @@ def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
     first = group.iloc[0]
     if group["trainable_params"].nunique() != 1:
         raise RoutevlError(f"models/{first['run']}/run.json: trainable_params differs from another seed of the experiment")
-    record = {column: first[column] for column in _IDENTITY if column in group}
+    record = {column: first[column] for column in _IDENTITY}
     record["prefix"] = "yes" if first["prefix"] else "no"
     return record | {
         "n_seeds": len(group),
@@ -197,6 +197,7 @@ def _score_row(record: dict[str, Any], gain: Gain | None, task: str) -> list[str
 def _identity_row(record: dict[str, Any]) -> list[str]:
     blind = record["routing"] == "none" and record["prefix"] == "no"
     return [
+        _backbones(record),
         METHOD_LABELS.get(record["method"], record["method"]),
         "none (blind: no image)" if blind else record["routing"],
         record["prefix"],
@@ -208,6 +209,10 @@ def _identity_row(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _backbones(record: dict[str, Any]) -> str:
+    return f"{record['text_backbone']} + {record['vision_backbone']}"
+
+
 def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
     """The comparison in words, positive, negative or undecided by whether its interval contains 0."""
     method = METHOD_LABELS.get(record["method"], record["method"])
@@ -217,7 +222,7 @@ def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
     scale = 1.0 if size is gain.relative else SCORE_SCALE[task]
     interval = f"[{size.low * scale:+.1f}, {size.high * scale:+.1f}]"
     routing = f"routing (`{record['routing']}`)"
-    on_task = f"on {_TASK_WORDS[task]} (n={plural(record['n_seeds'], 'seed')})"
+    on_task = f"on {_TASK_WORDS[task]} with {_backbones(record)} (n={plural(record['n_seeds'], 'seed')})"
     if record["prefix"] == "no":
         on_task += " without a visual prefix, where the baseline sees no image"
     estimate = size.estimate * scale
@@ -248,7 +253,7 @@ def _summary(verdicts: Sequence[int], paper_claim: str) -> list[str]:
 def _score_notes(runs: pandas.DataFrame, task: str) -> list[str]:
     notes = [
         f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over `none` with the same "
-        "method, rank, epochs and prefix; intervals are 95% percentile intervals of a paired bootstrap over "
+        "backbones, method, rank, epochs and prefix; intervals are 95% percentile intervals of a paired bootstrap over "
         f"the test items ({int(runs['n'].max()):,} items, {RESAMPLES:,} resamples, scores averaged over "
         "seeds). They cover the choice of test items, not of seeds, and are not corrected for the number of "
         "comparisons.",
@@ -290,7 +295,7 @@ def cost_table(experiments_sheet: Path, results_folder: Path) -> Table:
     runs = collect(experiments_sheet, results_folder, "T6", files=("run", "timing"))
     records = [_cost_record(group, results_folder) for _, group in runs.groupby("experiment", sort=False)]
     header = [
-        "Task", "Method", "Routing", "Prefix", "Rank", "Epochs", "Runs", "Params (M)", "%", "Bottleneck (M)",
+        "Task", "Backbones", "Method", "Routing", "Prefix", "Rank", "Epochs", "Runs", "Params (M)", "%", "Bottleneck (M)",
         "Layer norms (M)", "Head (M)", "Visual projection (M)", "Step (ms)", "Samples/s", "Peak memory (MB)",
         "Adapter (MB)", "Training (s)", "Device",
     ]  # fmt: skip
@@ -367,7 +372,7 @@ def _markdown(heading: str, table: Table) -> str:
 
 def _latex(heading: str, table: Table) -> str:
     """A booktabs table; the notes stand in the .md only."""
-    left_columns = {"Task", "Method", "Routing", "Prefix", "Device"}
+    left_columns = {"Task", "Backbones", "Method", "Routing", "Prefix", "Device"}
     alignment = "".join("l" if name in left_columns else "r" for name in table.header)
     lines = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in [table.header, *table.rows]]
     lines.insert(1, r"\midrule")

@@ -1,0 +1,271 @@
+"""The paper's configuration: its plan at full size, and a run of it at toy size, with data sites and a hub on this machine."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import run_stage
+from tiny_project import BIN, PROJECT, copy_project, environment
+
+from routevl.routing import ROUTING
+
+PAPER = yaml.safe_load((PROJECT / "config/paper.yaml").read_text())
+MODELS = {  # what the toy run uses, as large as in the paper but for its width
+    "roberta-large": {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 128},
+    "gpt2-medium": {"n_embd": 32, "n_layer": 24, "n_head": 16},
+    "vit-large": {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 128},
+}
+RUNS = [
+    "vqa_roberta-large_vit-large_lora_mul",
+    "vqa_roberta-large_vit-large_lora_none",
+    "caption_gpt2-medium_vit-large_adapter_attn",
+    "caption_gpt2-medium_vit-large_adapter_none",
+]
+
+
+# ------------------------------------------------------------------------------------------- at full size
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `snakemake -n` prints of the paper's grid, where nothing has been done yet."""
+    folder = tmp_path_factory.mktemp("grid")
+    copy_project(folder)
+    return dry_run(folder, "--printshellcmds", "--configfile", "config/paper.yaml")
+
+
+def commands_in(dry_run: str) -> list[str]:
+    return re.findall(r"^Shell command: (routevl .*)$", dry_run, re.MULTILINE)
+
+
+def dry_run(folder: Path, *options: str) -> str:
+    command = [str(BIN / "snakemake"), "--dry-run", "--cores", "2", *options]
+    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_command_of_the_grid_is_complete(commands: str) -> None:
+    lines = commands_in(commands)
+    stages = [line.split()[1] for line in lines]
+    assert stages.count("train") >= 300
+    assert set(stages) == set("download unpack prepare fetch-backbone extract index-features train score table figure".split())
+    for line in lines:
+        assert not re.search(r"\{\w|None|<function|wildcards", line), line
+        assert " &> " in line, line
+    [train] = [line for line in lines if "--model results/paper/models/vqa_roberta-large_vit-large_lora_mul_seed2 " in line]
+    for option in ("--rank 128", "--alpha 128", "--epochs 20", "--batch-size 512", "--learning-rate 0.0003", "--warmup 0.05",
+                   "--max-text-tokens 20", "--precision bfloat16", "--seed 2", "--routing mul",
+                   "--text-backbone results/paper/backbones/roberta-large"):  # fmt: skip
+        assert f"{option} " in f"{train} ", option
+
+
+def test_the_grid_is_the_papers() -> None:
+    """Every pair of backbones, method and routing function with three seeds; every routing function at every rank."""
+    with open(PROJECT / "config/experiments/paper.tsv") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for task, texts in {"vqa": ("roberta-base", "roberta-large"), "caption": ("gpt2", "gpt2-medium")}.items():
+        for text in texts:
+            for vision in ("vit-base", "vit-large"):
+                for method in ("lora", "adapter"):
+                    for routing in ROUTING:
+                        wanted = {"task": task, "text_backbone": text, "vision_backbone": vision, "method": method,
+                                  "routing": routing, "prefix": "yes", "epochs": "20", "seeds": "1,2,3",
+                                  "rank": "64" if (task, method) == ("vqa", "adapter") else "128"}  # fmt: skip
+                        assert any(wanted.items() <= row.items() for row in rows), wanted
+        ranks = {(row["routing"], row["rank"]) for row in rows if row["task"] == task and "F3" in row["feeds"].split(",")}
+        assert {(r, k) for r in ROUTING for k in ("16", "32", "64", "128", "256")} <= ranks
+
+
+def test_the_plan_tells_what_the_grid_costs(commands: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "workflow/plan.py", "config/paper.yaml"],
+        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    table = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+    jobs = len(commands_in(commands))
+    with open(PROJECT / "config/experiments/paper.tsv") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    hours = 0.0
+    for row in rows:
+        examples = PAPER["plan"]["train_examples"][row["task"]] * int(row["epochs"]) * len(row["seeds"].split(","))
+        hours += examples / PAPER["plan"]["text"][row["text_backbone"]]["samples_per_second"] / 3600
+    assert int(table["train"][0]) == sum(len(row["seeds"].split(",")) for row in rows)
+    assert float(table["train"][1]) == pytest.approx(hours, abs=0.06)
+    assert float(table["download"][2]) > 20  # the photographs alone
+    assert int(table["total"][0]) == jobs + 1  # rule all has no command
+
+
+# -------------------------------------------------------------------------------------------- at toy size
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """COCO 2014, VQAv2 and the Karpathy splits in miniature, by their official names and formats, served over HTTP."""
+    root = tmp_path_factory.mktemp("sites")
+    write_archives(root)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def write_archives(root: Path) -> None:
+    """The demo world's images and texts as the official archives; part of its train images is Karpathy's restval."""
+    from PIL import Image
+
+    run_stage("world", "--output", root / "world", "--seed", 1, "--train-images", 40, "--val-images", 8, "--test-images", 12,
+              "--image-size", 48, "--questions-per-image", 3)  # fmt: skip
+    year: dict[int, str] = {}
+    splits, records = [], {"questions": [], "annotations": [], "captions": []}
+    for split in ("train", "val", "test"):
+        folder = root / "world" / split
+        for name, content in records.items():
+            content += json.loads((folder / f"{name}.json").read_text())["annotations" if name == "captions" else name]
+        for number, file in enumerate(sorted((folder / "images").iterdir())):
+            image_id = int(re.search(r"(\d{12})", file.name)[1])
+            restval = split == "train" and number < 10
+            year[image_id] = "train2014" if split == "train" and not restval else "val2014"
+            name = f"COCO_{year[image_id]}_{image_id:012d}.jpg"
+            (root / year[image_id]).mkdir(exist_ok=True)
+            Image.open(file).convert("L" if number == 3 else "RGB").save(root / year[image_id] / name)
+            own_split = "restval" if restval else split
+            splits.append({"cocoid": image_id, "filename": name, "filepath": year[image_id], "split": own_split})
+    for name in ("train2014", "val2014"):
+        with zipfile.ZipFile(root / f"{name}.zip", "w") as archive:
+            for file in sorted((root / name).iterdir()):
+                archive.write(file, f"{name}/{file.name}")
+    with zipfile.ZipFile(root / "caption_datasets.zip", "w") as archive:
+        archive.writestr("dataset_coco.json", json.dumps({"images": splits, "dataset": "coco"}))
+    with zipfile.ZipFile(root / "annotations_trainval2014.zip", "w") as archive:
+        for name in ("train2014", "val2014"):
+            images = [{"id": entry["cocoid"], "file_name": entry["filename"]} for entry in splits if entry["filepath"] == name]
+            content = {"images": images, "annotations": of_year(records["captions"], year, name), "licenses": [], "info": {}}
+            archive.writestr(f"annotations/captions_{name}.json", json.dumps(content))
+    for part, name in (("Train", "train2014"), ("Val", "val2014")):
+        members = {"questions": f"v2_OpenEnded_mscoco_{name}_questions", "annotations": f"v2_mscoco_{name}_annotations"}
+        for kind, member in members.items():
+            with zipfile.ZipFile(root / f"v2_{kind.title()}_{part}_mscoco.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(f"{member}.json", json.dumps({kind: of_year(records[kind], year, name)}))
+
+
+def of_year(records: list[dict[str, Any]], year: dict[int, str], name: str) -> list[dict[str, Any]]:
+    return [record for record in records if year[record["image_id"]] == name]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the Hugging Face hub with the pinned revisions of MODELS, which have random weights."""
+    home = tmp_path_factory.mktemp("hub")
+    entries = {**PAPER["backbones"]["text"], **PAPER["backbones"]["vision"]}
+    for name, shape in MODELS.items():
+        entry = entries[name]
+        snapshot = home / "hub" / f"models--{entry['path'].replace('/', '--')}" / "snapshots" / entry["revision"]
+        save_model(name, shape, snapshot)
+    return home
+
+
+def save_model(name: str, shape: dict[str, int], folder: Path) -> None:
+    import transformers
+
+    from routevl.pretraining import _byte_pairs
+
+    texts = ["what colour is the circle", "a red square left of a blue cross"]
+    if name == "vit-large":
+        transformers.ViTModel(transformers.ViTConfig(**shape)).save_pretrained(folder)
+        transformers.ViTImageProcessor().save_pretrained(folder)
+    elif name == "roberta-large":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        transformers.RobertaTokenizer(**_byte_pairs(texts, 300, special), model_max_length=512).save_pretrained(folder)
+        config = transformers.RobertaConfig(**shape, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+        transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    else:
+        transformers.GPT2Tokenizer(**_byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024).save_pretrained(folder)
+        config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, sites: str, hub: Path) -> Path:
+    """The paper's configuration with other numbers, run from nothing."""
+    folder = tmp_path_factory.mktemp("paper")
+    copy_project(folder)
+    write_toy_config(folder, sites)
+    snakemake(folder, hub)
+    return folder
+
+
+def write_toy_config(folder: Path, sites: str) -> None:
+    config = yaml.safe_load((folder / "config/paper.yaml").read_text())
+    config["data"]["minimum_answer_count"] = 1
+    config["features"] |= {"shards": 2, "batch_size": 8, "workers": 0}
+    config["training"] |= {"threads": 1, "workers": 0, "checkpoint_every": 3, "log_every": 1}
+    config["runs"] |= {"prediction_batch_size": 16, "beams": 2, "max_new_tokens": 6}
+    for task in config["tasks"].values():
+        task |= {"batch_size": 30, "warmup": 2}
+    (folder / "config/paper.yaml").write_text(yaml.safe_dump(config))
+    with open(folder / "config/experiments/paper.tsv") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        rows = [row | {"rank": "4", "epochs": "1", "seeds": "1"} for row in reader if row["experiment"] in RUNS]
+        write_table(folder / "config/experiments/paper.tsv", reader.fieldnames, rows)
+    with open(folder / "config/datasets.tsv") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        rows = [row | {"urls": f"{sites}/{row['file']}", "checksum": "", "bytes": ""} for row in reader]
+        write_table(folder / "config/datasets.tsv", reader.fieldnames, rows)
+
+
+def write_table(path: Path, columns: Any, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def snakemake(folder: Path, hub: Path) -> str:
+    command = [str(BIN / "snakemake"), "--cores", "2", "--show-failed-logs", "--configfile", "config/paper.yaml"]
+    offline = environment() | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_paper_at_toy_size_runs_to_its_tables(toy: Path, hub: Path) -> None:
+    results = toy / "results/paper"
+    for table, routing in (("T1_vqa", {"none", "mul"}), ("T2_caption", {"none", "attn"})):
+        with open(results / f"tables/{table}.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["routing"] for row in rows} == routing and {row["vision_backbone"] for row in rows} == {"vit-large"}
+    assert (results / "figures/F2_main.png").stat().st_size > 10_000
+    images = {split: json.loads((results / f"data/{split}/images.json").read_text()) for split in ("train", "val", "test")}
+    assert {split: len(entries) for split, entries in images.items()} == {"train": 40, "val": 8, "test": 12}
+    assert sum("val2014" in entry["file_name"] for entry in images["train"]) == 10  # restval
+    record = json.loads((results / "downloads/train2014.zip.json").read_text())
+    assert record["checksum"] == "recorded"
+    run = json.loads((results / "models" / f"{RUNS[0]}_seed1/run.json").read_text())
+    assert run["text_model_params"] > 24 * 12 * 32**2  # RoBERTa-large's depth
+    assert "Nothing to be done" in snakemake(toy, hub)
+
+
+@pytest.mark.slow
+def test_hub_models_are_copied_with_their_commit(toy: Path) -> None:
+    for name in MODELS:
+        entry = {**PAPER["backbones"]["text"], **PAPER["backbones"]["vision"]}[name]
+        source = json.loads((toy / f"results/paper/backbones/{name}/source.json").read_text())
+        assert (source["hub_id"], source["commit"]) == (entry["path"], entry["revision"])
+        assert {"config.json", "model.safetensors"} < set(source["sha256"])
