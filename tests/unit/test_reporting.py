@@ -404,7 +404,7 @@ def test_score_table_reports_means_gains_and_blanks(scored, tmp_path):
 def test_score_table_in_words(scored, tmp_path):
     text = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".md").read_text(encoding="utf-8")
     assert "At rank 4 after 2 epochs routing (`mul`) improves LoRA by" in text
-    assert "on VQA (n=2 seeds)" in text
+    assert "on VQA with roberta_demo + vit_demo (n=2 seeds)" in text
     assert "over 20% on VQAv2 (RoBERTa-large + ViT-L/16)" in text
 
 

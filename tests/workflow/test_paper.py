@@ -23,7 +23,7 @@ from tiny_project import BIN, PROJECT, copy_project, environment
 from routevl.routing import ROUTING
 
 PAPER = yaml.safe_load((PROJECT / "config/paper.yaml").read_text())
-MODELS = {  # what the toy run uses, as large as in the paper but for its width
+MODELS = {  # what the toy run uses, as deep as in the paper but narrow, with a small vocabulary
     "roberta-large": {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 128},
     "gpt2-medium": {"n_embd": 32, "n_layer": 24, "n_head": 16},
     "vit-large": {"hidden_size": 32, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 128},
@@ -189,15 +189,18 @@ def save_model(name: str, shape: dict[str, int], folder: Path) -> None:
     if name == "vit-large":
         transformers.ViTModel(transformers.ViTConfig(**shape)).save_pretrained(folder)
         transformers.ViTImageProcessor().save_pretrained(folder)
-    elif name == "roberta-large":
+        return
+    if name == "roberta-large":
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        transformers.RobertaTokenizer(**_byte_pairs(texts, 300, special), model_max_length=512).save_pretrained(folder)
-        config = transformers.RobertaConfig(**shape, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-        transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+        tokenizer = transformers.RobertaTokenizer(**_byte_pairs(texts, 300, special), model_max_length=512)
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 514, "type_vocab_size": 1}
+        model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, **sizes))
     else:
-        transformers.GPT2Tokenizer(**_byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024).save_pretrained(folder)
-        config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
-        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+        tokenizer = transformers.GPT2Tokenizer(**_byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024)
+        sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **sizes))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
