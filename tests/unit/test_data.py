@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from routevl.data import prepare
-from routevl.data.coco import images_in_folder, read_captions
+from routevl.data.coco import images_in_folder, read_captions, read_karpathy_splits
 from routevl.data.vqav2 import read_annotations, read_pair, read_questions
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.metrics.vqa import normalize_answer
 
 REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", "."))
 needs_reference = pytest.mark.skipif(
@@ -51,6 +52,16 @@ def annotations_file(image_ids: list[int], answer: str = "yes") -> dict:
             }
             for n in image_ids
         ]
+    }
+
+
+def karpathy_file(splits: dict[int, str]) -> dict:
+    return {
+        "images": [
+            {"filepath": "val2014", "filename": f"COCO_val2014_{n:012d}.jpg", "imgid": place, "split": split, "cocoid": n}
+            for place, (n, split) in enumerate(splits.items())
+        ],
+        "dataset": "coco",
     }
 
 
@@ -157,6 +168,17 @@ def spoiled(content: dict, *place, value=None, remove: bool = False) -> dict:
             read_annotations,
             spoiled(annotations_file([1]), "annotations", 0, "answer_type", value="colour"),
             r"annotations\[0\]\['answer_type'\] must be one of .*'number'.* found 'colour'",
+        ),
+        (read_karpathy_splits, captions_file([1]), r"images\[0\] lacks the key 'cocoid'"),
+        (
+            read_karpathy_splits,
+            spoiled(karpathy_file({1: "train", 2: "val"}), "images", 1, "cocoid", value=1),
+            r"images\[1\] repeats the cocoid 1",
+        ),
+        (
+            read_karpathy_splits,
+            karpathy_file({1: "train", 2: "dev"}),
+            r"images\[1\]\['split'\] must be one of .*'restval'.* found 'dev'",
         ),
     ],
 )
@@ -309,6 +331,39 @@ def test_sources_merge_into_named_splits(tmp_path, make_source):
     assert len(read_captions(tmp_path / "data" / "val" / "captions.json")["annotations"]) == 1
 
 
+@pytest.fixture
+def karpathy_sources(tmp_path, make_source):
+    """Two sources, as train2014 and val2014 are, which the file of splits mixes; it names an image, 99, that is in neither."""
+    splits = {1: "train", 2: "train", 11: "restval", 12: "val", 13: "test", 14: "val", 15: "restval", 99: "train"}
+    split = {"karpathy": str(save(tmp_path / "dataset_coco.json", karpathy_file(splits)))}
+    return [
+        make_source("train2014", (1, 2), split=split),
+        make_source("val2014", (11, 12, 13, 14, 15), split=split),
+    ]
+
+
+def test_karpathy_splits_go_by_image_id(tmp_path, karpathy_sources):
+    prepare_run(tmp_path / "data", karpathy_sources)
+    ids = {split: image_ids_of(tmp_path / "data" / split) for split in ("train", "val", "test")}
+    assert ids == {"train": [1, 2, 11, 15], "val": [12, 14], "test": [13]}
+    restval = read_json(tmp_path / "data" / "train" / "images.json")[2]
+    assert restval["file_name"] == str(tmp_path / "val2014" / "images" / "COCO_val2014_000000000011.jpg")
+    questions = read_questions(tmp_path / "data" / "train" / "questions.json")["questions"]
+    captions = read_captions(tmp_path / "data" / "train" / "captions.json")["annotations"]
+    assert {record["image_id"] for record in questions} == {record["image_id"] for record in captions} == {1, 2, 11, 15}
+
+
+def test_images_that_karpathy_does_not_name_are_an_error_or_dropped(tmp_path, karpathy_sources, make_source, capsys):
+    karpathy_sources[1] = make_source("val2014", (11, 12, 13, 16, 17), split=karpathy_sources[1]["split"])
+    with pytest.raises(RoutevlError, match=r"dataset_coco\.json: does not name the image 16, which is in .*val2014") as error:
+        prepare_run(tmp_path / "data", karpathy_sources)
+    assert "missing_images" in str(error.value)
+    karpathy_sources[1]["missing_images"] = "drop"
+    prepare_run(tmp_path / "data", karpathy_sources)
+    assert "dropped what is about 2 of 5 images" in capsys.readouterr().out
+    assert [image_ids_of(tmp_path / "data" / split) for split in ("train", "val", "test")] == [[1, 2, 11], [12], [13]]
+
+
 def test_captions_alone(tmp_path, make_source):
     prepare_run(tmp_path / "data", [make_source(asked=False)])
     assert read_questions(tmp_path / "data" / "train" / "questions.json")["questions"] == []
@@ -393,6 +448,10 @@ def test_a_split_that_lacks_the_questions_of_the_others(tmp_path, make_source):
         ({"split": {"train": 1.2, "val": -0.2, "seed": 1}}, "must be 0 or more and sum to 1"),
         ({"split": {"train": float("nan"), "val": 1, "seed": 1}}, "must be 0 or more and sum to 1"),
         ({"split": {"train": 0.6, "val": 0.2, "test": 0.2}}, "need a 'seed'"),
+        ({"split": {"karpathy": 7}}, "'karpathy' must be a path, found 7"),
+        ({"split": {"karpathy": None}}, "must be {'karpathy': file} alone"),
+        ({"split": {"karpathy": "x.json", "seed": 1}}, "must be {'karpathy': file} alone"),
+        ({"split": {"karpathy": "nowhere.json"}}, "nowhere.json: no such file"),
         ({"annotations": None}, "'questions' and 'annotations' go together"),
         ({"annotations": None, "questions": None, "captions": None}, "expected 'captions', or 'questions'"),
         ({"missing_images": "ignore"}, "'missing_images' must be 'error' or 'drop', found 'ignore'"),
@@ -431,10 +490,27 @@ def test_vocabulary_is_normalised_counted_and_ordered():
         "val": annotated(["2", "2", "dog", "yes"]),
         "test": annotated(["never"] * 9),
     }
-    assert prepare.build_vocabulary(splits, 2) == ["2", "yes", "dog", "red"]
-    assert prepare.build_vocabulary(splits, 3) == ["2", "yes"]
-    with pytest.raises(RoutevlError, match="no answer occurs 4 times"):
-        prepare.build_vocabulary(splits, 4)
+    assert prepare.build_vocabulary(splits, ("train", "val"), 2) == ["2", "yes", "dog", "red"]
+    assert prepare.build_vocabulary(splits, ("train", "val"), 3) == ["2", "yes"]
+    assert prepare.build_vocabulary(splits, ("test", "train", "val"), 3) == ["never", "2", "yes"]
+    assert prepare.build_vocabulary(splits, ("val",), 1) == ["2", "dog", "yes"]
+    with pytest.raises(RoutevlError, match="no answer occurs 4 times in train, val; lower --minimum-answer-count"):
+        prepare.build_vocabulary(splits, ("val", "train"), 4)
+
+
+def test_answers_of_the_chosen_splits_are_counted(tmp_path, make_source):
+    sources = [make_source(split, (n,), split=split) for n, split in enumerate(("train", "val", "test"), start=1)]
+    save(Path(sources[2]["annotations"]), annotations_file([3], answer="no"))
+    count = ("--minimum-answer-count", "1")
+    for options, answers in (((), ["yes"]), (("--answer-splits", "train", "test"), ["no", "yes"])):
+        prepare_run(tmp_path / "data", sources, *count, *options)
+        assert read_json(tmp_path / "data" / "answers.json") == answers
+
+
+def test_a_given_vocabulary_counts_no_splits(tmp_path, make_source):
+    vocabulary = save(tmp_path / "vocabulary.json", ["yes"])
+    with pytest.raises(RoutevlError, match="--answer-splits: of no use with --vocabulary"):
+        prepare_run(tmp_path / "data", [make_source()], "--vocabulary", str(vocabulary), "--answer-splits", "train")
 
 
 def test_vocabulary_files(tmp_path, make_source):
@@ -496,3 +572,14 @@ def test_reference_files_are_read_whole():
     vqa = REFERENCE / "vqav2"
     questions, annotations = read_pair(vqa / "questions_subset.json.gz", vqa / "annotations_subset.json.gz")
     assert len(questions) == len(annotations) == 8977
+
+
+@needs_reference
+def test_reference_answers_that_are_frequent_are_in_the_usual_vocabulary():
+    """What occurs nine times in a part of VQAv2 does so in all of it, so that the usual 3,129 answers have it."""
+    vqa = REFERENCE / "vqav2"
+    usual = prepare.read_vocabulary(vqa / "trainval_ans2label.json")
+    _, annotations = read_pair(vqa / "questions_subset.json.gz", vqa / "annotations_subset.json.gz")
+    built = prepare.build_vocabulary({"train": prepare.Split(annotations=annotations)}, ("train",), 9)
+    assert len(built) > 50 and set(built) <= set(usual)
+    assert [normalize_answer(answer) for answer in usual] == usual

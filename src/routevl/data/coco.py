@@ -1,4 +1,4 @@
-"""Reading COCO caption files (https://cocodataset.org/#format-data) and the ids in COCO's image names."""
+"""Reading COCO caption files (https://cocodataset.org/#format-data), the ids in COCO's image names, and Karpathy's splits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from routevl.data.records import Record, check_unique, checked_records, read_obj
 from routevl.errors import RoutevlError
 
 IMAGE_NAME = re.compile(r"(?:.*_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def read_captions(path: str | Path) -> Record:
@@ -39,6 +40,26 @@ def _check_images_listed(path: str | Path, captions: list[Record], image_ids: se
         if caption["image_id"] not in image_ids:
             image_id = caption["image_id"]
             raise RoutevlError(f"{path}: annotations[{index}]: the image_id {image_id} is not in 'images'")
+
+
+def read_karpathy_splits(path: str | Path) -> dict[int, str]:
+    """Read and check Karpathy's dataset_coco.json (https://cs.stanford.edu/people/karpathy/deepimagesent).
+
+    Returns:
+        image id to "train" (which takes in "restval"), "val" or "test".
+
+    Raises:
+        RoutevlError: the file is missing or not JSON, an image lacks its cocoid or split, a cocoid is used
+            twice, or a split is unknown.
+    """
+    content = read_object(path, "Karpathy's dataset_coco.json")
+    images = checked_records(path, content, "images", {"cocoid": int, "split": str})
+    check_unique(path, "images", "cocoid", images)
+    for index, image in enumerate(images):
+        if image["split"] not in KARPATHY_SPLITS:
+            found = f"must be one of {tuple(KARPATHY_SPLITS)}, found {image['split']!r}"
+            raise RoutevlError(f"{path}: images[{index}]['split'] {found}")
+    return {image["cocoid"]: KARPATHY_SPLITS[image["split"]] for image in images}
 
 
 def images_in_folder(folder: str | Path) -> dict[int, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from routevl.data.coco import file_names, images_in_folder, read_captions
+from routevl.data.coco import file_names, images_in_folder, read_captions, read_karpathy_splits
 from routevl.data.records import SPLITS, Record, json_name, write_records
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sources",
         required=True,
         help='JSON list of {"images": folder, "split": "train" | "val" | "test" | {"train": fraction, ..., '
-        '"seed": n}, "questions" and "annotations": VQAv2 files, "captions": COCO file, "missing_images": '
-        '"error" | "drop"}, or a file that holds it',
+        '"seed": n} | {"karpathy": dataset_coco.json}, "questions" and "annotations": VQAv2 files, "captions": COCO file, '
+        '"missing_images": "error" | "drop"}, or a file that holds it',
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the splits, replaced as a whole")
     answers = parser.add_mutually_exclusive_group()
@@ -41,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minimum-answer-count",
         type=int,
         default=9,
-        help="without --vocabulary: keep the train and val answers that occur this often (default: 9)",
+        help="without --vocabulary: keep the answers that occur this often in --answer-splits (default: 9)",
+    )
+    parser.add_argument(
+        "--answer-splits",
+        nargs="+",
+        choices=SPLITS,
+        help="without --vocabulary: the splits whose answers are counted (default: train val). VQAv2's usual vocabulary of 3,129 "
+        "counts all published answers; with Karpathy's splits, which take their test images from these, that is train val test",
     )
 
 
@@ -52,11 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
         RoutevlError: a source, an official file or the vocabulary is wrong, images are missing, ids clash,
             an image is in two splits, or a split is empty.
     """
+    if arguments.vocabulary is not None and arguments.answer_splits is not None:
+        raise RoutevlError("--answer-splits: of no use with --vocabulary, which is taken as it is")
     splits = merge_sources(parse_sources(arguments.sources))
     if arguments.vocabulary is not None:
         answers = read_vocabulary(arguments.vocabulary)
     else:
-        answers = build_vocabulary(splits, arguments.minimum_answer_count)
+        answers = build_vocabulary(splits, arguments.answer_splits or ("train", "val"), arguments.minimum_answer_count)
     with atomic_folder(arguments.output) as folder:
         for name, split in splits.items():
             _write_split(folder / name, name, split)
@@ -73,10 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `--sources`; `split` is a split's name, or fractions by name with a "seed"."""
+    """One entry of `--sources`; `split` is a split's name, fractions by name with a "seed", or the file of Karpathy's splits."""
 
     images: Path
-    split: str | dict[str, Any]
+    split: str | dict[str, Any] | Path
     questions: Path | None
     annotations: Path | None
     captions: Path | None
@@ -130,12 +139,17 @@ def _parse_path(place: str, entry: Record, key: str) -> Path | None:
     return Path(value)
 
 
-def _parse_split(place: str, entry: Record) -> str | dict[str, Any]:
+def _parse_split(place: str, entry: Record) -> str | dict[str, Any] | Path:
     split = entry.get("split")
     if type(split) is str and split in SPLITS:
         return split
     if type(split) is not dict:
-        raise RoutevlError(f"{place}: 'split' must be one of {SPLITS} or fractions of them, found {split!r}")
+        raise RoutevlError(f"{place}: 'split' must be one of {SPLITS}, fractions of them or a 'karpathy' file, found {split!r}")
+    if "karpathy" in split:
+        path = _parse_path(place, split, "karpathy")
+        if path is None or len(split) > 1:
+            raise RoutevlError(f"{place}: 'split' must be {{'karpathy': file}} alone where it names such a file, found {split}")
+        return path
     unknown = sorted(set(split) - {*SPLITS, "seed"})
     if unknown:
         raise RoutevlError(f"{place}: unknown key {unknown[0]!r} in 'split', expected {SPLITS} and 'seed'")
@@ -173,7 +187,7 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
     splits = {name: Split() for name in SPLITS}
     for source in sources:
         content = read_source(source)
-        place_of = assign_splits(sorted(content.images), source.split)
+        place_of = assign_splits(sorted(content.images), source)
         for name, split in splits.items():
             _add(split, content, {image_id for image_id, place in place_of.items() if place == name})
     _check_disjoint(splits)
@@ -226,15 +240,36 @@ def _find_images(source: Source, content: Split, referred: dict[int, Path]) -> N
         print(f"{source.images}: dropped what is about {missing} of {len(referred)} images, which are missing")
 
 
-def assign_splits(image_ids: list[int], split: str | dict[str, Any]) -> dict[int, str]:
-    """The split of each image: all in the one named, or at random in the given fractions."""
+def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:
+    """The split of each image: all in the one named, as Karpathy's file says, or at random in the given fractions.
+
+    Raises:
+        RoutevlError: Karpathy's file is wrong, or does not name an image. Where the source drops missing images, such an image
+            is left out.
+    """
+    split = source.split
     if isinstance(split, str):
         return dict.fromkeys(image_ids, split)
+    if isinstance(split, Path):
+        return _karpathy_splits(image_ids, split, source)
     order = numpy.random.default_rng(split["seed"]).permutation(len(image_ids))
     edges = numpy.cumsum([split.get(name, 0) for name in SPLITS]) * len(image_ids)
     first, second = (int(edge) for edge in numpy.rint(edges[:2]))
     names = ["train"] * first + ["val"] * (second - first) + ["test"] * (len(image_ids) - second)
     return {image_ids[place]: name for place, name in zip(order, names, strict=True)}
+
+
+def _karpathy_splits(image_ids: list[int], path: Path, source: Source) -> dict[int, str]:
+    split_of = read_karpathy_splits(path)
+    unnamed = [image_id for image_id in image_ids if image_id not in split_of]
+    if unnamed and not source.drop_missing_images:
+        raise RoutevlError(
+            f"{path}: does not name the image {unnamed[0]}, which is in {source.images} "
+            "(set the source's missing_images to 'drop' to leave such images out)"
+        )
+    if unnamed:
+        print(f"{source.images}: dropped what is about {len(unnamed)} of {len(image_ids)} images, which {path} does not name")
+    return {image_id: split_of[image_id] for image_id in image_ids if image_id in split_of}
 
 
 def _add(split: Split, content: Split, image_ids: set[int]) -> None:
@@ -320,8 +355,8 @@ def read_vocabulary(path: Path) -> list[str]:
     return content
 
 
-def build_vocabulary(splits: dict[str, Split], minimum_count: int) -> list[str]:
-    """The normalised `multiple_choice_answer`s of train and val that occur at least `minimum_count` times.
+def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], minimum_count: int) -> list[str]:
+    """The normalised `multiple_choice_answer`s of the splits in `answer_splits` that occur at least `minimum_count` times.
 
     Returns:
         the most frequent first, ties in alphabetical order; empty where there are no questions.
@@ -331,13 +366,14 @@ def build_vocabulary(splits: dict[str, Split], minimum_count: int) -> list[str]:
     """
     from routevl.metrics.vqa import normalize_answer
 
-    annotations = splits["train"].annotations + splits["val"].annotations
     counts: Counter[str] = Counter()
+    annotations = (record for name in SPLITS if name in answer_splits for record in splits[name].annotations)
     for answer, count in Counter(record["multiple_choice_answer"] for record in annotations).items():
         counts[normalize_answer(answer)] += count
     frequent = [answer for answer, count in counts.items() if count >= minimum_count]
     if counts and not frequent:
-        raise RoutevlError(f"no answer occurs {minimum_count} times in train and val; lower --minimum-answer-count")
+        counted = ", ".join(name for name in SPLITS if name in answer_splits)
+        raise RoutevlError(f"no answer occurs {minimum_count} times in {counted}; lower --minimum-answer-count")
     return sorted(frequent, key=lambda answer: (-counts[answer], answer))
 
 

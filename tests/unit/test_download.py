@@ -1,0 +1,579 @@
+"""Downloads from a server of our own that misbehaves in every way, and archives that do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import run_stage
+
+from routevl.data import download
+from routevl.data.download import MB, read_datasets
+from routevl.errors import RoutevlError
+from routevl.files import read_json
+
+REPOSITORY = Path(__file__).parents[2]
+CONTENT = bytes(range(256)) * 1200
+OTHER = CONTENT[::-1]
+SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
+
+
+@dataclass
+class Resource:
+    """What the server does about one path.
+
+    Attributes:
+        etag: how it calls this version; without one it cannot go on where it stopped.
+        ranges: whether it knows the header Range.
+        ends_after: of each coming answer, after how many bytes of the body the connection ends.
+        stalls_after: after how many bytes of the body nothing more comes, until the server is told to go on.
+    """
+
+    content: bytes
+    etag: str | None = '"one"'
+    ranges: bool = True
+    ends_after: list[int] = field(default_factory=list)
+    stalls_after: int | None = None
+
+
+class Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.resources: dict[str, Resource] = {}
+        self.requests: list[tuple[str, str | None]] = []  # path and Range
+        self.go_on = threading.Event()
+
+    def add(self, path: str, *arguments, **options) -> str:
+        """Serve a resource; returns its address."""
+        self.resources[path] = Resource(*arguments, **options)
+        return self.url(path)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        asked = self.headers["Range"]
+        self.server.requests.append((self.path, asked))
+        resource = self.server.resources.get(self.path)
+        if resource is None:
+            return self.send_error(404)
+        length, start = len(resource.content), 0
+        if asked and resource.ranges and self.headers["If-Range"] == resource.etag:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= length:
+                return self.send_error(416)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{length - 1}/{length}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(length - start))
+        if resource.etag:
+            self.send_header("ETag", resource.etag)
+        self.end_headers()
+        self._send_body(resource, resource.content[start:])
+
+    def _send_body(self, resource: Resource, body: bytes) -> None:
+        if resource.ends_after:
+            body = body[: resource.ends_after.pop(0)]
+        if resource.stalls_after is not None:
+            self.wfile.write(body[: resource.stalls_after])
+            self.server.go_on.wait()
+            return
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.go_on.set()
+        server.shutdown()
+
+
+def row(**changes: str) -> dict[str, str]:
+    values = {
+        "dataset": "Test data",
+        "file": "data.zip",
+        "folder": "data",
+        "urls": "http://127.0.0.1/data.zip",
+        "checksum": SHA256,
+        "bytes": str(len(CONTENT)),
+        "licence": "CC0",
+        "terms": "https://example.org/terms",
+    }
+    return values | changes
+
+
+def write_table(path: Path, *rows: dict[str, str]) -> Path:
+    lines = [rows[0].keys(), *(entry.values() for entry in rows)]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines))
+    return path
+
+
+Download = Callable[..., dict]
+
+
+@pytest.fixture
+def get(tmp_path: Path) -> Download:
+    """Download data.zip from some addresses into tmp_path/downloads; returns the record."""
+
+    def run(*urls: str, timeout: float = 30, **changes: str) -> dict:
+        table = write_table(tmp_path / "table.tsv", row(urls=",".join(urls), **changes))
+        record = tmp_path / "record.json"
+        record.unlink(missing_ok=True)
+        where = ("--datasets", table, "--folder", tmp_path / "downloads", "--record", record)
+        run_stage("download", *where, "--file", "data.zip", "--timeout", timeout)
+        return read_json(record)
+
+    return run
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the download belongs."""
+    (tmp_path / "downloads").mkdir()
+    return tmp_path / "downloads" / "data.zip"
+
+
+def visible(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+
+
+# ------------------------------------------------------------------------------------------------ downloading
+
+
+def test_a_download_is_verified_and_recorded(server: Server, get: Download, path: Path) -> None:
+    url = server.add("/data.zip", CONTENT)
+    assert get(url) == {
+        "file": "data.zip",
+        "url": url,
+        "sha256": SHA256.removeprefix("sha256:"),
+        "bytes": len(CONTENT),
+        "checksum": "verified",
+        "licence": "CC0",
+    }
+    assert path.read_bytes() == CONTENT and visible(path.parent) == {"data.zip"}
+
+
+def test_md5(server: Server, get: Download, path: Path) -> None:
+    url = server.add("/data.zip", CONTENT)
+    assert get(url, checksum="md5:" + hashlib.md5(CONTENT).hexdigest(), bytes="")["checksum"] == "verified"
+    path.unlink()
+    with pytest.raises(RoutevlError, match="its checksum is md5:[0-9a-f]{32}, expected md5:0{32}"):
+        get(url, checksum="md5:" + "0" * 32)
+
+
+def test_an_ended_connection_is_gone_on_from(server: Server, get: Download, path: Path) -> None:
+    url = server.add("/data.zip", CONTENT, ends_after=[100_000, 7])
+    assert get(url)["checksum"] == "verified"
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [None, "bytes=100000-", "bytes=100007-"]
+
+
+def test_a_server_that_cannot_go_on_begins_again(server: Server, get: Download, path: Path) -> None:
+    get(server.add("/data.zip", CONTENT, ranges=False, ends_after=[100_000]))
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"one"'])
+def test_a_file_without_a_version_is_begun_again(server: Server, get: Download, path: Path, etag: str | None) -> None:
+    """A weak ETag does not promise the same bytes."""
+    get(server.add("/data.zip", CONTENT, etag=etag, ends_after=[100_000]))
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [None, None]
+
+
+def test_what_was_complete_when_the_process_died_is_not_asked_for_again(
+    server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.add("/data.zip", CONTENT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "sha256_of", lambda _: signal.raise_signal(signal.SIGINT))
+        get(url)
+    assert get(url)["url"] == url
+    assert path.read_bytes() == CONTENT and len(server.requests) == 1
+
+
+def test_more_interruptions_than_retries_while_it_gets_further(server: Server, get: Download, path: Path) -> None:
+    url = server.add("/data.zip", CONTENT, ends_after=[10_000] * 12)
+    get(url)
+    assert path.read_bytes() == CONTENT and len(server.requests) == 13
+
+
+def test_a_server_that_never_gets_further_is_given_up(server: Server, get: Download, path: Path) -> None:
+    url = server.add("/data.zip", CONTENT, ranges=False, ends_after=[10_000] * 100)
+    with pytest.raises(RoutevlError, match=f"the connection ended after 10000 of {len(CONTENT)} bytes"):
+        get(url)
+    assert len(server.requests) == 2 + download.RETRIES
+
+
+@pytest.mark.parametrize("changed", [{"etag": '"two"'}, {"etag": '"two"', "ranges": False}])
+def test_a_file_that_changed_on_the_server_is_begun_again(
+    server: Server, get: Download, path: Path, changed: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.add("/data.zip", OTHER, ends_after=[100_000, 0])
+    with monkeypatch.context() as patch, pytest.raises(RoutevlError, match="the connection ended after 100000"):
+        patch.setattr(download, "RETRIES", 0)
+        get(url)
+    get(server.add("/data.zip", CONTENT, **changed))
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_server_that_ignores_the_version_is_noticed(
+    server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers with a part of a file that is another by its ETag: the two parts must not be mixed."""
+    url = server.add("/data.zip", OTHER, ends_after=[100_000])
+    answered = Handler._send_body
+
+    def change(handler: Handler, resource: Resource, body: bytes) -> None:
+        answered(handler, resource, body)
+        server.resources["/data.zip"] = Resource(CONTENT, etag='"one"')
+        monkeypatch.setattr(Handler, "_send_body", answered)
+        monkeypatch.setattr(Handler, "send_header", send_other_etag)
+
+    def send_other_etag(handler: Handler, name: str, value: str) -> None:
+        BaseHTTPRequestHandler.send_header(handler, name, '"two"' if name == "ETag" else value)
+
+    monkeypatch.setattr(Handler, "_send_body", change)
+    get(url)
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [None, "bytes=100000-", None]
+
+
+def test_a_file_that_became_shorter(server: Server, get: Download, path: Path) -> None:
+    """The rest that is asked for does not exist any more (HTTP 416)."""
+    url = server.add("/data.zip", CONTENT + OTHER, ends_after=[len(CONTENT) + 5, 0, 0, 0, 0])
+    with pytest.raises(RoutevlError, match="the connection ended after"):
+        get(url, bytes="")
+    server.requests.clear()
+    get(server.add("/data.zip", CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [f"bytes={len(CONTENT) + 5}-", None]
+
+
+def failing(server: Server, kind: str) -> str:
+    """An address that does not serve the right file, in one of several ways."""
+    path = f"/{kind}/data.zip"
+    if kind == "missing":
+        return server.url(path)
+    if kind == "refused":
+        return "http://127.0.0.1:9/data.zip"  # the discard port, on which nobody listens
+    return {
+        "wrong": lambda: server.add(path, OTHER),
+        "wrong length": lambda: server.add("/wrong-length/data.zip", b"<html>moved</html>"),
+        "hanging": lambda: server.add(path, CONTENT, stalls_after=0),
+    }[kind]()
+
+
+FAILURES = {
+    "missing": "HTTP 404 Not Found",
+    "refused": "Connection refused",
+    "wrong": f"its checksum is sha256:{hashlib.sha256(OTHER).hexdigest()}, expected {SHA256}",
+    "wrong length": f"the file has 18 bytes there, expected {len(CONTENT)}",
+    "hanging": "timed out",
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_the_next_address_is_tried(server: Server, get: Download, path: Path, kind: str) -> None:
+    mirror = server.add("/mirror/data.zip", CONTENT, etag='"mirror"')
+    assert get(failing(server, kind), mirror, timeout=0.2)["url"] == mirror
+    assert path.read_bytes() == CONTENT and visible(path.parent) == {"data.zip"}
+
+
+def test_a_mirror_of_the_same_version_goes_on(server: Server, get: Download, path: Path) -> None:
+    broken = server.add("/data.zip", CONTENT, ends_after=[100_000, 0, 0, 0, 0])
+    mirror = server.add("/mirror/data.zip", CONTENT)
+    assert get(broken, mirror)["url"] == mirror
+    assert server.requests[-1] == ("/mirror/data.zip", "bytes=100000-")
+
+
+def test_when_all_addresses_fail_one_message_says_all(server: Server, get: Download, path: Path, tmp_path: Path) -> None:
+    urls = [failing(server, kind) for kind in FAILURES]
+    with pytest.raises(RoutevlError) as error:
+        get(*urls, timeout=0.2)
+    assert "\n" not in str(error.value)
+    for part in ("data.zip", *urls, *FAILURES.values(), SHA256, f"Put it at {path} by hand"):
+        assert part in str(error.value)
+    assert not path.exists() and not (tmp_path / "record.json").exists()
+
+
+def test_a_killed_download_goes_on_to_the_same_bytes(server: Server, get: Download, path: Path, tmp_path: Path) -> None:
+    content = os.urandom(3 * MB + 5)
+    expected = {"checksum": "sha256:" + hashlib.sha256(content).hexdigest(), "bytes": str(len(content))}
+    url = server.add("/data.zip", content, stalls_after=2 * MB + MB // 2)
+    table = write_table(tmp_path / "table.tsv", row(urls=url, **expected))
+    command = "from routevl.cli import main; main()"
+    options = ("--datasets", table, "--file", "data.zip", "--folder", path.parent, "--record", tmp_path / "record.json")
+    process = subprocess.Popen([sys.executable, "-c", command, "download", *map(str, options)])
+    part = path.with_name("data.zip.part")
+    while not (part.exists() and part.stat().st_size >= 2 * MB):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    held = part.stat().st_size
+    server.resources["/data.zip"].stalls_after = None
+    get(url, **expected)
+    assert path.read_bytes() == content
+    assert server.requests[1:] == [("/data.zip", f"bytes={held}-")]
+
+
+def test_two_at_once_download_once(server: Server, get: Download, path: Path, tmp_path: Path) -> None:
+    url = server.add("/data.zip", CONTENT)
+    table = write_table(tmp_path / "table.tsv", row(urls=url))
+    where = ("--datasets", table, "--file", "data.zip", "--folder", path.parent)
+    records = [tmp_path / f"{name}.json" for name in "ab"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda record: run_stage("download", *where, "--record", record), records))
+    assert len(server.requests) == 1 and all(read_json(record)["checksum"] == "verified" for record in records)
+
+
+def test_a_full_disk_is_noticed_first(server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = server.add("/data.zip", CONTENT)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(RoutevlError, match=r"downloads: data\.zip needs .* MB, but only .* MB are free"):
+        get(url)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_wrong_timeouts(get: Download, timeout: float) -> None:
+    with pytest.raises(RoutevlError, match="--timeout: expected more than 0"):
+        get("http://127.0.0.1/data.zip", timeout=timeout)
+
+
+# ------------------------------------------------------------------------------------------------ placed by hand
+
+
+def test_a_file_placed_by_hand_is_only_verified(server: Server, get: Download, path: Path) -> None:
+    path.write_bytes(CONTENT)
+    record = get(server.add("/data.zip", CONTENT))
+    assert (record["url"], record["checksum"]) == ("placed by hand", "verified")
+    assert not server.requests
+
+
+@pytest.mark.parametrize(("content", "message"), [(OTHER, f"expected {SHA256}"), (CONTENT[:-1], "bytes, expected")])
+def test_a_wrong_file_placed_by_hand_stays(server: Server, get: Download, path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(RoutevlError, match=message) as error:
+        get(server.add("/data.zip", CONTENT))
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == content and not server.requests
+
+
+# ------------------------------------------------------------------------------------------------ no checksum known
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_the_first_file_is_recorded_and_later_ones_must_agree(server: Server, get: Download, path: Path, placed: bool) -> None:
+    unknown = {"checksum": "", "bytes": ""}
+    url = server.add("/data.zip", CONTENT)
+    if placed:
+        path.write_bytes(CONTENT)
+    assert get(url, **unknown)["checksum"] == "recorded"
+    digest = SHA256.removeprefix("sha256:")
+    assert path.with_name("data.zip.sha256").read_text() == f"{digest}  data.zip\n"
+    path.write_bytes(OTHER)
+    with pytest.raises(RoutevlError, match=f"expected {SHA256}"):
+        get(url, **unknown)
+    path.unlink()
+    server.add("/data.zip", OTHER, etag='"two"')
+    with pytest.raises(RoutevlError, match=f"expected {SHA256}") as error:
+        get(url, **unknown)
+    assert str(error.value).endswith(f"by hand ({SHA256})")
+    server.add("/data.zip", CONTENT)
+    assert get(url, **unknown)["sha256"] == digest
+
+
+def test_a_broken_record_of_the_checksum(get: Download, path: Path) -> None:
+    path.write_bytes(CONTENT)
+    path.with_name("data.zip.sha256").write_text("abc\n")
+    with pytest.raises(RoutevlError, match=r"data\.zip\.sha256: expected a line as sha256sum writes it, found 'abc"):
+        get("http://127.0.0.1/data.zip", checksum="")
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
+    files = read_datasets(REPOSITORY / "config" / "datasets.tsv")
+    assert {entry.dataset for entry in files.values()} == {"COCO 2014", "VQAv2", "Karpathy splits"}
+    assert all(entry.checksum.startswith("sha256:") and entry.bytes and len(entry.urls) >= 2 for entry in files.values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row() | {"size": "3"}], "expected the tab-separated columns dataset, file, .* found dataset, .*, size"),
+        ([{"file": "x"}], "expected the tab-separated columns"),
+        ([row(), row(file="b.zip")], "line 3 repeats the folder data"),
+        ([row(), row(folder="b")], r"line 3 repeats the file data\.zip"),
+        ([row(), {"x": "y"}], "line 3: expected 8 tab-separated values, found 1"),
+        ([row(file="../data.zip")], "line 2: file must be a file name that ends in .zip"),
+        ([row(file="data.tar.gz")], "line 2: file must be a file name that ends in .zip"),
+        ([row(folder="..")], "line 2: folder must be a folder name, found '..'"),
+        ([row(urls="")], "line 2: urls must be one or more"),
+        ([row(urls="ftp://example.org/a")], "line 2: urls must be one or more"),
+        ([row(urls="http://a/b, http://c/d")], "line 2: urls must be one or more"),
+        ([row(checksum="sha256:abc")], "line 2: checksum must be sha256:"),
+        ([row(checksum="md5:" + "A" * 32)], "line 2: checksum must be sha256:"),
+        ([row(bytes="13 GB")], "line 2: bytes must be a number of bytes or nothing, found '13 GB'"),
+        ([row(licence="")], "line 2: licence must be"),
+        ([row(terms="none")], "line 2: terms must be"),
+    ],
+)
+def test_wrong_tables(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
+    table = write_table(tmp_path / "table.tsv", *rows)
+    with pytest.raises(RoutevlError, match=message) as error:
+        read_datasets(table)
+    assert str(table) in str(error.value)
+
+
+def test_unreadable_tables(tmp_path: Path) -> None:
+    with pytest.raises(RoutevlError, match="nowhere.tsv: no such file"):
+        read_datasets(tmp_path / "nowhere.tsv")
+    (tmp_path / "empty.tsv").write_text("")
+    with pytest.raises(RoutevlError, match="found nothing"):
+        read_datasets(tmp_path / "empty.tsv")
+    (tmp_path / "binary.tsv").write_bytes(b"\xff\xfe")
+    with pytest.raises(RoutevlError, match="not a readable table"):
+        read_datasets(tmp_path / "binary.tsv")
+
+
+def test_a_file_that_is_not_in_the_table(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table.tsv", row())
+    where = ("--datasets", table, "--folder", tmp_path)
+    for stage, output in (("download", "--record"), ("unpack", "--output")):
+        with pytest.raises(RoutevlError, match=r"--file 'other\.zip' is not in .*table\.tsv, which has data\.zip"):
+            run_stage(stage, *where, "--file", "other.zip", output, tmp_path / "output")
+
+
+# ------------------------------------------------------------------------------------------------ unpacking
+
+
+@pytest.fixture
+def unpack(tmp_path: Path, path: Path) -> Callable[[], Path]:
+    """Unpack `path` to tmp_path/output, and return that."""
+
+    def run() -> Path:
+        table = write_table(tmp_path / "table.tsv", row())
+        output = tmp_path / "output"
+        run_stage("unpack", "--datasets", table, "--file", "data.zip", "--folder", path.parent, "--output", output)
+        return output
+
+    return run
+
+
+def write_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)
+    member.create_system = 3  # Unix, whose file modes the attributes hold
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+def test_an_archive_is_unpacked_as_a_whole(unpack: Callable[[], Path], path: Path) -> None:
+    write_zip(path, ("train2014/", b""), ("train2014/a.jpg", CONTENT), ("b/c/d.json", b"{}"))
+    (output := path.parent.parent / "output").mkdir()
+    (output / "old").touch()
+    unpack()
+    assert {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()} == {"train2014/a.jpg", "b/c/d.json"}
+    assert (output / "train2014/a.jpg").read_bytes() == CONTENT
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("../outside", "would leave the folder"),
+        ("a/../../outside", "would leave the folder"),
+        ("/tmp/outside", "would leave the folder"),
+        ("C:/outside", "would leave the folder"),
+        ("c:outside", "would leave the folder"),
+        ("..\\outside", "would leave the folder"),
+        (link("link"), "is a link or device"),
+        ("first", "is there twice"),
+        ("./first", "is there twice"),
+    ],
+)
+def test_archives_that_leave_their_folder(unpack: Callable[[], Path], path: Path, member, message: str) -> None:
+    write_zip(path, ("first", b"1"), (member, b"../../outside"))
+    before = {file for file in path.parent.parent.rglob("*") if file.name != "table.tsv"}
+    with pytest.raises(RoutevlError, match=message) as error:
+        unpack()
+    assert str(path) in str(error.value)
+    assert {file for file in path.parent.parent.rglob("*") if file.name != "table.tsv"} == before
+
+
+def encrypted(content: bytes) -> bytes:
+    place = content.index(b"PK\x01\x02") + 8  # the flags in the central directory
+    return content[:place] + b"\x01" + content[place + 1 :]
+
+
+def corrupt(content: bytes) -> bytes:
+    return content[:40] + bytes([content[40] ^ 255]) + content[41:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "a damaged archive, or not a zip archive"),
+        (lambda content: b"<html>moved</html>", "a damaged archive, or not a zip archive"),
+        (lambda content: b"", "a damaged archive, or not a zip archive"),
+        (corrupt, "a damaged archive.*Bad CRC-32 for file 'first'"),
+        (encrypted, "'first' is encrypted"),
+    ],
+)
+def test_damaged_archives(unpack: Callable[[], Path], path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:  # stored as it is, so that a changed byte changes the checksum alone
+        archive.writestr("first", CONTENT)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(RoutevlError, match=message) as error:
+        unpack()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (path.parent.parent / "output").exists()
+
+
+def test_an_archive_that_is_not_there(unpack: Callable[[], Path], path: Path) -> None:
+    with pytest.raises(RoutevlError, match=r"data\.zip: no such file \(routevl download gets it\)"):
+        unpack()
+
+
+def test_an_archive_that_does_not_fit_on_the_disk(
+    unpack: Callable[[], Path], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_zip(path, ("large", bytes(5 * MB)))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": MB}))
+    with pytest.raises(RoutevlError, match="needs 5 MB, but only 1 MB are free"):
+        unpack()
