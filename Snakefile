@@ -33,3 +33,4 @@ rule all:
 
 onstart:
     log_startup("snakemake")
+    write_json(f"{R}/manifests/config.json", command_line_config())

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from routevl.errors import RoutevlError
 from routevl.launch import is_launched, launch, leave_to_launcher
-from routevl.startup import importing
+from routevl.startup import importing, log_modules
 
 # stage -> (module, suffix of its add_arguments and run functions, what it does); in the order in which data flows
 STAGES = {
@@ -30,6 +30,8 @@ STAGES = {
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
     "table": ("routevl.reporting.tables", "", "make a table from results"),
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
+    "record": ("routevl.provenance.record", "", "run a job's command and write its manifest"),
+    "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),
     "compare": ("routevl.checkpoint", "", "say whether two trained runs are bit-equal"),
     "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
 }
@@ -68,6 +70,7 @@ def main() -> None:
             getattr(module, "import_libraries", lambda: None)()
         getattr(module, "run" + suffix)(arguments)
         sys.stdout.flush()
+        log_modules()
     except RoutevlError as error:
         _fail(str(error))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How much of a workflow's time goes into starting processes and importing libraries."""
+"""What starting a process takes, and which modules it loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 from routevl.errors import RoutevlError
 
 LOG_VARIABLE = "ROUTEVL_STARTUP_LOG"
+MODULES_VARIABLE = "ROUTEVL_MODULES_LOG"
+PACKAGE = Path(__file__).parent
 
 
 @contextmanager
@@ -35,6 +38,14 @@ def log_startup(stage: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:  # one short write: whole also when processes write at once
             file.write(json.dumps(line) + "\n")
+
+
+def log_modules() -> None:
+    """Leave the names of the package's modules that were loaded, where `routevl record` started this process."""
+    if path := os.environ.get(MODULES_VARIABLE):
+        files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+        names = sorted(str(file.relative_to(PACKAGE)) for file in files if PACKAGE in file.parents)
+        Path(path).write_text("\n".join(names), encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

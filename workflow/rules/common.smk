@@ -1,5 +1,6 @@
 # Configuration and run sheet, validated before anything else; and how a run's settings become options.
 import json
+import os
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 import routevl
+from routevl.files import write_json
 from routevl.reporting.figures import FIGURES
 from routevl.reporting.tables import TABLES
 from routevl.routing import ROUTING
@@ -86,6 +88,14 @@ def backbones_from(origin, modality=None):
 def backbone(name):
     """The folder of a backbone: the user's own, or one of the workflow's outputs."""
     return BACKBONES[name]["path"] if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
+
+
+def recorded(*names):
+    """The beginning of a job's command line, which lets `routevl record` write its manifest; `names` are its wildcards."""
+    values = [f"{{wildcards.{name}}}" for name in names]
+    wildcards = " ".join(f"{name}={value}" for name, value in zip(names, values))
+    manifest = f"{R}/manifests/{{rule}}/{'-'.join(values) or '{rule}'}.json"
+    return f"routevl record --manifest {manifest} --wildcards {wildcards} --inputs {{input}} --outputs {{output}} -- "
 
 
 def gpus(n):
@@ -187,6 +197,15 @@ def results_of_runs(wildcards):
     """What a table or figure reads of its runs."""
     runs = runs_feeding(wildcards.name)
     return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
+
+
+def command_line_config():
+    """Which configuration this is, as `routevl audit` gives it to Snakemake again."""
+    settings = workflow.config_settings
+    return {
+        "configfiles": [os.path.relpath(path) for path in settings.configfiles],
+        "config": settings.config_args,
+    }
 
 
 def check_choice(row, column, choices):

@@ -23,5 +23,5 @@ for task, number, runs in scoring_batches():
         params:
             task=task,
         shell:
-            "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
+            recorded() + "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
             "--output {output} &> {log}"

@@ -23,7 +23,8 @@ rule extract:
         shard=lambda wildcards: int(wildcards.shard),
         options=options(without(config["features"], "mem_mb", "runtime")),
     shell:
-        "routevl extract --images {input.data}/train/images.json {input.data}/val/images.json {input.data}/test/images.json "
+        recorded("vision", "shard")
+        + "routevl extract --images {input.data}/train/images.json {input.data}/val/images.json {input.data}/test/images.json "
         "--backbone {input.backbone} --shard {params.shard} {params.options} "
         "--threads {resources.cpus_per_task} --output {output} &> {log}"
 
@@ -41,4 +42,4 @@ rule index_features:
         vision="|".join(config["backbones"]["vision"]),
     localrule: True
     shell:
-        "routevl index-features --shards {input} --output {output} &> {log}"
+        recorded("vision") + "routevl index-features --shards {input} --output {output} &> {log}"

@@ -18,7 +18,7 @@ rule table:
     params:
         results=lambda wildcards: R,
     shell:
-        "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
+        recorded("name") + "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
         "--published {input.published} --output {output.csv} &> {log}"
 
 
@@ -39,7 +39,7 @@ rule figure:
     params:
         results=lambda wildcards: R,
     shell:
-        "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
+        recorded("name") + "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
         "--data {input.data}/test --output {output.svg} &> {log}"
 
 
