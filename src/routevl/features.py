@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 TOKENS = ("pooled", "patches")
 PRECISIONS = ("float32", "bfloat16", "float16")
-IMAGES_PER_CHUNK = 512  # 196 patches of width 768 in float32: 0.3 GB at a time
+IMAGES_PER_CHUNK = 512  # 196 patches of width 768 in float32: 0.3 GB on the device, and as much in memory while it is written
 BYTES_PER_COPY = 2**24
 
 
@@ -219,21 +220,35 @@ def _fill_chunks(
     metadata: dict[str, str],
     arguments: argparse.Namespace,
 ) -> None:
-    from safetensors.torch import save_file
-
     missing = [chunk for chunk in chunks if not chunk.is_done(metadata)]
     if len(missing) < len(chunks):
         print(f"extract: {len(chunks) - len(missing)} of {len(chunks)} chunks are there already", flush=True)
     encoded = _encode_chunks(missing, backbone, tokens, arguments)
-    for chunk, tensors in zip(missing, encoded, strict=True):
-        with atomic_file(chunk.path) as temporary:
-            save_file(tensors, temporary, metadata={**metadata, "sources": chunk.sources})
+    with ThreadPoolExecutor(max_workers=1) as writer:  # the device goes on with the next chunk while the disk writes this one
+        writing: Future | None = None
+        for chunk, tensors in zip(missing, encoded, strict=True):
+            if writing:
+                writing.result()
+            writing = writer.submit(_write_chunk, chunk, tensors, metadata)
+        if writing:
+            writing.result()
+
+
+def _write_chunk(chunk: Chunk, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_file(chunk.path) as temporary:
+        save_file(tensors, temporary, metadata={**metadata, "sources": chunk.sources})
 
 
 def _encode_chunks(
     chunks: list[Chunk], backbone: VisionBackbone, tokens: list[str], arguments: argparse.Namespace
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each chunk in turn; one data loader runs over the batches of all of them."""
+    """The tensors of each chunk in turn; one data loader runs over the batches of all of them.
+
+    A GPU gets its batches from pinned memory and keeps their features until the chunk ends, so that it never waits for this
+    process in between.
+    """
     import torch
 
     from routevl.progress import progress
@@ -242,21 +257,24 @@ def _encode_chunks(
     backbone.model.to(device)
     size = arguments.batch_size
     batches = [chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)]
-    loaded = progress(_load_batches(batches, backbone, arguments.workers), len(batches), "extract")
+    loaded = progress(_load_batches(batches, backbone, device, arguments.workers), len(batches), "extract")
     for chunk in chunks:
         parts = []
         for _ in range(math.ceil(len(chunk.images) / size)):
             parts.append(_encode_batch(next(loaded), backbone, tokens, device, arguments.precision))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in tokens}
+        tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in tokens}
         yield {"image_ids": torch.tensor([image.image_id for image in chunk.images]), **tensors}
     next(loaded, None)  # lets the progress report its end
 
 
-def _load_batches(batches: list[list[ImageFile]], backbone: VisionBackbone, workers: int) -> Iterator[torch.Tensor]:
+def _load_batches(
+    batches: list[list[ImageFile]], backbone: VisionBackbone, device: torch.device, workers: int
+) -> Iterator[torch.Tensor]:
     """Pixels (B, 3, H, W) of each batch; bad images raise their one-line error here, not inside a worker."""
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(_Batches(batches, backbone.transform), batch_size=None, num_workers=workers)
+    data = _Batches(batches, backbone.transform)
+    loader = DataLoader(data, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
     for pixels in loader:
         if isinstance(pixels, str):
             raise RoutevlError(pixels)
@@ -289,8 +307,8 @@ def _encode_batch(
 
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
     with torch.inference_mode(), autocast:
-        outputs = dict(zip(TOKENS, backbone.encode(pixels.to(device)), strict=True))
-    return {name: outputs[name].float().cpu().contiguous() for name in tokens}
+        outputs = dict(zip(TOKENS, backbone.encode(pixels.to(device, non_blocking=True)), strict=True))
+    return {name: outputs[name].float().contiguous() for name in tokens}
 
 
 def _join_chunks(chunks: list[Path], output: Path, metadata: dict[str, str]) -> None:
