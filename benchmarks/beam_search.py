@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import HEAD_WIDTH, add_arguments, in_turn, prepare, ratios, report
+from common import add_arguments, in_turn, prepare, random_gpt2, ratios, report
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from routevl.methods import RoutedLoraConfig
 from routevl.routing import ROUTING
@@ -62,11 +61,8 @@ def main() -> None:
 
 def routed_gpt2(arguments: argparse.Namespace) -> PeftModel:
     """A GPT-2 of random weights with routed LoRA, whose up-projections are not zero, so that captions depend on the image."""
-    config = GPT2Config(
-        n_layer=arguments.layers, n_embd=arguments.width, n_head=arguments.width // HEAD_WIDTH, bos_token_id=0, eos_token_id=0
-    )
     adapter = RoutedLoraConfig(r=arguments.rank, lora_alpha=arguments.rank, routing=arguments.routing)
-    model = get_peft_model(GPT2LMHeadModel(config), adapter)
+    model = get_peft_model(random_gpt2(arguments.layers, arguments.width), adapter)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import RobertaConfig, RobertaModel
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.files import write_json
 from routevl.progress import progress
@@ -71,9 +71,10 @@ def _wait_for(device: torch.device) -> None:
 
 
 def ratios(seconds: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
-    """One row per variant: its median seconds, and median and range over the rounds of its ratio to the reference.
+    """One row per variant: its median seconds, and its ratio to the reference in two ways.
 
-    Time of the same round is divided by time of the same round.
+    `ratio`, with its range, is the median over the rounds, where time of the same round is divided by time of the same round;
+    `ratio of medians` divides the median seconds.
     """
     rows = []
     for name, times in seconds.items():
@@ -85,6 +86,7 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> list[dict[str, An
                 "ratio": round(statistics.median(quotients), 3),
                 "lowest": round(min(quotients), 3),
                 "highest": round(max(quotients), 3),
+                "ratio of medians": round(statistics.median(times) / statistics.median(seconds[reference]), 3),
             }
         )
     return rows
@@ -93,6 +95,8 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> list[dict[str, An
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace, **more: Any) -> None:
     """Print the rows as a Markdown table below the machine; with --output write them, `more` and all settings as JSON."""
     machine = machine_of(torch.device(arguments.device))
+    if getattr(arguments, "small", False):
+        print(f"SMALL shapes, which say nothing about the paper's, on {machine['device']}")
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print()
     print(f"| {' | '.join(rows[0])} |")
@@ -128,3 +132,9 @@ def random_roberta(layers: int, width: int) -> RobertaModel:
         intermediate_size=4 * width,
     )
     return RobertaModel(config, add_pooling_layer=False).requires_grad_(False)
+
+
+def random_gpt2(layers: int, width: int) -> GPT2LMHeadModel:
+    """A frozen GPT-2 with random weights; 12 layers of width 768 are GPT-2. Token 0 is <bos> and <eos>."""
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // HEAD_WIDTH, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).requires_grad_(False)

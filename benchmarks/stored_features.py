@@ -9,25 +9,19 @@ the other decodes, resizes and encodes the batch's images. Both train the VQA mo
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-import numpy
-import timm
 import torch
 from common import add_arguments, in_turn, prepare, random_roberta, ratios, report, seconds_of
-from PIL import Image
-from timm.models import save_for_hf
 from torch import Tensor
+from vision import draw_images, run_stage, save_random_backbone
 
-from routevl import features as feature_stages
 from routevl.backbones import VisionBackbone, load_vision_backbone
 from routevl.features import Features, read_image, read_image_lists
 from routevl.methods import RoutedLoraConfig
 from routevl.tasks.vqa import VqaModel
 
-COCO_SIZE = (640, 480)
 ANSWERS = 3129
 
 
@@ -51,8 +45,7 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     """Make images, backbone and features in `folder`, and time both kinds of epochs."""
     image_list, backbone_folder = folder / "images.json", folder / "backbone"
     draw_images(folder, image_list, arguments.images)
-    model = timm.create_model(arguments.vision_model, num_classes=0)
-    save_for_hf(model, str(backbone_folder), model_args=dict(model._model_args), safe_serialization=True)
+    save_random_backbone(backbone_folder, arguments.vision_model)
     extraction = seconds_of(lambda: extract(folder, image_list, backbone_folder, arguments), device)
     stored = Features(folder)
     backbone = load_vision_backbone(backbone_folder)
@@ -75,30 +68,12 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     print(f"\nextraction, once for all epochs and runs: {extraction:.1f} s")
 
 
-def draw_images(folder: Path, image_list: Path, count: int) -> None:
-    """JPEG files of noise, and their images.json."""
-    generator = numpy.random.default_rng(0)
-    entries = []
-    for image_id in range(count):
-        path = folder / f"{image_id:012d}.jpg"
-        coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=numpy.uint8))
-        coarse.resize(COCO_SIZE).save(path)
-        entries.append({"id": image_id, "file_name": str(path)})
-    image_list.write_text(json.dumps(entries), encoding="utf-8")
-
-
 def extract(folder: Path, image_list: Path, backbone: Path, arguments: argparse.Namespace) -> None:
     """The package's own stages, with one shard of pooled features."""
     shard = folder / "shard-00000-of-00001.safetensors"
     run_stage("extract", "--images", image_list, "--backbone", backbone, "--tokens", "pooled", "--threads", arguments.threads,
               "--batch-size", arguments.batch_size, "--output", shard)  # fmt: skip
     run_stage("index_features", "--shards", shard, "--output", folder / "index.json")
-
-
-def run_stage(stage: str, *options: object) -> None:
-    parser = argparse.ArgumentParser()
-    getattr(feature_stages, f"add_arguments_{stage}")(parser)
-    getattr(feature_stages, f"run_{stage}")(parser.parse_args([str(option) for option in options]))
 
 
 def encode(backbone: VisionBackbone, pixels: Tensor, device: torch.device) -> Tensor:

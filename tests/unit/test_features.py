@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from pathlib import Path
 
@@ -160,6 +161,16 @@ def test_extraction_resumes_inside_a_shard(
     extract(images, backbone_folder, resumed)
     assert "1 of 3 chunks are there already" in capsys.readouterr().out
     assert resumed.read_bytes() == whole and not partial.exists()
+
+
+def test_full_disk_is_one_clear_error(images: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_file(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    with pytest.raises(RoutevlError, match="could not write .*chunk-000000000.safetensors: No space left"):
+        extract(images, backbone_folder, images / "shard.safetensors")
+    assert not (images / "shard.safetensors").exists()
 
 
 def test_chunks_of_other_images_or_backbones_are_not_reused(
