@@ -25,15 +25,22 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def training_state(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that the next step depends on: trainable parameters, the optimiser's moments, the random generators."""
+    """Everything that the next step depends on: trainable parameters, the optimiser's moments, the random generators.
+
+    The generators are those of all processes, one after the other; all processes must call this.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather, send_to_device
+
     tensors = {f"parameter/{name}": tensor for name, tensor in trainable_tensors(model).items()}
     for name, parameter in model.named_parameters():
         for key in OPTIMISER_STATE:
             if key in optimiser.state.get(parameter, {}):
                 tensors[f"optimiser/{key}/{name}"] = optimiser.state[parameter][key]
-    tensors["random/cpu"] = torch.get_rng_state()
+    random = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+        random["random/cuda"] = torch.cuda.get_rng_state()
+    tensors |= gather(send_to_device(random, PartialState().device))
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -55,9 +62,16 @@ def restore_training_state(tensors: dict[str, Tensor], model: nn.Module, optimis
                 key: value.clone().to(parameter.device) if key != "step" or optimiser.defaults["fused"] else value.clone()
                 for key, value in state.items()
             }
-    torch.set_rng_state(tensors["random/cpu"])
+    torch.set_rng_state(_own(tensors["random/cpu"]))
     if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+        torch.cuda.set_rng_state(_own(tensors["random/cuda"]))
+
+
+def _own(states: Tensor) -> Tensor:
+    """This process's random generator, out of those of all processes; copied, for torch crashes on a view."""
+    from accelerate import PartialState
+
+    return states.chunk(PartialState().num_processes)[PartialState().process_index].clone()
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:

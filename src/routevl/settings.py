@@ -31,7 +31,7 @@ class RunSettings:
     freeze_layer_norm: bool = _setting("keep the text model's layer norms frozen: yes or no")
     epochs: int = _setting("passes over the training split")
     batch_size: int = _setting("examples per optimiser step, over all processes")
-    prediction_batch_size: int = _setting("examples per batch in validation and prediction")
+    prediction_batch_size: int = _setting("examples per batch in validation and prediction, in each process")
     learning_rate: float = _setting("peak learning rate of AdamW")
     warmup: float = _setting("linear warm-up: a fraction of all steps when below 1, else a number of steps")
     weight_decay: float = _setting("AdamW's weight decay")

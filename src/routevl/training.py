@@ -12,6 +12,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from routevl.settings import RunSettings
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from routevl.tasks.base import Task
 
@@ -57,8 +60,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-revision", metavar="REVISION", help="its revision on the hub")
     parser.add_argument("--vision-backbone", required=True, metavar="FOLDER|HUB_ID", help="the model that made the features")
     parser.add_argument("--vision-revision", metavar="REVISION", help="its revision on the hub")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; results depend on their number in the last bits")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load batches; results do not depend on them")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the work, on a GPU each or on the CPU")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of each process; results depend on their number in the last bits"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that load batches, for each process; results do not depend on them"
+    )
 
 
 def import_libraries() -> None:
@@ -88,46 +96,59 @@ def run_train(arguments: argparse.Namespace) -> None:
     settings = run_settings.from_arguments(arguments)
     _check_execution(arguments)
     run = Path(arguments.model).name
-    with lock(Path(arguments.checkpoint) / "lock") as held:
-        os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
-        trainer = Trainer(settings, arguments, run)
+    accelerator = new_accelerator(settings)
+    with lock(Path(arguments.checkpoint) / "lock") if accelerator.is_main_process else nullcontext() as held:
+        if held:
+            os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
+        accelerator.wait_for_everyone()
+        trainer = Trainer(settings, arguments, run, accelerator)
         trainer.fit()
         trainer.write_model(Path(arguments.model))
         trainer.exit_when_told_to_stop()
-        write_predictions(trainer.task, trainer.accelerator, Path(arguments.predictions), trainer.to_predict, arguments.workers)
-        shutil.rmtree(arguments.checkpoint)
+        write_predictions(trainer.task, accelerator, Path(arguments.predictions), trainer.to_predict, arguments.workers)
+        if accelerator.is_main_process:
+            shutil.rmtree(arguments.checkpoint)
+    accelerator.end_training()
 
 
 def _check_execution(arguments: argparse.Namespace) -> None:
     """Raise RoutevlError where an option about how to run, not what, is out of range; a stage has some of them."""
-    for name, least in (("threads", 1), ("workers", 0), ("checkpoint_every", 1), ("log_every", 1)):
+    for name, least in (("processes", 1), ("threads", 1), ("workers", 0), ("checkpoint_every", 1), ("log_every", 1)):
         value = getattr(arguments, name, least)
         if value < least:
             raise RoutevlError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
 class Trainer:
-    """One training run. `fit` can be killed at any moment and run again in a new process, to the same bits."""
+    """One training run. `fit` can be killed at any moment and run again in a new process, to the same bits.
 
-    def __init__(self, settings: RunSettings, arguments: argparse.Namespace, run: str) -> None:
+    Several processes train one model: each takes its share of every batch, and all make the same step. Batches, the loss over a
+    batch, and so the gradients are those of one process, but for the last bits (sums are cut differently) and for dropout. Only
+    the first process writes. Runs are bit-equal, resumed or not, where they have equally many processes.
+    """
+
+    def __init__(self, settings: RunSettings, arguments: argparse.Namespace, run: str, accelerator: Accelerator) -> None:
         import torch
         from accelerate.utils import set_seed
         from transformers import get_linear_schedule_with_warmup
 
-        self.settings, self.arguments, self.run = settings, arguments, run
+        self.settings, self.arguments, self.run, self.accelerator = settings, arguments, run, accelerator
         prepare_torch(arguments.threads)
         set_seed(settings.seed)
-        self.accelerator = new_accelerator(settings)
         self.task, self.inputs = load_task(settings, arguments)
+        if accelerator.process_index:  # the model starts the same everywhere, dropout differs
+            set_seed((settings.seed + accelerator.process_index) % 2**32)
         self.examples = self.task.examples("train")
         self.validation = self.task.examples("val")
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
         self.inputs["data"] = _fingerprint_of_data(self.task)
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
-        parameters = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-        self.model, self.optimiser = self.accelerator.prepare(self.task.model, optimiser)
+        self.parameters = [parameter for parameter in self.task.model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+        # not for DDP: _average_over_processes averages the gradients
+        self.model = accelerator.prepare_model(self.task.model, evaluation_mode=True)
+        self.optimiser = accelerator.prepare_optimizer(optimiser)
         self.schedule = get_linear_schedule_with_warmup(
             self.optimiser.optimizer, settings.warmup_steps(self.total_steps), self.total_steps
         )
@@ -158,15 +179,27 @@ class Trainer:
         self.stop_signal = number
 
     def _stop_if_told(self) -> None:
-        if self.stop_signal:
+        if self._told_to_stop():
             self._save()
             print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
+            self.accelerator.end_training()
             raise SystemExit(EXIT_STOPPED)
+
+    def _told_to_stop(self) -> bool:
+        """Whether a stop signal came to any of the processes, which all ask at the same points."""
+        import torch
+
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        told = torch.tensor(float(self.stop_signal is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(told, "sum").item() > 0
 
     def exit_when_told_to_stop(self) -> None:
         """From here on a stop signal ends the process at once; `fit` has written its last checkpoint."""
 
         def leave(number: int, frame: Any) -> None:
+            for other in STOP_SIGNALS:
+                signal.signal(other, signal.SIG_IGN)  # one is enough, and the way out must not be interrupted
             print(f"train {self.run}: told to stop, training is done, predictions are not", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_STOPPED)
 
@@ -198,13 +231,17 @@ class Trainer:
 
         order = torch.randperm(len(self.examples), generator=_generator(self.settings.seed, epoch)).tolist()
         size = self.settings.batch_size
-        batches = EpochBatches(order[first_batch * size :], size)
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        batches = EpochBatches(order[first_batch * size :], size, *processes)
         return data_loader(self.task, self.examples, self.accelerator, self.arguments.workers, batch_sampler=batches)
 
     def _train_step(self, epoch: int, batch: dict[str, torch.Tensor]) -> None:
+        size = self.settings.batch_size
+        examples = min(size, len(self.examples) - self.step % self.batches_per_epoch * size)
         self.clock.start()
-        loss = self.model(**batch)["loss"]
-        self.accelerator.backward(loss)
+        output = self.model(**batch)
+        self.accelerator.backward(output["loss"])
+        loss = self._average_over_processes(output["loss"].detach(), output["count"], examples)
         self.optimiser.step()
         learning_rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
@@ -214,7 +251,25 @@ class Trainer:
             line = {"step": self.step, "epoch": epoch + 1, "loss": loss.item(), "learning_rate": learning_rate}
             self._check_finite(line)
             self.history.append(line)
-        self.clock.stop(len(next(iter(batch.values()))) * self.accelerator.num_processes)
+        self.clock.stop(examples)
+
+    def _average_over_processes(self, loss: torch.Tensor, count: torch.Tensor, examples: int) -> torch.Tensor:
+        """Give all processes the gradients of the loss over the whole batch of `examples`, and return that loss.
+
+        Each process has a mean over `count` terms of its own, which weighs as much; a process without an example weighs nothing.
+        The sum is over one flat tensor: DDP would sum in buckets that it regroups after its first step, so that from three
+        processes on a resumed run would have other last bits.
+        """
+        import torch
+        from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+        if self.accelerator.num_processes == 1:
+            return loss
+        gradients = [parameter.grad for parameter in self.parameters]
+        means = torch.cat([parameters_to_vector(gradients), torch.stack([loss, torch.ones_like(loss)])])
+        sums = self.accelerator.reduce(means * count * (self.accelerator.process_index < examples), "sum")
+        vector_to_parameters(sums[:-2] / sums[-1], gradients)
+        return sums[-2] / sums[-1]
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, and remember the epoch's weights if they are the best so far."""
@@ -227,30 +282,27 @@ class Trainer:
         sign = 1 if more_is_better else -1
         if not self.best_epoch or sign * line[metric] > sign * self.best_epoch[metric]:
             self.best_epoch = line
-            model = self.accelerator.unwrap_model(self.model)
-            self.best = {name: tensor.cpu().clone() for name, tensor in trainable_tensors(model).items()}
+            self.best = {name: tensor.cpu().clone() for name, tensor in trainable_tensors(self.model).items()}
         values = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val_"))
         self.accelerator.print(f"train {self.run}: epoch {epoch + 1}/{self.settings.epochs}: {values}", flush=True)
 
     def _validate(self) -> dict[str, float]:
         import torch
+        from accelerate.utils import gather_object
 
-        self.model.eval()
+        size = self.settings.prediction_batch_size
+        with self.accelerator.split_between_processes(self.validation) as share:
+            batches = iter(data_loader(self.task, share, self.accelerator, self.arguments.workers, batch_size=size))
         outputs = []
+        self.model.eval()
         with torch.inference_mode():
-            loader = data_loader(
-                self.task,
-                self.validation,
-                self.accelerator,
-                self.arguments.workers,
-                batch_size=self.settings.prediction_batch_size,
-            )
-            for batch in loader:
+            for _ in range(math.ceil(len(self.validation) / self.accelerator.num_processes / size)):
                 self._stop_if_told()
-                output = {name: value for name, value in self.model(**batch).items() if value.dim()}
-                outputs.append(self.accelerator.gather_for_metrics(output))
+                if batch := next(batches, None):  # a process can have one batch less than others
+                    outputs.append({name: value for name, value in self.model(**batch).items() if value.dim()})
         self.model.train()
-        return self.task.validate(outputs)
+        outputs = [{name: value.cpu() for name, value in output.items()} for output in outputs]
+        return self.task.validate(gather_object(outputs))
 
     def _check_finite(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
@@ -266,13 +318,14 @@ class Trainer:
     def _save(self) -> None:
         from routevl.checkpoint import save_checkpoint, training_state
 
+        tensors = training_state(self.model, self.optimiser.optimizer)
         if not self.accelerator.is_main_process:
             return
-        tensors = training_state(self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         record = {
             "settings": self.settings.as_record(),
             "inputs": self.inputs,
+            "processes": self.accelerator.num_processes,
             "step": self.step,
             "history": self.history,
             "best_epoch": self.best_epoch,
@@ -288,8 +341,8 @@ class Trainer:
             return
         tensors, record = load_checkpoint(self.checkpoint)
         try:
-            self._check_same_run(record["settings"] | record["inputs"])
-            restore_training_state(tensors, self.accelerator.unwrap_model(self.model), self.optimiser.optimizer)
+            self._check_same_run(record["settings"] | record["inputs"] | {"processes": record["processes"]})
+            restore_training_state(tensors, self.model, self.optimiser.optimizer)
             self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
             self.clock = Clock(**record["clock"])
             self.schedule.load_state_dict(record["schedule"])
@@ -302,7 +355,7 @@ class Trainer:
 
     def _check_same_run(self, before: dict[str, Any]) -> None:
         """Raise RoutevlError where the unfinished run had other settings or inputs than this one; names the first."""
-        now = self.settings.as_record() | self.inputs
+        now = self.settings.as_record() | self.inputs | {"processes": self.accelerator.num_processes}
         for name in now | before:
             if before.get(name) != now.get(name):
                 raise RoutevlError(
@@ -314,17 +367,18 @@ class Trainer:
 
     def write_model(self, folder: Path) -> None:
         """Write the run's folder: the best epoch's adapter, the last one's under last/, metrics, settings and timing.
-        The best epoch's weights are left in the model."""
+        The best epoch's weights are left in the model, in all processes."""
         from routevl.checkpoint import digests, training_state
 
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.model
         state = digests(training_state(model, self.optimiser.optimizer))
+        if not self.accelerator.is_main_process:
+            self._restore_best()
+            return
         counts = model.trainable_params_by_part()
         with atomic_folder(folder) as temporary:
             model.save(temporary / "last")
-            parameters = dict(model.named_parameters())
-            for name, tensor in self.best.items():
-                parameters[name].data.copy_(tensor)
+            self._restore_best()
             model.save(temporary)
             write_json(temporary / "last" / "state.json", state)
             lines = "".join(_json_line(line) for line in self.history)
@@ -340,24 +394,37 @@ class Trainer:
                 "text_model_params": self.task.text_model_params,
             }
             write_json(temporary / "run.json", record)
-            write_json(temporary / "timing.json", self.clock.summary(self.accelerator.device))
+            timing = self.clock.summary(self.accelerator.device) | {"processes": self.accelerator.num_processes}
+            write_json(temporary / "timing.json", timing)
+
+    def _restore_best(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in self.best.items():
+            parameters[name].data.copy_(tensor)
 
 
 class EpochBatches:
-    """A batch sampler: examples in a given order, `batch_size` at a time, the last batch smaller."""
+    """A batch sampler: one process's share of each batch of `batch_size` examples in a given order, the last batch smaller.
+
+    The processes take a batch's examples in turn. One that the last batch has no example for gets the first, so that all have as
+    many batches; it must not count.
+    """
 
     drop_last = False
 
-    def __init__(self, order: list[int], batch_size: int) -> None:
+    def __init__(self, order: list[int], batch_size: int, process: int, processes: int) -> None:
         self.order = order
         self.batch_size = batch_size
+        self.process = process
+        self.processes = processes
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self.order), self.batch_size):
-            yield self.order[start : start + self.batch_size]
+            batch = self.order[start : start + self.batch_size]
+            yield batch[self.process :: self.processes] or batch[:1]
 
 
 def _json_line(record: dict[str, Any]) -> str:
@@ -381,12 +448,16 @@ def prepare_torch(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def new_accelerator(settings: RunSettings) -> Any:
-    """accelerate's view of the devices and processes at hand; a batch is shared out over the processes."""
-    from accelerate import Accelerator, DataLoaderConfiguration
+def new_accelerator(settings: RunSettings) -> Accelerator:
+    """accelerate's view of the devices and processes at hand: a GPU for each process, else the CPU for all."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
+    # processes can wait long for the one that waits for the lock, or has the slowest captions; dead ones are seen by the launcher
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     precision = "bf16" if settings.precision == "bfloat16" else "no"
-    return Accelerator(mixed_precision=precision, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
 
 
 def load_task(settings: RunSettings, arguments: argparse.Namespace) -> tuple[Task, dict[str, str]]:
@@ -410,9 +481,10 @@ def _fingerprint_of_data(task: Task) -> str:
     return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
-def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **options: Any) -> Any:
-    """Batches of `examples`, collated by the task, on the accelerator's device and shared out over its processes."""
+def data_loader(task: Task, examples: Any, accelerator: Accelerator, workers: int, **options: Any) -> Any:
+    """Batches of `examples`, collated by the task, on the accelerator's device."""
     import torch
+    from accelerate.data_loader import prepare_data_loader
 
     loader = torch.utils.data.DataLoader(
         examples,
@@ -422,7 +494,8 @@ def data_loader(task: Task, examples: Any, accelerator: Any, workers: int, **opt
         worker_init_fn=_obey_the_main_process_alone,
         **options,
     )
-    return accelerator.prepare_data_loader(loader)
+    # for one process: where there are several, the options or the examples are this one's share already
+    return prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 def _obey_the_main_process_alone(worker: int) -> None:
@@ -511,9 +584,10 @@ def run_predict(arguments: argparse.Namespace) -> None:
     task.model.load(Path(arguments.model))
     task.model.to(accelerator.device)
     write_predictions(task, accelerator, Path(arguments.predictions), task.to_predict(arguments.split), arguments.workers)
+    accelerator.end_training()
 
 
-def write_predictions(task: Task, accelerator: Any, folder: Path, items: Any, workers: int) -> None:
+def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items: Any, workers: int) -> None:
     """Predict items with the task's model and write results.json in the official format, in the order of the items."""
     import torch
     from accelerate.utils import gather_object
@@ -521,14 +595,13 @@ def write_predictions(task: Task, accelerator: Any, folder: Path, items: Any, wo
     from routevl.progress import progress
 
     model = task.model.eval()
-    loader = data_loader(task, items, accelerator, workers, batch_size=task.settings.prediction_batch_size)
+    with accelerator.split_between_processes(items) as share:  # in their order, which gathering keeps
+        loader = data_loader(task, share, accelerator, workers, batch_size=task.settings.prediction_batch_size)
     results = []
     with torch.inference_mode(), accelerator.autocast():
         for batch in progress(loader, len(loader), f"predict {folder.name}"):
             results += task.predict(model, batch)
-    if accelerator.num_processes > 1:
-        # the last batch is padded with items of the first, so that all processes have as many
-        results = list({next(iter(entry.values())): entry for entry in gather_object(results)}.values())
+    results = gather_object(results)
     if accelerator.is_main_process:
         with atomic_folder(folder) as temporary:
             write_json(temporary / "results.json", results)

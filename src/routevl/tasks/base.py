@@ -162,7 +162,8 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VisionLanguageModel:
-        """The model to train; its forward pass takes a batch of `collate` and returns {"loss": scalar, ...}."""
+        """The model to train; its forward pass takes a batch of `collate` and returns {"loss": scalar,
+        "count": scalar, over how many terms the loss is a mean, ...}."""
 
     def inputs(self) -> dict[str, str]:
         """Name -> sha256 (hexadecimal) of what else the model's weights belong to, beside the backbones."""

@@ -27,7 +27,7 @@ class CaptionModel(VisionLanguageModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, visual_features: Tensor) -> dict[str, Tensor]:
         """Next-token cross-entropy over every caption token, the first and <eos> included, padding excluded.
 
-        Shapes: input_ids, attention_mask (B, L_t); loss a scalar, mean over tokens; losses and tokens (B,), their sum and
+        Shapes: input_ids, attention_mask (B, L_t); loss a scalar, mean over `count` tokens; losses and tokens (B,), their sum and
         number per example.
         """
         inputs = self.text_inputs(input_ids, attention_mask, visual_features)
@@ -37,7 +37,7 @@ class CaptionModel(VisionLanguageModel):
             logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
         ).sum(-1)
         tokens = (targets != IGNORED).sum(-1)
-        return {"loss": losses.sum() / tokens.sum(), "losses": losses.detach(), "tokens": tokens}
+        return {"loss": losses.sum() / tokens.sum(), "count": tokens.sum(), "losses": losses.detach(), "tokens": tokens}
 
     @torch.inference_mode()
     def generate(self, bos: int, visual_features: Tensor, **options: Any) -> Tensor:

@@ -39,7 +39,8 @@ class VqaModel(VisionLanguageModel):
     ) -> dict[str, Tensor]:
         """Logits (B, n_answers); with answer_scores (B, n_answers) in [0, 1] the loss and each answer's score too.
 
-        The loss is binary cross-entropy on the soft scores, summed over answers and averaged over examples.
+        The loss is binary cross-entropy on the soft scores, summed over answers and averaged over examples, whose number is
+        `count`.
         """
         inputs = self.text_inputs(input_ids, attention_mask, visual_features)
         hidden_states = self.text_model(**inputs).last_hidden_state  # (B, P + L_t, d)
@@ -49,7 +50,8 @@ class VqaModel(VisionLanguageModel):
             return {"logits": logits}
         losses = nn.functional.binary_cross_entropy_with_logits(logits, answer_scores, reduction="none").sum(-1)
         accuracies = answer_scores.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
-        return {"loss": losses.mean(), "losses": losses.detach(), "accuracies": accuracies}
+        count = losses.new_full((), len(losses))
+        return {"loss": losses.mean(), "count": count, "losses": losses.detach(), "accuracies": accuracies}
 
 
 class VqaTask(Task):
