@@ -25,6 +25,7 @@ rule train:
         features=lambda wildcards, input: Path(input.features).parent,
         settings=run_settings,
         checkpoint=f"{R}/checkpoints/{{run}}",
+        processes=max(config["training"]["gpus"], 1),
         workers=config["training"]["workers"],
         checkpoint_every=config["training"]["checkpoint_every"],
         log_every=config["training"]["log_every"],
@@ -33,4 +34,4 @@ rule train:
         "--text-backbone {input.text_backbone} --vision-backbone {input.vision_backbone} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
-        "--threads {resources.cpus_per_task} --workers {params.workers} {params.settings} &> {log}"
+        "--processes {params.processes} --threads {resources.cpus_per_task} --workers {params.workers} {params.settings} &> {log}"

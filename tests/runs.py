@@ -1,0 +1,158 @@
+"""Training runs of the small world for the tests: started in processes of their own, interrupted, compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import SmallWorld, command_line, run_options, run_stage
+
+from routevl import cli, training
+from routevl.settings import from_arguments
+
+TASKS = ("vqa", "caption")
+VISION_WIDTH = {"vqa": 16, "caption": 24}  # captioning then has a visual projection
+BATCH_SIZE = {"vqa": 5, "caption": 7}  # does not divide the number of examples
+EPOCHS = 2
+STEPS = {"vqa": EPOCHS * 8, "caption": EPOCHS * 9}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folders of one training run and its command line."""
+
+    root: Path
+    options: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def predictions(self) -> Path:
+        return self.root / "predictions"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint" / "checkpoint.safetensors"
+
+    @property
+    def argv(self) -> list[str]:
+        folders = {"model": self.model, "predictions": self.predictions, "checkpoint": self.checkpoint.parent}
+        return command_line({**self.options, **folders})
+
+    def train(self) -> Run:
+        """Train in this process, to the end."""
+        handlers = [signal.getsignal(number) for number in training.STOP_SIGNALS]
+        try:
+            run_stage("train", *self.argv)
+        finally:
+            for number, handler in zip(training.STOP_SIGNALS, handlers, strict=True):
+                signal.signal(number, handler)
+        return self
+
+    def trainer(self) -> training.Trainer:
+        """A trainer of this run, in this process."""
+        parser = argparse.ArgumentParser()
+        training.add_arguments_train(parser)
+        arguments = parser.parse_args(self.argv)
+        settings = from_arguments(arguments)
+        return training.Trainer(settings, arguments, self.model.name, training.new_accelerator(settings))
+
+    def results(self) -> list[dict[str, Any]]:
+        return json.loads((self.predictions / "results.json").read_text())
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.model / "training.jsonl").read_text().splitlines()]
+
+
+def new_run(world: SmallWorld, root: Path, task: str, **changes: Any) -> Run:
+    """A small run of `task`, with some options changed; the captioning runs have a visual projection."""
+    return Run(root, run_options(world, task, **{"width": VISION_WIDTH[task], "batch_size": BATCH_SIZE[task], **changes}))
+
+
+def start(run: Run, sabotage: Callable[[], None] = lambda: None, words: list[str] | None = None) -> multiprocessing.Process:
+    """`routevl train`, or the command line `words`, in a process forked from this one, which has everything imported already.
+
+    `sabotage` is called there first. The process leads a process group; what it says goes to `run.root`/log.
+    """
+
+    def main() -> None:
+        os.setpgid(0, 0)
+        run.root.mkdir(parents=True, exist_ok=True)
+        log = os.open(run.root / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.argv = ["routevl", *(words or ["train", *run.argv])]
+        sabotage()
+        cli.main()
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    """Wait until a file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.002)
+
+
+def exit_status(process: multiprocessing.Process, seconds: float = 60) -> int:
+    """Wait for the end; the exit status, or minus the signal that ended the process.
+
+    `process.join` would also wait for the loaders of a killed process, which take seconds to see that they are orphans.
+    """
+    end = time.monotonic() + seconds
+    while process.exitcode is None:
+        assert time.monotonic() < end, "the process did not end"
+        time.sleep(0.005)
+    return process.exitcode
+
+
+def signal_at_call(owner: Any, name: str, count: int, number: int) -> Callable[[], None]:
+    """A sabotage: the process sends itself a signal when `owner`.`name` is called for the `count`-th time."""
+
+    def sabotage() -> None:
+        original, calls = getattr(owner, name), []
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) == count:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+
+    return sabotage
+
+
+def assert_same_outcome(first: Run, second: Run) -> None:
+    """Bit-equal runs by `routevl compare`, and byte-equal predictions, records and metrics."""
+    run_stage("compare", first.model, second.model)
+    for folder, name in (("model", "training.jsonl"), ("predictions", "results.json")):
+        assert (getattr(first, folder) / name).read_bytes() == (getattr(second, folder) / name).read_bytes()
+    records = [json.loads((run.model / "run.json").read_text()) for run in (first, second)]
+    assert records[0] == records[1]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "task.safetensors"):
+        for folder in ("", "last"):
+            assert (first.model / folder / name).read_bytes() == (second.model / folder / name).read_bytes()
+    assert not first.checkpoint.parent.exists()
+    assert not second.checkpoint.parent.exists()
+
+
+def leftovers(run: Run) -> list[str]:
+    """Temporary files and folders that stayed behind."""
+    return [str(path) for path in run.root.rglob("*.tmp")]

@@ -1,0 +1,243 @@
+"""Several processes train and predict as one does: the same results, one set of files, one end for all of them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+from conftest import SmallWorld, command_line
+from runs import STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start
+
+from routevl import training
+from routevl.checkpoint import load_checkpoint
+from routevl.errors import RoutevlError
+from routevl.tasks.base import VisionLanguageModel
+
+PROCESSES = 3  # sums of three depend on their order
+
+
+def start_processes(run: Run, count: int = PROCESSES, words: list[str] | None = None, **sabotages: Any) -> list[Any]:
+    """`routevl train`, or the command line `words`, in `count` processes that belong together, without a launcher.
+
+    `sabotages` are called in single processes before, by their names: process_0, process_1, ...
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def become(rank: int) -> Callable[[], None]:
+        def become() -> None:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)  # of the tests' own process
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            sabotages.get(f"process_{rank}", lambda: None)()
+
+        return become
+
+    return [start(run, become(rank), words) for rank in range(count)]
+
+
+def exit_statuses(processes: list[multiprocessing.Process]) -> list[int]:
+    return [exit_status(process) for process in processes]
+
+
+def finish(run: Run, count: int = PROCESSES) -> Run:
+    assert exit_statuses(start_processes(run, count)) == [0] * count, (run.root / "log").read_text()
+    return run
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def baselines(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """An uninterrupted run of each task."""
+    return {task: finish(new_run(small_world, tmp_path_factory.mktemp(task), task)) for task in TASKS}
+
+
+@pytest.fixture
+def baseline(baselines: dict[str, Run], task: str) -> Run:
+    return baselines[task]
+
+
+# ------------------------------------------------------------------------------------------------- as one process
+
+
+def test_several_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
+    """Without dropout. The last batch has fewer examples than there are processes (vqa), or shares of other lengths."""
+    backbone = shutil.copytree(small_world.text[task], tmp_path / "backbone")
+    config = json.loads((backbone / "config.json").read_text())
+    config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "pdrop"))}
+    (backbone / "config.json").write_text(json.dumps(config))
+    alone = new_run(small_world, tmp_path / "alone", task, text_backbone=backbone, log_every=1).train()
+    together = finish(new_run(small_world, tmp_path / "together", task, text_backbone=backbone, log_every=1))
+    for ours, theirs in zip(together.lines(), alone.lines(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert together.results() == alone.results()
+    assert json.loads((together.model / "timing.json").read_text())["processes"] == PROCESSES
+    assert not leftovers(together)
+
+
+def test_each_process_has_its_own_dropout(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
+    run = new_run(small_world, tmp_path, task)
+    exit_statuses(start_processes(run, process_1=signal_at_call(VisionLanguageModel, "text_inputs", 2, signal.SIGTERM)))
+    tensors, record = load_checkpoint(run.checkpoint)
+    states = {bytes(state.tolist()) for state in tensors["random/cpu"].chunk(PROCESSES)}
+    assert len(states) == PROCESSES
+    assert record["processes"] == PROCESSES
+
+
+def test_prediction_in_several_processes_is_complete_and_in_order(baseline: Run, tmp_path: Path) -> None:
+    names = ("data", "features", "text_backbone", "vision_backbone")
+    options = {name: baseline.options[name] for name in names} | {"model": baseline.model, "predictions": tmp_path / "again"}
+    for count in (2, PROCESSES):
+        words = ["predict", *command_line(options)]
+        assert exit_statuses(start_processes(Run(tmp_path, {}), count, words)) == [0] * count
+        assert (tmp_path / "again" / "results.json").read_bytes() == (baseline.predictions / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("routing", ["none", "mul", "add", "attn", "expand"])
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_every_trainable_parameter_gets_a_gradient(
+    small_world: SmallWorld, tmp_path: Path, task: str, method: str, routing: str
+) -> None:
+    """What processes average."""
+    trainer = new_run(small_world, tmp_path, task, method=method, routing=routing).trainer()
+    trainer.model(**next(iter(trainer._loader(0, 0))))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in trainer.parameters)
+
+
+# ---------------------------------------------------------------------------------------- interrupted and resumed
+
+
+@pytest.mark.parametrize("stage", ["training", "validation"])
+def test_stop_signal_to_one_process_stops_all(
+    small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str, stage: str
+) -> None:
+    run = new_run(small_world, tmp_path, task)
+    epoch = STEPS[task] // 2
+    call = {"training": 3, "validation": epoch + 1}[stage]
+    stop = signal_at_call(VisionLanguageModel, "text_inputs", call, signal.SIGTERM)
+    assert exit_statuses(start_processes(run, process_1=stop)) == [training.EXIT_STOPPED] * PROCESSES
+    assert "Traceback" not in (run.root / "log").read_text()
+    assert load_checkpoint(run.checkpoint)[1]["step"] == min(call, epoch)
+    assert_same_outcome(baseline, finish(run))
+
+
+def test_stop_signal_in_prediction_leaves_the_checkpoint(
+    small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str
+) -> None:
+    """Here each process obeys for itself; the others cannot finish without it."""
+    run = new_run(small_world, tmp_path, task)
+    stop = signal_at_call(type(run.trainer().task), "predict", 1, signal.SIGTERM)
+    statuses = exit_statuses(start_processes(run, process_1=stop))
+    assert statuses[1] == training.EXIT_STOPPED
+    assert all(statuses)
+    assert not run.predictions.exists()
+    assert_same_outcome(baseline, finish(run))
+
+
+def test_death_of_one_process_ends_the_others(small_world: SmallWorld, tmp_path: Path, baselines: dict[str, Run]) -> None:
+    run = new_run(small_world, tmp_path, "vqa", checkpoint_every=1)
+    for rank, call in ((0, 3), (2, 6)):
+        sabotage = signal_at_call(VisionLanguageModel, "text_inputs", call, signal.SIGKILL)
+        statuses = exit_statuses(start_processes(run, **{f"process_{rank}": sabotage}))
+        assert statuses[rank] == -signal.SIGKILL
+        assert all(statuses)
+    assert_same_outcome(baselines["vqa"], finish(run))
+
+
+def test_resuming_with_other_processes_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+    run = new_run(small_world, tmp_path, "vqa")
+    exit_statuses(start_processes(run, process_1=signal_at_call(VisionLanguageModel, "text_inputs", 2, signal.SIGTERM)))
+    with pytest.raises(RoutevlError, match=f"the unfinished run has processes {PROCESSES}, now it is 1: delete"):
+        run.train()
+
+
+def test_divergence_ends_all_processes(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
+    run = new_run(small_world, tmp_path, task, learning_rate=1e30, warmup=0)
+    assert exit_statuses(start_processes(run)) == [2] * PROCESSES
+    assert "training diverged" in (run.root / "log").read_text()
+    assert not run.model.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the launcher
+
+
+def launch(run: Run, log: IO[str], **changes: Any) -> subprocess.Popen:
+    """`routevl train --processes 2`, as a user runs it."""
+    argv = Run(run.root, {**run.options, "processes": 2, **changes}).argv
+    command = [sys.executable, "-c", "from routevl.cli import main; main()", "train", *argv]
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+
+
+def launched_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+    children = psutil.Process(launcher.pid).children()
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+
+@pytest.mark.slow
+def test_launched_processes_are_killed_told_to_stop_and_finished(small_world: SmallWorld, tmp_path: Path) -> None:
+    baseline = finish(new_run(small_world, tmp_path / "baseline", "vqa"), 2)
+    run = new_run(small_world, tmp_path / "launched", "vqa", workers=1, checkpoint_every=1)
+    run.root.mkdir()
+
+    def start_and_wait_for_checkpoint(log: IO[str]) -> subprocess.Popen:
+        before = run.checkpoint.stat().st_mtime_ns if run.checkpoint.exists() else 0
+        launcher = launch(run, log)
+        while launcher.poll() is None and not (run.checkpoint.exists() and run.checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.002)
+        return launcher
+
+    with open(run.root / "killed", "w+") as log:
+        launcher = start_and_wait_for_checkpoint(log)
+        launched_process(launcher, 1).kill()
+        assert launcher.wait(60) == 128 + signal.SIGKILL
+        log.seek(0)
+        text = log.read()
+        assert text.splitlines()[-1] == "routevl: error: process 2 of 2 was ended by SIGKILL"
+        assert "Traceback" not in text
+    with open(run.root / "stopped", "w+") as log:
+        launcher = start_and_wait_for_checkpoint(log)
+        told = time.monotonic()
+        for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
+            process.terminate()  # as SLURM does
+        assert launcher.wait(60) == training.EXIT_STOPPED
+        assert time.monotonic() - told < 10
+        log.seek(0)
+        text = log.read()
+        assert text.count("told to stop, checkpoint at step") == 1
+        assert "Traceback" not in text
+    assert not run.model.exists()
+    with open(run.root / "finished", "w+") as log:
+        assert launch(run, log).wait(120) == 0
+        log.seek(0)
+        assert log.read().count("going on from step") == 1
+    assert_same_outcome(baseline, run)
+
+
+@pytest.mark.slow
+def test_launched_processes_report_bad_input_once(small_world: SmallWorld, tmp_path: Path) -> None:
+    with open(tmp_path / "log", "w+") as log:
+        assert launch(new_run(small_world, tmp_path, "vqa"), log, data=tmp_path / "nowhere").wait(120) == 2
+        log.seek(0)
+        (line,) = log.read().splitlines()
+    assert line.startswith("routevl: error: ")
+    assert "nowhere" in line
+    assert not (tmp_path / "model").exists()
