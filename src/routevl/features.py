@@ -383,7 +383,7 @@ def run_index_features(arguments: argparse.Namespace) -> None:
     """
     shards = sorted((_describe_shard(Path(path)) for path in arguments.shards), key=lambda shard: shard["shard"])
     _check_shards(shards)
-    folder = Path(arguments.output).resolve().parent
+    folder = Path(arguments.output).parent
     first = shards[0]
     write_json(
         arguments.output,
@@ -394,7 +394,7 @@ def run_index_features(arguments: argparse.Namespace) -> None:
             "tokens": first["lengths"],
             "shards": [
                 {
-                    "file": os.path.relpath(shard["path"].resolve(), folder),
+                    "file": os.path.relpath(shard["path"], folder),
                     "n": shard["n"],
                     "sha256": sha256_of(shard["path"]),
                 }

@@ -224,12 +224,10 @@ class Audit:
         lines += [f"{indent}  ! {problem}" for problem in problems]
         if job.manifest is None:
             return
-        for entry in job.manifest["inputs"]:
-            maker = self.records.makers.get(entry["path"])
-            if maker is None:
-                lines.append(f"{indent}  {entry['path']} (given)")
-            else:
-                self._tree(maker, indent + "  ", shown, lines)
+        makers = {entry["path"]: self.records.makers.get(entry["path"]) for entry in job.manifest["inputs"]}
+        lines += [f"{indent}  {path} (given)" for path, maker in makers.items() if maker is None]
+        for maker in {maker.path: maker for maker in makers.values() if maker}.values():
+            self._tree(maker, indent + "  ", shown, lines)
 
 
 def _compare(entry: dict[str, Any]) -> list[str]:

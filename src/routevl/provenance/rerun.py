@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from routevl.errors import RoutevlError
 from routevl.provenance.manifest import Manifest, describe
 
 RELATIVE_TOLERANCE = 1e-3  # other hardware sums in another order
@@ -16,34 +17,51 @@ MEASUREMENTS = ("timing.json",)  # how long it took is different every time
 
 
 def rerun(manifest: Manifest, results: Path) -> dict[str, Any]:
-    """Run a job's command again with its outputs in a scratch folder, and compare them with the first ones.
+    """Run a job's recorded command again, where its outputs fall into a scratch folder, and compare them with the first ones.
 
     Returns:
-        outputs: their paths; verdict: "bit-equal", "equal within ...", or "different"; differences: the first of each output.
+        outputs: their paths; verdict: "bit-equal", "equal within ..." or "different"; differences: the first of each output.
     """
-    outputs = [entry["path"] for entry in manifest["outputs"]]
+    outputs = [Path(entry["path"]) for entry in manifest["outputs"]]
     with tempfile.TemporaryDirectory(prefix="routevl-rerun-") as scratch:
-        command = [_moved(word, manifest, results, Path(scratch)) for word in manifest["command"]]
-        done = subprocess.run(command, capture_output=True, text=True)
+        overlay(Path(scratch), _written(manifest, results))
+        done = subprocess.run(manifest["command"], cwd=scratch, capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            return {"outputs": outputs, "verdict": "different: it failed", "differences": [last]}
-        compared = [compare(Path(output), Path(scratch) / output) for output in outputs]
+            return {"outputs": list(map(str, outputs)), "verdict": "different: it failed", "differences": [last]}
+        compared = [compare(output, Path(scratch) / output) for output in outputs]
     differences = [difference for _, difference in compared if difference]
-    exact = all(equal == "bit-equal" for equal, _ in compared)
     within = f"equal within {RELATIVE_TOLERANCE:g} relative or {ABSOLUTE_TOLERANCE:g} absolute"
-    verdict = "different" if any(equal == "different" for equal, _ in compared) else "bit-equal" if exact else within
-    return {"outputs": outputs, "verdict": verdict, "differences": differences}
+    verdicts = {"different": "different", "close": within, "bit-equal": "bit-equal"}
+    verdict = next(words for equal, words in verdicts.items() if any(equal == found for found, _ in compared))
+    return {"outputs": list(map(str, outputs)), "verdict": verdict, "differences": differences}
 
 
-def _moved(word: str, manifest: Manifest, results: Path, scratch: Path) -> str:
-    """A word of the command, moved to the scratch folder where it names a path that the job writes."""
-    path = Path(word)
+def _written(manifest: Manifest, results: Path) -> list[Path]:
+    """The paths that a job writes: its outputs, and what else of the results its command names but does not read."""
     inputs = [Path(entry["path"]) for entry in manifest["inputs"]]
-    if results not in path.parents or any(path == entry or path in entry.parents or entry in path.parents for entry in inputs):
-        return word
-    (scratch / path).parent.mkdir(parents=True, exist_ok=True)
-    return str(scratch / path)
+    words = [Path(word) for word in manifest["command"] if results in Path(word).parents]
+    read = [word for word in words for entry in inputs if word == entry or word in entry.parents or entry in word.parents]
+    return list(
+        dict.fromkeys([Path(entry["path"]) for entry in manifest["outputs"]] + [word for word in words if word not in read])
+    )
+
+
+def overlay(scratch: Path, written: list[Path]) -> None:
+    """Make `scratch` look like the working folder, by links, but for the paths that will be written: they are not there.
+
+    Raises:
+        RoutevlError: one of them lies outside of the working folder.
+    """
+    for path in written:
+        if path.is_absolute() or ".." in path.parts:
+            raise RoutevlError(f"{path}: was written outside of the project, so it cannot be made again in a scratch folder")
+    folders = {parent for path in written for parent in path.parents}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts)):
+        (scratch / folder).mkdir(exist_ok=True)
+        for child in folder.iterdir() if folder.exists() else ():
+            if child not in folders and child not in written:
+                (scratch / child).symlink_to(child.absolute())
 
 
 def compare(first: Path, again: Path) -> tuple[str, str]:
