@@ -140,6 +140,8 @@ class Audit:
             self.problems[job.path] = [job.error]
             return
         problems = self.problems[job.path] = []
+        if job.manifest["config"] != options_of(job.manifest["command"]):
+            problems.append(f"{job.path}: its config is not what its command says")
         for entry in job.manifest["outputs"]:
             problems += _compare(entry)
         for entry in job.manifest["inputs"]:
@@ -250,12 +252,12 @@ def _not_as_made(entry: dict[str, Any], maker: Job) -> list[str]:
 def _changed_options(then: list[str], now: list[str]) -> list[str]:
     before, after = options_of(then), options_of(now)
     names = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
-    words = {None: "was not given"}
-    return [
-        f"--{name} {words.get(before.get(name) and 1, shlex.join(before.get(name) or []))} then, "
-        f"{words.get(after.get(name) and 1, shlex.join(after.get(name) or []))} now"
-        for name in names
-    ] or ["the command is another one now"]
+    changes = [f"--{name} {_value(before, name)} then, {_value(after, name)} now" for name in names]
+    return changes or ["the command is another one now"]
+
+
+def _value(options: dict[str, list[str]], name: str) -> str:
+    return shlex.join(options[name]) if name in options else "was not given"
 
 
 def planned_commands(results: Path) -> dict[str, list[str]]:
