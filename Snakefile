@@ -2,6 +2,7 @@
 #
 #   make demo                                                     the embedded default, on two CPU cores
 #   snakemake --cores 2 tables                                    every table; `figures`: every figure
+#   snakemake --cores 2 audit                                     whether everything still stands
 #   snakemake --cores 2 --configfile config/sample.yaml           the same rules with another configuration
 from snakemake.utils import min_version
 
@@ -29,6 +30,9 @@ rule all:
         rules.tables.input,
         rules.figures.input,
     localrule: True
+
+
+include: "workflow/rules/audit.smk"
 
 
 onstart:
