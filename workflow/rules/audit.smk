@@ -8,6 +8,6 @@ rule audit:
         f"{R}/logs/audit.log",
     localrule: True
     params:
-        results=R,
+        results=lambda wildcards: R,
     shell:
         "routevl audit {params.results} | tee {log}"

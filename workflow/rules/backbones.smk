@@ -16,7 +16,7 @@ rule fetch_backbone:
             {"hub_id": BACKBONES[wildcards.name]["path"], "revision": BACKBONES[wildcards.name].get("revision", "main")}
         ),
     shell:
-        recorded("name") + "routevl fetch-backbone {params.options} --output {output} &> {log}"
+        recorded("fetch_backbone", "name") + "routevl fetch-backbone {params.options} --output {output} &> {log}"
 
 
 rule pretrain_text:
@@ -37,7 +37,8 @@ rule pretrain_text:
     params:
         options=lambda wildcards: options(BACKBONES[wildcards.text]["pretrain"]),
     shell:
-        recorded("text") + "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
+        recorded("pretrain_text", "text")
+        + "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
 
 
 rule pretrain_vision:
@@ -58,5 +59,5 @@ rule pretrain_vision:
     params:
         options=lambda wildcards: options(BACKBONES[wildcards.vision]["pretrain"]),
     shell:
-        recorded("vision")
+        recorded("pretrain_vision", "vision")
         + "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"

@@ -90,11 +90,11 @@ def backbone(name):
     return BACKBONES[name]["path"] if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
 
 
-def recorded(*names):
+def recorded(rule, *names, job=None):
     """The beginning of a job's command line, which lets `routevl record` write its manifest; `names` are its wildcards."""
     values = [f"{{wildcards.{name}}}" for name in names]
     wildcards = " ".join(f"{name}={value}" for name, value in zip(names, values))
-    manifest = f"{R}/manifests/{{rule}}/{'-'.join(values) or '{rule}'}.json"
+    manifest = f"{R}/manifests/{rule}/{job or '-'.join(values) or rule}.json"
     return f"routevl record --manifest {manifest} --wildcards {wildcards} --inputs {{input}} --outputs {{output}} -- "
 
 

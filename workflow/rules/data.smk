@@ -14,7 +14,7 @@ rule world:
     params:
         options=lambda wildcards: options(config["world"]),
     shell:
-        recorded() + "routevl world {params.options} --output {output} &> {log}"
+        recorded("world") + "routevl world {params.options} --output {output} &> {log}"
 
 
 if DOWNLOADS:
@@ -34,7 +34,8 @@ if DOWNLOADS:
             datasets=config["data"]["downloads"],
             folder=DATA / "downloads",
         shell:
-            recorded("file") + "routevl download --datasets {params.datasets} --file {wildcards.file} --folder {params.folder} "
+            recorded("download", "file")
+            + "routevl download --datasets {params.datasets} --file {wildcards.file} --folder {params.folder} "
             "--record {output} &> {log}"
 
     rule unpack:
@@ -54,7 +55,8 @@ if DOWNLOADS:
             folder=DATA / "downloads",
             file=lambda wildcards: DOWNLOADS[wildcards.folder],
         shell:
-            recorded("folder") + "routevl unpack --datasets {params.datasets} --file {params.file} --folder {params.folder} "
+            recorded("unpack", "folder")
+            + "routevl unpack --datasets {params.datasets} --file {params.file} --folder {params.folder} "
             "--output {output} &> {log}"
 
 
@@ -74,4 +76,4 @@ rule prepare:
         sources=json.dumps(sources()),
         options=options(without(config["data"], "root", "downloads", "sources", "mem_mb", "runtime")),
     shell:
-        recorded() + "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"
+        recorded("prepare") + "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"

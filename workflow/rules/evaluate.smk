@@ -23,5 +23,6 @@ for task, number, runs in scoring_batches():
         params:
             task=task,
         shell:
-            recorded() + "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
+            recorded("score", job=f"{task}_{number}")
+            + "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
             "--output {output} &> {log}"

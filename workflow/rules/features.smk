@@ -23,7 +23,7 @@ rule extract:
         shard=lambda wildcards: int(wildcards.shard),
         options=options(without(config["features"], "mem_mb", "runtime")),
     shell:
-        recorded("vision", "shard")
+        recorded("extract", "vision", "shard")
         + "routevl extract --images {input.data}/train/images.json {input.data}/val/images.json {input.data}/test/images.json "
         "--backbone {input.backbone} --shard {params.shard} {params.options} "
         "--threads {resources.cpus_per_task} --output {output} &> {log}"
@@ -42,4 +42,4 @@ rule index_features:
         vision="|".join(config["backbones"]["vision"]),
     localrule: True
     shell:
-        recorded("vision") + "routevl index-features --shards {input} --output {output} &> {log}"
+        recorded("index_features", "vision") + "routevl index-features --shards {input} --output {output} &> {log}"

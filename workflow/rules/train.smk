@@ -30,7 +30,7 @@ rule train:
         checkpoint_every=config["training"]["checkpoint_every"],
         log_every=config["training"]["log_every"],
     shell:
-        recorded("run") + "routevl train --data {input.data} --features {params.features} "
+        recorded("train", "run") + "routevl train --data {input.data} --features {params.features} "
         "--text-backbone {input.text_backbone} --vision-backbone {input.vision_backbone} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
