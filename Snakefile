@@ -3,6 +3,7 @@
 #   make demo                                                     the embedded default, on two CPU cores
 #   snakemake --cores 2 tables                                    every table; `figures`: every figure
 #   snakemake --cores 2 audit                                     whether everything still stands
+#   snakemake --cores 2 crate                                     everything, described as an RO-Crate
 #   snakemake --cores 2 --configfile config/sample.yaml           the same rules with another configuration
 from snakemake.utils import min_version
 
@@ -33,6 +34,7 @@ rule all:
 
 
 include: "workflow/rules/audit.smk"
+include: "workflow/rules/crate.smk"
 
 
 onstart:

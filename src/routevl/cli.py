@@ -32,6 +32,7 @@ STAGES = {
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
     "record": ("routevl.provenance.record", "", "run a job's command and write its manifest"),
     "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),
+    "crate": ("routevl.provenance.crate", "", "describe results and all their jobs as a Workflow Run RO-Crate"),
     "compare": ("routevl.checkpoint", "", "say whether two trained runs are bit-equal"),
     "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
 }
