@@ -349,7 +349,8 @@ class Crate:
         entities = []
         for author in authors:
             name = author.get("name") or f"{author['given-names']} {author['family-names']}"
-            entities.append(self._add(f"#{quote(name)}", "Organization" if "name" in author else "Person", name=name))
+            identifier = author.get("orcid", f"#{quote(name)}")
+            entities.append(self._add(identifier, "Organization" if "name" in author else "Person", name=name))
         return entities
 
     # ------------------------------------------------------------------------------------ entities and names
