@@ -1,6 +1,7 @@
 # make demo    set up the environment and run the whole workflow on the embedded default
 # make test    run the tests
 # make plan CONFIG=<file>     what a configuration would cost: jobs, GPU-hours, downloads, disk
+# make codecheck              list the tables and figures for a CODECHECK, in codecheck.yml
 # make sample DATA=<folder>   the same workflow on real photographs, captions and questions
 PYTHON ?= python3.11
 CORES ?= 2
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo sample plan test lint lock
+.PHONY: env demo sample plan codecheck test lint lock
 
 env: $(VENV)/.complete
 
@@ -44,6 +45,11 @@ sample: env
 # What a configuration would cost, before anything is spent
 plan: env
 	$(BIN)/python workflow/plan.py '$(CONFIG)'
+
+# codecheck.yml, from what the workflow has made
+RESULTS ?= results
+codecheck: env
+	$(BIN)/python workflow/codecheck.py '$(RESULTS)'
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

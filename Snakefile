@@ -2,12 +2,16 @@
 #
 #   make demo                                                     the embedded default, on two CPU cores
 #   snakemake --cores 2 tables                                    every table; `figures`: every figure
+#   snakemake --report report.html                                all of it in one page, once it is made
 #   snakemake --cores 2 audit                                     whether everything still stands
 #   snakemake --cores 2 crate                                     everything, described as an RO-Crate
 #   snakemake --cores 2 --configfile config/sample.yaml           the same rules with another configuration
 from snakemake.utils import min_version
 
 min_version("9.20")
+
+
+report: "workflow/report/workflow.rst"
 
 
 # A configuration given on the command line stands alone; single values given there override the default.
@@ -30,6 +34,7 @@ rule all:
     input:
         rules.tables.input,
         rules.figures.input,
+        rules.provenance.output,
     localrule: True
 
 

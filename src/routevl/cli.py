@@ -33,6 +33,7 @@ STAGES = {
     "record": ("routevl.provenance.record", "", "run a job's command and write its manifest"),
     "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),
     "crate": ("routevl.provenance.crate", "", "describe results and all their jobs as a Workflow Run RO-Crate"),
+    "provenance": ("routevl.provenance.summary", "", "write a page that says what made the results"),
     "compare": ("routevl.checkpoint", "", "say whether two trained runs are bit-equal"),
     "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
 }

@@ -9,208 +9,16 @@ import math
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_results import CLAIMS, PUBLISHED, RUNS, experiment, make_figure, make_table, write, write_results, write_sheet
 
 from routevl.errors import RoutevlError
 from routevl.reporting import figures, results, statistics, tables
-from routevl.reporting.published import read_published
-
-PUBLISHED = Path(__file__).parents[2] / "config" / "published.csv"
-COLUMNS = [
-    "experiment", "task", "method", "routing", "rank", "epochs", "prefix", "seeds", "feeds",
-    "text_backbone", "vision_backbone", "visual_tokens",
-]  # fmt: skip
-SKILL = {"none": 0.0, "mul": 0.10, "add": 0.08, "attn": 0.12, "expand": 0.03}
-COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
-CAPTION_METRICS = {
-    "Bleu_1": 0.7,
-    "Bleu_2": 0.55,
-    "Bleu_3": 0.4,
-    "Bleu_4": 0.3,
-    "METEOR": 0.27,
-    "ROUGE_L": 0.52,
-}
-
-
-# A synthetic results folder ------------------------------------------------------------------------
-
-
-def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds="") -> dict:
-    name = f"{task}_{method}_{routing}_r{rank}_e{epochs}" + ("" if prefix == "yes" else "_noprefix")
-    backbone = "roberta_demo" if task == "vqa" else "gpt2_demo"
-    values = (name, task, method, routing, rank, epochs, prefix, seeds, feeds, backbone, "vit_demo", "pooled")
-    return dict(zip(COLUMNS, map(str, values), strict=True))
-
-
-def write_sheet(path: Path, experiments: list[dict]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(experiments)
-    return path
-
-
-def write_results(folder: Path, experiments: list[dict], images: int = 40, photographs: tuple[Path, ...] = ()) -> Path:
-    """The files that scored runs leave, routed runs better than plain ones; returns the folder."""
-    test = write_test_split(folder / "data" / "test", images, photographs)
-    for row in experiments:
-        for seed in row["seeds"].split(","):
-            write_run(folder, row, f"{row['experiment']}_seed{seed}", test)
-    return folder
-
-
-def write_test_split(folder: Path, images: int, photographs: tuple[Path, ...]) -> dict:
-    from PIL import Image, ImageDraw
-
-    generator = np.random.default_rng(1)
-    entries, questions, annotations, captions = [], [], [], []
-    for image_id in range(1, images + 1):
-        color, shape = generator.choice(COLORS), generator.choice(SHAPES)
-        if photographs:
-            path = photographs[image_id % len(photographs)]
-        else:
-            path = folder / "images" / f"{image_id:012d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.new("RGB", (48, 48), "#eeeeee")
-            x, y = generator.integers(4, 24, 2)
-            box = (x, y, x + 18, y + 18)
-            draw = ImageDraw.Draw(picture)
-            (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=str(color))
-            picture.save(path)
-        entries.append({"id": image_id, "file_name": str(path)})
-        captions.append({"id": image_id, "image_id": image_id, "caption": f"there is a {color} {shape} in the corner."})
-        asked = [
-            (f"what color is the {shape}?", str(color), "other", "what color is the"),
-            (f"is there a {color} {shape}?", "yes", "yes/no", "is there a"),
-            (f"how many {shape}s are there?", str(generator.integers(1, 4)), "number", "how many"),
-            (f"what is left of the {shape}?", "nothing", "other", "what is"),
-        ]
-        for offset, (question, answer, answer_type, question_type) in enumerate(asked):
-            question_id = image_id * 10 + offset
-            questions.append({"image_id": image_id, "question": question, "question_id": question_id})
-            answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
-            annotations.append(
-                {"image_id": image_id, "question_id": question_id, "question_type": question_type,
-                 "answer_type": answer_type, "multiple_choice_answer": answer, "answers": answers}
-            )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "images.json": entries,
-        "questions.json": {"questions": questions},
-        "annotations.json": {"annotations": annotations},
-        "captions.json": {"images": entries, "annotations": captions},
-    }
-    for name, content in contents.items():
-        write(folder / name, content)
-    return {"annotations": annotations, "captions": captions}
-
-
-def write(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_run(folder: Path, row: dict, run: str, test: dict) -> None:
-    rank, epochs = int(row["rank"]), int(row["epochs"])
-    generator = np.random.default_rng(zlib.crc32(run.encode()))
-    blind = row["routing"] == "none" and row["prefix"] == "no"
-    room = 1.0 if rank == 4 and epochs == 2 else 0.35
-    skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (epochs - 2) + SKILL[row["routing"]] * room - 0.2 * blind
-    bottleneck = 2 * 4 * 2 * 128 * rank
-    write_model(folder / "models" / run, row, run, bottleneck, skill, generator)
-    metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
-    missing = {} if row["task"] == "vqa" else {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
-    content = {
-        "run": run,
-        "task": row["task"],
-        "n": len(items["ids"]),
-        "metrics": metrics,
-        "missing": missing,
-    }
-    write(folder / "scores" / run / "metrics.json", content)
-    write(folder / "scores" / run / "items.json", items)
-    write(folder / "predictions" / run / "results.json", predictions)
-
-
-def write_model(folder: Path, row: dict, run: str, bottleneck: int, skill: float, generator) -> None:
-    parts = {"bottleneck": bottleneck, "layer_norm": 2304, "head": 45_000, "visual_projection": 0}
-    if row["task"] == "caption":
-        parts["head"] = 0
-    trainable = sum(parts.values())
-    write(
-        folder / "run.json",
-        {"run": run, "settings": row, "trainable_params": trainable, "trainable_params_by_part": parts,
-         "total_params": 900_000 + trainable, "text_model_params": 900_000},
-    )  # fmt: skip
-    write(
-        folder / "timing.json",
-        {"train_seconds": 15.0 + generator.random(), "steps": 200, "step_ms_median": 31 + generator.random(),
-         "samples_per_second": 2000.0, "peak_memory_mb": 612.0, "device": "cpu"},
-    )  # fmt: skip
-    (folder / "adapter_model.safetensors").write_bytes(b"\0" * (4 * bottleneck + 512))
-    metric = "val_accuracy" if row["task"] == "vqa" else "val_CIDEr"
-    lines, step = [], 0
-    for epoch in range(1, int(row["epochs"]) + 1):
-        for _ in range(10):
-            step += 10
-            loss = 0.2 + 0.6 * math.exp(-step / 120) + 0.03 * generator.random()
-            lines.append({"step": step, "epoch": epoch, "loss": loss, "learning_rate": 1e-3})
-        score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if row["task"] == "vqa" else 2)
-        lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
-    folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
-    annotations = test["annotations"]
-    difficulty = np.random.default_rng(7).normal(0, 0.25, len(annotations))
-    right = difficulty + generator.normal(0, 0.15, len(annotations)) < (skill - 0.5)
-    scores = np.where(right, 100.0, 0.0)
-
-    def average(key: str, value: str) -> float:
-        return float(np.mean([s for s, a in zip(scores, annotations, strict=True) if a[key] == value]))
-
-    kinds = {"yes_no": "yes/no", "number": "number", "other": "other"}
-    question_types = sorted({a["question_type"] for a in annotations})
-    metrics = {"accuracy": float(scores.mean())} | {k: average("answer_type", v) for k, v in kinds.items()}
-    metrics["by_question_type"] = {
-        kind: {
-            "accuracy": average("question_type", kind),
-            "n": sum(a["question_type"] == kind for a in annotations),
-        }
-        for kind in question_types
-    }
-    wrong = {"yes/no": "no", "number": "7", "other": "purple"}
-    predictions = [
-        {"question_id": a["question_id"],
-         "answer": a["multiple_choice_answer"] if ok else wrong[a["answer_type"]]}
-        for ok, a in zip(right, annotations, strict=True)
-    ]  # fmt: skip
-    ids = [a["question_id"] for a in annotations]
-    return metrics, {"ids": ids, "accuracy": scores.tolist()}, predictions
-
-
-def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
-    captions = test["captions"]
-    difficulty = np.random.default_rng(8).gamma(4, 0.25, len(captions))
-    scores = np.maximum(0, difficulty * 2 * skill + generator.normal(0, 0.1, len(captions)))
-    metrics = {name: value * (0.7 + skill / 2) for name, value in CAPTION_METRICS.items()}
-    predictions = [
-        {"image_id": c["image_id"], "caption": c["caption"].replace("red", "blue") if s < 1 else c["caption"]}
-        for c, s in zip(captions, scores, strict=True)
-    ]
-    items = {"ids": [c["image_id"] for c in captions], "CIDEr": scores.tolist()}
-    return metrics | {"CIDEr": float(scores.mean()), "SPICE": None}, items, predictions
-
-
-RUNS = [
-    experiment(task, "lora", routing, seeds="1,2" if routing != "add" else "1", feeds=feeds)
-    for task, feeds in (("vqa", "T1,T6,F2,F3,F5,F6,F8"), ("caption", "T2,T6,F2,F5,F8"))
-    for routing in ("none", "mul", "add")
-] + [experiment("vqa", "lora", "none", prefix="no", feeds="T1,F2,F5,F6")]
+from routevl.reporting.claims import verdict
+from routevl.reporting.published import read_claims, read_published
 
 
 @pytest.fixture(scope="module")
@@ -223,32 +31,6 @@ def scored(tmp_path_factory) -> Path:
 @pytest.fixture
 def own_copy(scored, tmp_path) -> Path:
     return shutil.copytree(scored, tmp_path / "results")
-
-
-def make_table(name: str, folder: Path, output: Path) -> Path:
-    tables.run(
-        argparse.Namespace(
-            name=name,
-            experiments=folder / "experiments.tsv",
-            results=folder,
-            published=PUBLISHED,
-            output=output,
-        )
-    )
-    return output
-
-
-def make_figure(name: str, folder: Path, output: Path) -> Path:
-    figures.run(
-        argparse.Namespace(
-            name=name,
-            experiments=folder / "experiments.tsv",
-            results=folder,
-            data=folder / "data" / "test",
-            output=output,
-        )
-    )
-    return output
 
 
 def rows_of(path: Path) -> dict[str, dict[str, str]]:
@@ -405,7 +187,7 @@ def test_score_table_in_words(scored, tmp_path):
     text = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".md").read_text(encoding="utf-8")
     assert "At rank 4 after 2 epochs routing (`mul`) improves LoRA by" in text
     assert "on VQA with roberta_demo + vit_demo (n=2 seeds)" in text
-    assert "over 20% on VQAv2 (RoBERTa-large + ViT-L/16)" in text
+    assert "The paper claims over 20% improvement on VQAv2 (RoBERTa-large + ViT-L/16) (abstract)" in text
 
 
 @pytest.mark.parametrize(
@@ -449,7 +231,9 @@ def test_a_published_figure_is_shown_for_the_same_backbones_only(scored, tmp_pat
     )
     published = tmp_path / "published.csv"
     published.write_text(lines, encoding="utf-8")
-    table = tables.score_table(scored / "experiments.tsv", scored, read_published(published), "vqa", "T1_vqa")
+    table = tables.score_table(
+        scored / "experiments.tsv", scored, read_published(published), read_claims(CLAIMS), "vqa", "T1_vqa"
+    )
     found = table.data.set_index("routing")["published"]
     assert found["mul"] == 71.5
     assert math.isnan(found["add"])
@@ -459,8 +243,6 @@ def test_published_figures_are_those_of_the_sources():
     published = read_published(PUBLISHED)
     found = published[(published["method"] == "VL-PET large") & (published["metric"] == "COCO CIDEr")]
     assert (found["value"].item(), found["std"].item()) == (122.03, 0.46)
-    routing = published[published["source"].str.startswith("Routing functions")]
-    assert set(routing["metric"]) == {"relative_gain_percent"}
 
 
 def test_tex_escapes_what_latex_would_misread(scored, tmp_path):
@@ -469,11 +251,18 @@ def test_tex_escapes_what_latex_would_misread(scored, tmp_path):
     assert "±" not in tex
 
 
+def test_the_page_of_a_table_has_its_rows_and_loads_nothing(scored, tmp_path):
+    page = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".html").read_text(encoding="utf-8")
+    assert page.count("<table>") == 1 and page.count("<tr>") == 1 + 4
+    assert "<td>none (blind: no image)</td>" in page and "<code>mul</code>" in page
+    assert not any(text in page for text in ("<script", "src=", "href=", "url("))
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_tables_are_the_same_bytes_each_time(scored, tmp_path, name):
     first = make_table(name, scored, tmp_path / "a" / f"{name}.csv")
     second = make_table(name, scored, tmp_path / "b" / f"{name}.csv")
-    for suffix in (".csv", ".md", ".tex"):
+    for suffix in (".csv", ".md", ".tex", ".html"):
         assert first.with_suffix(suffix).read_bytes() == second.with_suffix(suffix).read_bytes()
 
 
@@ -482,6 +271,119 @@ def test_unknown_names_are_refused(scored, tmp_path):
         make_table("T9_other", scored, tmp_path / "T9.csv")
     with pytest.raises(RoutevlError, match="unknown figure 'F0'"):
         make_figure("F0", scored, tmp_path / "F0.svg")
+
+
+# Claims --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("supporting", "comparisons", "reaches_figure", "words"),
+    [
+        (4, 4, True, "holds"),
+        (4, 4, False, "holds in part"),
+        (3, 4, True, "holds in part"),
+        (0, 4, True, "does not hold"),
+        (0, 0, True, "not tested"),
+    ],
+)
+def test_the_verdict_follows_the_rule(supporting, comparisons, reaches_figure, words):
+    assert verdict(supporting, comparisons, reaches_figure) == words
+
+
+def claims_of(folder: Path, output: Path, **options: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with open(make_table("T0_claims", folder, output, **options), encoding="utf-8", newline="") as file:
+        return {(row["claim"], row["method"]): row for row in csv.DictReader(file)}
+
+
+def test_claims_are_beside_what_was_measured(scored, tmp_path):
+    rows = claims_of(scored, tmp_path / "T0_claims.csv")
+    gains = rows_of(make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv"))
+    smallest, largest = sorted(
+        (gains[f"vqa_lora_{routing}_r4_e2"] for routing in ("mul", "add")), key=lambda gain: float(gain["gain_vs_none_relative"])
+    )
+    row = rows["vqa_gain", "lora"]
+    assert (row["comparisons"], row["improve"], row["harm"], row["no_significant_difference"]) == ("2", "2", "0", "0")
+    for name, gain in (("smallest", smallest), ("largest", largest)):
+        assert row[f"{name}_gain_routing"] == gain["routing"]
+        assert row[f"{name}_gain_relative"] == gain["gain_vs_none_relative"]
+        assert row[f"{name}_gain_ci_low"] == gain["gain_relative_ci_low"]
+        assert row[f"{name}_gain_ci_high"] == gain["gain_relative_ci_high"]
+    assert (row["backbones"], row["scale"], row["published"]) == ("roberta_demo + vit_demo", "not the paper's", "20")
+    assert rows["caption_gain", "lora"]["largest_gain_relative"] != row["largest_gain_relative"]
+    assert rows["no_parameters", "lora"]["supporting"] == "4" and rows["no_parameters", "lora"]["verdict"] == "holds"
+    for untested in (("multitask_gain", "lora"), ("vqa_gain", "adapter"), ("no_parameters", "adapter")):
+        assert (rows[untested]["comparisons"], rows[untested]["verdict"]) == ("0", "not tested")
+
+
+def set_items(folder: Path, run: str, scores: list[float]) -> None:
+    path = folder / "scores" / run / "items.json"
+    write(path, json.loads(path.read_text()) | {"accuracy": scores})
+
+
+@pytest.mark.parametrize(
+    ("mul", "add", "words"),
+    [(80.0, 60.0, "holds"), (55.0, 55.0, "holds in part"), (80.0, 50.0, "holds in part"), (40.0, 50.0, "does not hold")],
+)
+def test_a_gain_must_be_everywhere_and_as_large_as_published(own_copy, tmp_path, mul, add, words):
+    for routing, score in (("none", 50.0), ("mul", mul), ("add", add)):
+        for run in (own_copy / "scores").glob(f"vqa_lora_{routing}_r4_e2_seed*"):
+            set_items(own_copy, run.name, [score] * 160)
+    assert claims_of(own_copy, tmp_path / "T0.csv")["vqa_gain", "lora"]["verdict"] == words
+
+
+def test_more_parameters_with_routing_are_found(own_copy, tmp_path):
+    for seed in (1, 2):
+        path = own_copy / "models" / f"vqa_lora_mul_r4_e2_seed{seed}" / "run.json"
+        run = json.loads(path.read_text())
+        write(path, run | {"trainable_params": run["trainable_params"] + 1})
+    row = claims_of(own_copy, tmp_path / "T0.csv")["no_parameters", "lora"]
+    assert (row["supporting"], row["comparisons"], row["verdict"]) == ("3", "4", "holds in part")
+
+
+def test_a_baseline_that_scores_nothing_has_no_relative_gain(own_copy, tmp_path):
+    for seed in (1, 2):
+        set_items(own_copy, f"vqa_lora_none_r4_e2_seed{seed}", [0.0] * 160)
+    row = claims_of(own_copy, tmp_path / "T0.csv")["vqa_gain", "lora"]
+    assert (row["improve"], row["largest_gain_relative"], row["verdict"]) == ("2", "", "holds in part")
+
+
+def test_the_paper_s_backbones_are_recognised(scored, tmp_path):
+    claims = tmp_path / "claims.tsv"
+    claims.write_text(CLAIMS.read_text(encoding="utf-8").replace("roberta-large + vit-large", "roberta_demo + vit_demo"))
+    rows = claims_of(scored, tmp_path / "T0.csv", claims=claims)
+    assert rows["vqa_gain", "lora"]["scale"] == "the paper's backbones"
+    assert rows["caption_gain", "lora"]["scale"] == "not the paper's"
+
+
+def test_the_rule_stands_below_the_claims(scored, tmp_path):
+    text = make_table("T0_claims", scored, tmp_path / "T0.csv").with_suffix(".md").read_text(encoding="utf-8")
+    assert "The verdicts follow a fixed rule." in text and "neither confirms nor refutes the paper's figure" in text
+    assert "`multitask_gain` (abstract): smaller but consistent improvements" in text
+
+
+def test_claims_are_not_tested_against_a_baseline_without_the_image(own_copy, tmp_path):
+    write_sheet(own_copy / "experiments.tsv", [row | {"feeds": "T0"} for row in RUNS])
+    with pytest.raises(RoutevlError, match="vqa_lora_none_r4_e2_noprefix feeds T0 with prefix no"):
+        make_table("T0_claims", own_copy, tmp_path / "T0.csv")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [("untested", "unknown", "kind of multitask_gain is 'unknown'"), ("\t20\t", "\t\t", "vqa_gain .* needs its figure")],
+)
+def test_a_malformed_claim_is_named(tmp_path, before, after, message):
+    claims = tmp_path / "claims.tsv"
+    claims.write_text(CLAIMS.read_text(encoding="utf-8").replace(before, after))
+    with pytest.raises(RoutevlError, match=message):
+        read_claims(claims)
+
+
+def test_runs_that_feed_the_claims_have_the_prefix_and_a_baseline():
+    """In every run sheet of the project: else a claim would be judged by runs that do not bear on it."""
+    for sheet in (CLAIMS.parent / "experiments").glob("*.tsv"):
+        rows = results.read_experiments(sheet, "T0")
+        assert rows["prefix"].all(), sheet
+        assert set(rows[rows["routing"] == "none"]["setting"]) == set(rows["setting"]), sheet
 
 
 # Figures -------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ COLUMNS = (
     "experiment task text_backbone vision_backbone method routing rank alpha epochs prefix visual_tokens seeds feeds".split()
 )
 EXPERIMENTS = [
-    "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T1,T6,F2,F3,F5,F6,F8",
-    "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T1,T6,F2,F3,F5,F6,F8",
-    "caption_none caption gpt2 vit adapter none 2 2 1 yes pooled 1 T2,T6,F2,F5,F8",
+    "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T0,T1,T6,F2,F3,F5,F6,F8",
+    "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T0,T1,T6,F2,F3,F5,F6,F8",
+    "caption_none caption gpt2 vit adapter none 2 2 1 yes pooled 1 T0,T2,T6,F2,F5,F8",
     "caption_attn caption gpt2 vit adapter attn 2 2 1 no patches 1 T2,T6,F2,F5,F8",
 ]
-TARGETS = 3 * 3 + 6 * 4  # tables in three forms, figures in four
+TARGETS = 4 * 4 + 6 * 4  # tables and figures in four forms each
 
 pytestmark = pytest.mark.slow
 
@@ -131,6 +131,16 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
 
 def test_nothing_is_left_to_be_done(project: Path, results: Path) -> None:
     assert "Nothing to be done" in snakemake(project)
+
+
+def test_codecheck_lists_every_table_and_figure(project: Path, results: Path) -> None:
+    shutil.copy(PROJECT / "CITATION.cff", project)
+    command = [sys.executable, "workflow/codecheck.py", "results"]
+    written = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    listed = {entry["file"] for entry in yaml.safe_load((project / "codecheck.yml").read_text())["manifest"]}
+    made = [*(results / "tables").glob("*.csv"), *(results / "figures").glob("*.pdf")]
+    assert listed == {str(path.relative_to(project)) for path in made} and len(made) == 10
 
 
 def test_a_run_made_again_alone_is_bit_equal(project: Path, results: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jsonschema.exceptions import best_match
 
 import routevl
 from routevl.files import write_json
+from routevl.provenance.record import LOCK
 from routevl.reporting.figures import FIGURES
 from routevl.reporting.tables import TABLES
 from routevl.routing import ROUTING
@@ -197,6 +198,12 @@ def results_of_runs(wildcards):
     """What a table or figure reads of its runs."""
     runs = runs_feeding(wildcards.name)
     return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
+
+
+def environment_lock():
+    """The lock file, as a part of the report; nothing where the workflow runs in a folder without it."""
+    flags = {"caption": "../report/lock.rst", "category": "Audit", "labels": {"file": "environment lock"}}
+    return [report(str(LOCK), **flags)] if LOCK.exists() else []
 
 
 def command_line_config():

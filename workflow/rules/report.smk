@@ -1,4 +1,5 @@
-# Tables and figures, from results alone: nothing is trained to redraw them.
+# Tables and figures, from results alone: nothing is trained to redraw them. What is marked with `report` goes into the page that
+# `snakemake --report report.html` writes.
 
 
 rule table:
@@ -6,8 +7,15 @@ rule table:
         results_of_runs,
         experiments=config["experiments"],
         published="config/published.csv",
+        claims="config/claims.tsv",
     output:
         multiext(f"{R}/tables/{{name}}", csv=".csv", md=".md", tex=".tex"),
+        html=report(
+            f"{R}/tables/{{name}}.html",
+            caption="../report/caption.rst",
+            category="Tables",
+            labels={"table": "{name}"},
+        ),
     log:
         f"{R}/logs/table/{{name}}.log",
     benchmark:
@@ -18,8 +26,9 @@ rule table:
     params:
         results=lambda wildcards: R,
     shell:
-        recorded("name") + "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
-        "--published {input.published} --output {output.csv} &> {log}"
+        recorded("table", "name")
+        + "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
+        "--published {input.published} --claims {input.claims} --output {output.csv} &> {log}"
 
 
 rule figure:
@@ -28,7 +37,13 @@ rule figure:
         data=f"{R}/data",
         experiments=config["experiments"],
     output:
-        multiext(f"{R}/figures/{{name}}", svg=".svg", png=".png", pdf=".pdf", csv=".csv"),
+        multiext(f"{R}/figures/{{name}}", png=".png", pdf=".pdf", csv=".csv"),
+        svg=report(
+            f"{R}/figures/{{name}}.svg",
+            caption="../report/caption.rst",
+            category="Figures",
+            labels={"figure": "{name}"},
+        ),
     log:
         f"{R}/logs/figure/{{name}}.log",
     benchmark:
@@ -39,13 +54,14 @@ rule figure:
     params:
         results=lambda wildcards: R,
     shell:
-        recorded("name") + "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
+        recorded("figure", "name")
+        + "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
         "--data {input.data}/test --output {output.svg} &> {log}"
 
 
 rule tables:
     input:
-        expand(f"{R}/tables/{{file}}", file=targets(TABLES, ("csv", "md", "tex"))),
+        expand(f"{R}/tables/{{file}}", file=targets(TABLES, ("csv", "md", "tex", "html"))),
     localrule: True
 
 
@@ -56,3 +72,34 @@ rule figures:
             file=targets(FIGURES, ("svg", "png", "pdf", "csv")),
         ),
     localrule: True
+
+
+rule provenance:
+    input:
+        rules.tables.input,
+        rules.figures.input,
+        experiments=report(
+            config["experiments"],
+            caption="../report/experiments.rst",
+            category="Audit",
+            labels={"file": "run sheet"},
+        ),
+        lock=environment_lock(),
+    output:
+        report(
+            f"{R}/provenance.html",
+            caption="../report/provenance.rst",
+            category="Audit",
+            labels={"file": "provenance"},
+        ),
+    log:
+        f"{R}/logs/provenance.log",
+    benchmark:
+        f"{R}/benchmarks/provenance.tsv"
+    localrule: True
+    params:
+        results=lambda wildcards: R,
+        configuration=json.dumps(config),
+    shell:
+        recorded("provenance") + "routevl provenance --results {params.results} --configuration {params.configuration:q} "
+        "--experiments {input.experiments} --output {output} &> {log}"

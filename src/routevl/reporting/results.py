@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.reporting.statistics import BOOTSTRAP_SEED, Gain, paired_bootstrap
 from routevl.routing import ROUTING
 
 if TYPE_CHECKING:
@@ -128,6 +129,35 @@ def collect(
 def is_blind(row: Any) -> bool:
     """Whether a run never sees the image: neither routed nor given the visual prefix."""
     return row["routing"] == "none" and not row["prefix"]
+
+
+def backbones(row: Any) -> str:
+    """A run's backbones in one name, which is also how published figures and claims name their setting."""
+    return f"{row['text_backbone']} + {row['vision_backbone']}"
+
+
+def gains_over_none(runs: pandas.DataFrame, results_folder: str | Path, metric: str) -> dict[str, Gain]:
+    """Gain over `none` at the same setting, by experiment; without such a baseline there is no entry.
+
+    Args:
+        runs: rows of `collect`, all of one task.
+        metric: of scores/<run>/items.json.
+
+    Raises:
+        RoutevlError: scores per item are missing, malformed, or of other items than the baseline's.
+    """
+    gains = {}
+    for _, same_setting in runs.groupby("setting", sort=False):
+        plain = same_setting[same_setting["routing"] == "none"]
+        routed = same_setting[same_setting["routing"] != "none"]
+        if plain.empty or routed.empty:
+            continue
+        baseline = read_items(results_folder, list(plain["run"]), metric)
+        for experiment, group in routed.groupby("experiment", sort=False):
+            system = read_items(results_folder, list(group["run"]), metric)
+            require_same_items(baseline, system, experiment)
+            gains[experiment] = paired_bootstrap(baseline.to_numpy(), system.to_numpy(), BOOTSTRAP_SEED)
+    return gains
 
 
 def read_items(results_folder: str | Path, runs: Collection[str], metric: str) -> pandas.Series:

@@ -1,29 +1,22 @@
-"""Stage `table`: the result tables as .csv (every column), .md and .tex (what a reader needs).
+"""Stage `table`: the result tables as .csv (every column), .md, .tex and .html (what a reader needs).
 
-The csv keeps the units of scores/<run>/metrics.json: percent for VQA, fractions for captioning. The .md and
-.tex show captioning metrics times 100, as papers print them.
+The csv keeps the units of scores/<run>/metrics.json: percent for VQA, fractions for captioning. The other
+forms show captioning metrics times 100, as papers print them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_file
-from routevl.reporting.published import CLAIM_METRIC, claim, published_score, read_published
-from routevl.reporting.results import MAIN_METRIC, collect, read_items, require_same_items
-from routevl.reporting.statistics import (
-    BOOTSTRAP_SEED,
-    RESAMPLES,
-    Gain,
-    Interval,
-    mean_and_std,
-    paired_bootstrap,
-)
+from routevl.reporting.claims import claims_table
+from routevl.reporting.formats import Table, number, plus_minus, signed, write_table
+from routevl.reporting.published import published_score, read_claims, read_published
+from routevl.reporting.results import MAIN_METRIC, backbones, collect, gains_over_none
+from routevl.reporting.statistics import RESAMPLES, Gain, Interval, mean_and_std
 from routevl.reporting.style import METHOD_LABELS, SCORE_SCALE, TASK_LABELS, plural
 
 if TYPE_CHECKING:
@@ -31,7 +24,7 @@ if TYPE_CHECKING:
 
     import pandas
 
-TABLES = ("T1_vqa", "T2_caption", "T6_cost")
+TABLES = ("T0_claims", "T1_vqa", "T2_caption", "T6_cost")
 _TASK_OF = {"T1_vqa": "vqa", "T2_caption": "caption"}
 _METRICS = {
     "vqa": ("accuracy", "yes_no", "number", "other"),
@@ -50,19 +43,9 @@ _PARTS = ("bottleneck", "layer_norm", "head", "visual_projection")
 _TIMINGS = ("step_ms_median", "samples_per_second", "peak_memory_mb", "train_seconds")
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table in both forms: `data` is the csv; `header` and `rows` are for readers, `notes` go below."""
-
-    title: str
-    data: pandas.DataFrame
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-
-
 def import_libraries() -> None:
     """Import at one point what the stage needs, so that start-up can be measured apart from work."""
+    import markdown_it  # noqa: F401
     import pandas  # noqa: F401
 
 
@@ -71,17 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiments", required=True, type=Path, metavar="TSV", help="experiments sheet")
     parser.add_argument("--results", required=True, type=Path, metavar="FOLDER", help="results folder to read")
     parser.add_argument("--published", required=True, type=Path, metavar="CSV", help="published figures")
+    parser.add_argument("--claims", required=True, type=Path, metavar="TSV", help="the paper's claims")
     parser.add_argument(
         "--output",
         required=True,
         type=Path,
         metavar="CSV",
-        help="the .csv; .md and .tex are written beside it",
+        help="the .csv; .md, .tex and .html are written beside it",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make one table and write its three files.
+    """Make one table and write its four files.
 
     Raises:
         RoutevlError: an unknown table, or an input that is missing or malformed.
@@ -90,19 +74,28 @@ def run(arguments: argparse.Namespace) -> None:
         raise RoutevlError(f"unknown table {arguments.name!r}, expected one of {', '.join(TABLES)}")
     if arguments.output.suffix != ".csv":
         raise RoutevlError(f"--output {arguments.output}: expected a name that ends in .csv")
-    published = read_published(arguments.published)
-    if arguments.name == "T6_cost":
+    published, claims = read_published(arguments.published), read_claims(arguments.claims)
+    if arguments.name == "T0_claims":
+        table = claims_table(arguments.experiments, arguments.results, claims)
+    elif arguments.name == "T6_cost":
         table = cost_table(arguments.experiments, arguments.results)
     else:
         task = _TASK_OF[arguments.name]
-        table = score_table(arguments.experiments, arguments.results, published, task, arguments.name)
-    _write(arguments.output, arguments.name, table)
+        table = score_table(arguments.experiments, arguments.results, published, claims, task, arguments.name)
+    write_table(arguments.output, arguments.name, table)
 
 
 # Scores --------------------------------------------------------------------------------------------
 
 
-def score_table(experiments_sheet: Path, results_folder: Path, published: pandas.DataFrame, task: str, name: str) -> Table:
+def score_table(
+    experiments_sheet: Path,
+    results_folder: Path,
+    published: pandas.DataFrame,
+    claims: pandas.DataFrame,
+    task: str,
+    name: str,
+) -> Table:
     """T1 or T2: one row per experiment, with its gain over the same experiment without routing."""
     import pandas as pd
 
@@ -110,7 +103,7 @@ def score_table(experiments_sheet: Path, results_folder: Path, published: pandas
     runs = runs[runs["task"] == task]
     if runs.empty:
         raise RoutevlError(f"{experiments_sheet}: no {task} experiment feeds {name.split('_')[0]}")
-    gains = _gains(runs, results_folder, MAIN_METRIC[task])
+    gains = gains_over_none(runs, results_folder, MAIN_METRIC[task])
     records, rows, sentences, verdicts = [], [], [], []
     for experiment, group in runs.groupby("experiment", sort=False):
         record = _score_record(group, gains.get(experiment), published)
@@ -128,29 +121,13 @@ def score_table(experiments_sheet: Path, results_folder: Path, published: pandas
     ]  # fmt: skip
     title = {"vqa": "VQA accuracy (%) on the test split", "caption": "Captioning on the test split"}[task]
     notes = [
-        *_summary(verdicts, claim(published, task)),
+        *_summary(verdicts, claims[(claims["task"] == task) & (claims["kind"] == "gain")]),
         *(f"- {sentence}" for sentence in sentences),
         "",
         *_score_notes(runs, task),
         *_published_notes(published, task),
     ]
     return Table(title, data, header, rows, notes)
-
-
-def _gains(runs: pandas.DataFrame, results_folder: Path, metric: str) -> dict[str, Gain]:
-    """Gain over `none` at the same setting, by experiment; without such a baseline there is no entry."""
-    gains = {}
-    for _, same_setting in runs.groupby("setting", sort=False):
-        plain = same_setting[same_setting["routing"] == "none"]
-        routed = same_setting[same_setting["routing"] != "none"]
-        if plain.empty or routed.empty:
-            continue
-        baseline = read_items(results_folder, list(plain["run"]), metric)
-        for experiment, group in routed.groupby("experiment", sort=False):
-            system = read_items(results_folder, list(group["run"]), metric)
-            require_same_items(baseline, system, experiment)
-            gains[experiment] = paired_bootstrap(baseline.to_numpy(), system.to_numpy(), BOOTSTRAP_SEED)
-    return gains
 
 
 def _score_record(group: pandas.DataFrame, gain: Gain | None, published: pandas.DataFrame) -> dict[str, Any]:
@@ -189,15 +166,15 @@ def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
 
 def _score_row(record: dict[str, Any], gain: Gain | None, task: str) -> list[str]:
     scale = SCORE_SCALE[task]
-    scores = [_plus_minus(record[f"{metric}_mean"] * scale, record[f"{metric}_std"] * scale) for metric in _SHOWN_METRICS[task]]
-    gains = ["", ""] if gain is None else [_signed(gain.absolute, scale), _signed(gain.relative)]
-    return [*_identity_row(record), *scores, *gains, _number(record["published"] * scale)]
+    scores = [plus_minus(record[f"{metric}_mean"] * scale, record[f"{metric}_std"] * scale) for metric in _SHOWN_METRICS[task]]
+    gains = ["", ""] if gain is None else [signed(gain.absolute, scale), signed(gain.relative)]
+    return [*_identity_row(record), *scores, *gains, number(record["published"] * scale)]
 
 
 def _identity_row(record: dict[str, Any]) -> list[str]:
     blind = record["routing"] == "none" and record["prefix"] == "no"
     return [
-        _backbones(record),
+        backbones(record),
         METHOD_LABELS.get(record["method"], record["method"]),
         "none (blind: no image)" if blind else record["routing"],
         record["prefix"],
@@ -209,10 +186,6 @@ def _identity_row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _backbones(record: dict[str, Any]) -> str:
-    return f"{record['text_backbone']} + {record['vision_backbone']}"
-
-
 def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
     """The comparison in words, positive, negative or undecided by whether its interval contains 0."""
     method = METHOD_LABELS.get(record["method"], record["method"])
@@ -222,7 +195,7 @@ def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
     scale = 1.0 if size is gain.relative else SCORE_SCALE[task]
     interval = f"[{size.low * scale:+.1f}, {size.high * scale:+.1f}]"
     routing = f"routing (`{record['routing']}`)"
-    on_task = f"on {_TASK_WORDS[task]} with {_backbones(record)} (n={plural(record['n_seeds'], 'seed')})"
+    on_task = f"on {_TASK_WORDS[task]} with {backbones(record)} (n={plural(record['n_seeds'], 'seed')})"
     if record["prefix"] == "no":
         on_task += " without a visual prefix, where the baseline sees no image"
     estimate = size.estimate * scale
@@ -236,7 +209,7 @@ def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
     )
 
 
-def _summary(verdicts: Sequence[int], paper_claim: str) -> list[str]:
+def _summary(verdicts: Sequence[int], claims: pandas.DataFrame) -> list[str]:
     if not verdicts:
         return ["No experiment here has a baseline (`none`) at the same setting, so no gain is computed."]
     better, worse = verdicts.count(1), verdicts.count(-1)
@@ -245,9 +218,8 @@ def _summary(verdicts: Sequence[int], paper_claim: str) -> list[str]:
         f"{better}, harms {worse}, and makes no significant difference in {verdicts.count(0)}.",
         "",
     ]
-    if paper_claim:
-        lines += [f"The paper reports a relative gain of {paper_claim}. Measured here:", ""]
-    return lines
+    lines += [f"The paper claims {claim.text} ({claim.where}). Measured here:" for claim in claims.itertuples()]
+    return [*lines, ""]
 
 
 def _score_notes(runs: pandas.DataFrame, task: str) -> list[str]:
@@ -275,7 +247,7 @@ def _single_seed_note(runs: pandas.DataFrame) -> str:
 
 
 def _published_notes(published: pandas.DataFrame, task: str) -> list[str]:
-    figures = published[(published["task"] == task) & (published["metric"] != CLAIM_METRIC)]
+    figures = published[published["task"] == task]
     if figures.empty:
         return []
     lines = ["", "Published figures of other systems on this task at full scale, for orientation only:", ""]
@@ -327,76 +299,10 @@ def _cost_record(group: pandas.DataFrame, results_folder: Path) -> dict[str, Any
 def _cost_row(record: dict[str, Any]) -> list[str]:
     millions = [f"{record[f'{part}_params'] / 1e6:.3f}" for part in _PARTS]
     step, samples, memory, train = (
-        _plus_minus(record[f"{timing}_mean"], record[f"{timing}_std"], digits)
+        plus_minus(record[f"{timing}_mean"], record[f"{timing}_std"], digits)
         for timing, digits in zip(_TIMINGS, (1, 0, 0, 0), strict=True)
     )
     return [
         TASK_LABELS[record["task"]], *_identity_row(record), *millions, step, samples, memory,
         f"{record['adapter_bytes'] / 1e6:.2f}", train, record["device"],
     ]  # fmt: skip
-
-
-# Writing -------------------------------------------------------------------------------------------
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else ""
-
-
-def _plus_minus(mean: float, std: float, digits: int = 2) -> str:
-    if not math.isfinite(std):
-        return _number(mean, digits)
-    return f"{_number(mean, digits)} ± {_number(std, digits)}"
-
-
-def _signed(interval: Interval, scale: float = 1.0) -> str:
-    estimate, low, high = (value * scale for value in (interval.estimate, interval.low, interval.high))
-    return f"{estimate:+.2f} [{low:+.2f}, {high:+.2f}]" if math.isfinite(estimate) else ""
-
-
-def _write(output: Path, name: str, table: Table) -> None:
-    """Write the .md and .tex, then the .csv, each whole or not at all."""
-    heading = f"{name}: {table.title}"
-    for suffix, text in ((".md", _markdown(heading, table)), (".tex", _latex(heading, table))):
-        with atomic_file(output.with_suffix(suffix)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    with atomic_file(output) as temporary:
-        table.data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-
-
-def _markdown(heading: str, table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"# {heading}\n\n{body}\n\n" + "\n".join(table.notes) + "\n"
-
-
-def _latex(heading: str, table: Table) -> str:
-    """A booktabs table; the notes stand in the .md only."""
-    left_columns = {"Task", "Backbones", "Method", "Routing", "Prefix", "Device"}
-    alignment = "".join("l" if name in left_columns else "r" for name in table.header)
-    lines = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in [table.header, *table.rows]]
-    lines.insert(1, r"\midrule")
-    return "\n".join(
-        [
-            "% Needs the booktabs and graphicx packages.",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_escaped(heading)}}}",
-            r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{{alignment}}}",
-            r"\toprule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _escaped(text: str) -> str:
-    """Text as LaTeX sets it: special characters escaped, ± and signed numbers in maths."""
-    import re
-
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text).replace("±", r"$\pm$")
-    return re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", text)

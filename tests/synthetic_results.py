@@ -1,0 +1,231 @@
+"""A synthetic results folder: the files that scored runs leave, without any training."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from routevl.reporting import figures, tables
+
+PUBLISHED, CLAIMS = (Path(__file__).parents[1] / "config" / name for name in ("published.csv", "claims.tsv"))
+COLUMNS = [
+    "experiment", "task", "method", "routing", "rank", "alpha", "epochs", "prefix", "seeds", "feeds",
+    "text_backbone", "vision_backbone", "visual_tokens",
+]  # fmt: skip
+SKILL = {"none": 0.0, "mul": 0.10, "add": 0.08, "attn": 0.12, "expand": 0.03}
+COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
+CAPTION_METRICS = {
+    "Bleu_1": 0.7,
+    "Bleu_2": 0.55,
+    "Bleu_3": 0.4,
+    "Bleu_4": 0.3,
+    "METEOR": 0.27,
+    "ROUGE_L": 0.52,
+}
+
+
+def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds="") -> dict:
+    name = f"{task}_{method}_{routing}_r{rank}_e{epochs}" + ("" if prefix == "yes" else "_noprefix")
+    backbone = "roberta_demo" if task == "vqa" else "gpt2_demo"
+    values = (name, task, method, routing, rank, rank, epochs, prefix, seeds, feeds, backbone, "vit_demo", "pooled")
+    return dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def write_sheet(path: Path, experiments: list[dict]) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(experiments)
+    return path
+
+
+def write_results(folder: Path, experiments: list[dict], images: int = 40, photographs: tuple[Path, ...] = ()) -> Path:
+    """The files that scored runs leave, routed runs better than plain ones; returns the folder."""
+    test = write_test_split(folder / "data" / "test", images, photographs)
+    for row in experiments:
+        for seed in row["seeds"].split(","):
+            write_run(folder, row, f"{row['experiment']}_seed{seed}", test)
+    return folder
+
+
+def write_test_split(folder: Path, images: int, photographs: tuple[Path, ...]) -> dict:
+    from PIL import Image, ImageDraw
+
+    generator = np.random.default_rng(1)
+    entries, questions, annotations, captions = [], [], [], []
+    for image_id in range(1, images + 1):
+        color, shape = generator.choice(COLORS), generator.choice(SHAPES)
+        if photographs:
+            path = photographs[image_id % len(photographs)]
+        else:
+            path = folder / "images" / f"{image_id:012d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.new("RGB", (48, 48), "#eeeeee")
+            x, y = generator.integers(4, 24, 2)
+            box = (x, y, x + 18, y + 18)
+            draw = ImageDraw.Draw(picture)
+            (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=str(color))
+            picture.save(path)
+        entries.append({"id": image_id, "file_name": str(path)})
+        captions.append({"id": image_id, "image_id": image_id, "caption": f"there is a {color} {shape} in the corner."})
+        asked = [
+            (f"what color is the {shape}?", str(color), "other", "what color is the"),
+            (f"is there a {color} {shape}?", "yes", "yes/no", "is there a"),
+            (f"how many {shape}s are there?", str(generator.integers(1, 4)), "number", "how many"),
+            (f"what is left of the {shape}?", "nothing", "other", "what is"),
+        ]
+        for offset, (question, answer, answer_type, question_type) in enumerate(asked):
+            question_id = image_id * 10 + offset
+            questions.append({"image_id": image_id, "question": question, "question_id": question_id})
+            answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
+            annotations.append(
+                {"image_id": image_id, "question_id": question_id, "question_type": question_type,
+                 "answer_type": answer_type, "multiple_choice_answer": answer, "answers": answers}
+            )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "images.json": entries,
+        "questions.json": {"questions": questions},
+        "annotations.json": {"annotations": annotations},
+        "captions.json": {"images": entries, "annotations": captions},
+    }
+    for name, content in contents.items():
+        write(folder / name, content)
+    return {"annotations": annotations, "captions": captions}
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_run(folder: Path, row: dict, run: str, test: dict) -> None:
+    rank, epochs = int(row["rank"]), int(row["epochs"])
+    generator = np.random.default_rng(zlib.crc32(run.encode()))
+    blind = row["routing"] == "none" and row["prefix"] == "no"
+    room = 1.0 if rank == 4 and epochs == 2 else 0.35
+    skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (epochs - 2) + SKILL[row["routing"]] * room - 0.2 * blind
+    bottleneck = 2 * 4 * 2 * 128 * rank
+    write_model(folder / "models" / run, row, run, bottleneck, skill, generator)
+    metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
+    missing = {} if row["task"] == "vqa" else {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
+    content = {
+        "run": run,
+        "task": row["task"],
+        "n": len(items["ids"]),
+        "metrics": metrics,
+        "missing": missing,
+    }
+    write(folder / "scores" / run / "metrics.json", content)
+    write(folder / "scores" / run / "items.json", items)
+    write(folder / "predictions" / run / "results.json", predictions)
+
+
+def write_model(folder: Path, row: dict, run: str, bottleneck: int, skill: float, generator) -> None:
+    parts = {"bottleneck": bottleneck, "layer_norm": 2304, "head": 45_000, "visual_projection": 0}
+    if row["task"] == "caption":
+        parts["head"] = 0
+    trainable = sum(parts.values())
+    write(
+        folder / "run.json",
+        {"run": run, "settings": row, "trainable_params": trainable, "trainable_params_by_part": parts,
+         "total_params": 900_000 + trainable, "text_model_params": 900_000},
+    )  # fmt: skip
+    write(
+        folder / "timing.json",
+        {"train_seconds": 15.0 + generator.random(), "steps": 200, "step_ms_median": 31 + generator.random(),
+         "samples_per_second": 2000.0, "peak_memory_mb": 612.0, "device": "cpu"},
+    )  # fmt: skip
+    (folder / "adapter_model.safetensors").write_bytes(b"\0" * (4 * bottleneck + 512))
+    metric = "val_accuracy" if row["task"] == "vqa" else "val_CIDEr"
+    lines, step = [], 0
+    for epoch in range(1, int(row["epochs"]) + 1):
+        for _ in range(10):
+            step += 10
+            loss = 0.2 + 0.6 * math.exp(-step / 120) + 0.03 * generator.random()
+            lines.append({"step": step, "epoch": epoch, "loss": loss, "learning_rate": 1e-3})
+        score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if row["task"] == "vqa" else 2)
+        lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
+    folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
+    annotations = test["annotations"]
+    difficulty = np.random.default_rng(7).normal(0, 0.25, len(annotations))
+    right = difficulty + generator.normal(0, 0.15, len(annotations)) < (skill - 0.5)
+    scores = np.where(right, 100.0, 0.0)
+
+    def average(key: str, value: str) -> float:
+        return float(np.mean([s for s, a in zip(scores, annotations, strict=True) if a[key] == value]))
+
+    kinds = {"yes_no": "yes/no", "number": "number", "other": "other"}
+    question_types = sorted({a["question_type"] for a in annotations})
+    metrics = {"accuracy": float(scores.mean())} | {k: average("answer_type", v) for k, v in kinds.items()}
+    metrics["by_question_type"] = {
+        kind: {
+            "accuracy": average("question_type", kind),
+            "n": sum(a["question_type"] == kind for a in annotations),
+        }
+        for kind in question_types
+    }
+    wrong = {"yes/no": "no", "number": "7", "other": "purple"}
+    predictions = [
+        {"question_id": a["question_id"],
+         "answer": a["multiple_choice_answer"] if ok else wrong[a["answer_type"]]}
+        for ok, a in zip(right, annotations, strict=True)
+    ]  # fmt: skip
+    ids = [a["question_id"] for a in annotations]
+    return metrics, {"ids": ids, "accuracy": scores.tolist()}, predictions
+
+
+def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
+    captions = test["captions"]
+    difficulty = np.random.default_rng(8).gamma(4, 0.25, len(captions))
+    scores = np.maximum(0, difficulty * 2 * skill + generator.normal(0, 0.1, len(captions)))
+    metrics = {name: value * (0.7 + skill / 2) for name, value in CAPTION_METRICS.items()}
+    predictions = [
+        {"image_id": c["image_id"], "caption": c["caption"].replace("red", "blue") if s < 1 else c["caption"]}
+        for c, s in zip(captions, scores, strict=True)
+    ]
+    items = {"ids": [c["image_id"] for c in captions], "CIDEr": scores.tolist()}
+    return metrics | {"CIDEr": float(scores.mean()), "SPICE": None}, items, predictions
+
+
+RUNS = [
+    experiment(task, "lora", routing, seeds="1,2" if routing != "add" else "1", feeds=feeds)
+    for task, feeds in (("vqa", "T0,T1,T6,F2,F3,F5,F6,F8"), ("caption", "T0,T2,T6,F2,F5,F8"))
+    for routing in ("none", "mul", "add")
+] + [experiment("vqa", "lora", "none", prefix="no", feeds="T1,F2,F5,F6")]
+
+
+def make_table(name: str, folder: Path, output: Path, claims: Path = CLAIMS) -> Path:
+    tables.run(
+        argparse.Namespace(
+            name=name,
+            experiments=folder / "experiments.tsv",
+            results=folder,
+            published=PUBLISHED,
+            claims=claims,
+            output=output,
+        )
+    )
+    return output
+
+
+def make_figure(name: str, folder: Path, output: Path) -> Path:
+    figures.run(
+        argparse.Namespace(
+            name=name,
+            experiments=folder / "experiments.tsv",
+            results=folder,
+            data=folder / "data" / "test",
+            output=output,
+        )
+    )
+    return output
