@@ -83,7 +83,15 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chromium() -> None:
+    """Skips the tests where there is none."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        assert os.environ.get("ROUTEVL_REQUIRE_BROWSER") != "1", "chromium and chromedriver are required and not installed"
+        pytest.skip("chromium and chromedriver are not installed (Debian packages chromium and chromium-driver)")
+
+
+@pytest.fixture(scope="module")
+def project(chromium: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with synthetic results, and its report."""
     folder = tmp_path_factory.mktemp("project")
     copy_project(folder)
@@ -116,9 +124,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """The report, opened."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        assert os.environ.get("ROUTEVL_REQUIRE_BROWSER") != "1", "chromium and chromedriver are required and not installed"
-        pytest.skip("chromium and chromedriver are not installed (Debian packages chromium and chromium-driver)")
     with subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
         try:
             with closing(Browser(driver, tmp_path_factory.mktemp("profile"))) as browser:
