@@ -76,8 +76,8 @@ def claims_table(experiments_sheet: Path, results_folder: Path, claims: pandas.D
     comparisons = compare(runs, results_folder)
     records = [record for claim in claims.itertuples() for record in _records(claim, comparisons)]
     header = [
-        "Claim", "Published", "Method", "Backbones", "Rank", "Epochs", "Test items", "Supported by", "Harmed in",
-        "Largest gain % [95% CI]", "Smallest gain % [95% CI]", "Scale", "Verdict",
+        "Claim", "Published", "Method", "Verdict", "Scale", "Supported by", "Harmed in", "Largest gain % [95% CI]",
+        "Smallest gain % [95% CI]", "Backbones", "Rank", "Epochs", "Test items",
     ]  # fmt: skip
     notes = [
         _RULE,
@@ -196,17 +196,16 @@ def _extreme(name: str, comparison: Comparison | None) -> dict[str, Any]:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    tested = record["comparisons"] > 0
     return [
         record["claim"],
         f"{record['published']:g} {record['unit']}" if math.isfinite(record["published"]) else "",
         METHOD_LABELS[record["method"]],
-        *(record[column] for column in ("backbones", "ranks", "epochs", "test_items")),
-        f"{record['supporting']} of {record['comparisons']}" if tested else "",
+        record["verdict"],
+        record["scale"],
+        f"{record['supporting']} of {record['comparisons']}" if record["comparisons"] else "",
         "" if record["harm"] is None else str(record["harm"]),
         *(_shown_extreme(record, name) for name in ("largest", "smallest")),
-        record["scale"],
-        record["verdict"],
+        *(record[column] for column in ("backbones", "ranks", "epochs", "test_items")),
     ]
 
 
