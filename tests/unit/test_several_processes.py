@@ -17,9 +17,11 @@ from typing import IO, Any
 
 import psutil
 import pytest
+import torch
 from conftest import SmallWorld, command_line
 from runs import STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start
 
+from routevl import launch as launcher
 from routevl import training
 from routevl.checkpoint import load_checkpoint
 from routevl.errors import RoutevlError
@@ -180,6 +182,18 @@ def test_divergence_ends_all_processes(small_world: SmallWorld, tmp_path: Path, 
 # ---------------------------------------------------------------------------------------------------- the launcher
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RoutevlError, match="--processes 3: each needs a GPU of its own, but there are 2"):
+        launcher.launch(3)
+
+
+def test_no_process_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+    run = new_run(small_world, tmp_path, "vqa")
+    with pytest.raises(RoutevlError, match="--processes 0: expected 1 or more"):
+        Run(run.root, run.options | {"processes": 0}).train()
+
+
 def launch(run: Run, log: IO[str], **changes: Any) -> subprocess.Popen:
     """`routevl train --processes 2`, as a user runs it."""
     argv = Run(run.root, {**run.options, "processes": 2, **changes}).argv
@@ -187,8 +201,8 @@ def launch(run: Run, log: IO[str], **changes: Any) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=log, stderr=log, text=True)
 
 
-def launched_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
-    children = psutil.Process(launcher.pid).children()
+def launched_process(parent: subprocess.Popen, rank: int) -> psutil.Process:
+    children = psutil.Process(parent.pid).children()
     return next(child for child in children if child.environ().get("RANK") == str(rank))
 
 
@@ -200,25 +214,25 @@ def test_launched_processes_are_killed_told_to_stop_and_finished(small_world: Sm
 
     def start_and_wait_for_checkpoint(log: IO[str]) -> subprocess.Popen:
         before = run.checkpoint.stat().st_mtime_ns if run.checkpoint.exists() else 0
-        launcher = launch(run, log)
-        while launcher.poll() is None and not (run.checkpoint.exists() and run.checkpoint.stat().st_mtime_ns > before):
+        parent = launch(run, log)
+        while parent.poll() is None and not (run.checkpoint.exists() and run.checkpoint.stat().st_mtime_ns > before):
             time.sleep(0.002)
-        return launcher
+        return parent
 
     with open(run.root / "killed", "w+") as log:
-        launcher = start_and_wait_for_checkpoint(log)
-        launched_process(launcher, 1).kill()
-        assert launcher.wait(60) == 128 + signal.SIGKILL
+        parent = start_and_wait_for_checkpoint(log)
+        launched_process(parent, 1).kill()
+        assert parent.wait(60) == 128 + signal.SIGKILL
         log.seek(0)
         text = log.read()
         assert text.splitlines()[-1] == "routevl: error: process 2 of 2 was ended by SIGKILL"
         assert "Traceback" not in text
     with open(run.root / "stopped", "w+") as log:
-        launcher = start_and_wait_for_checkpoint(log)
+        parent = start_and_wait_for_checkpoint(log)
         told = time.monotonic()
-        for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
+        for process in [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]:
             process.terminate()  # as SLURM does
-        assert launcher.wait(60) == training.EXIT_STOPPED
+        assert parent.wait(60) == training.EXIT_STOPPED
         assert time.monotonic() - told < 10
         log.seek(0)
         text = log.read()

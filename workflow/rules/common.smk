@@ -106,6 +106,9 @@ def gpus(n):
     return {"gpu": n} if config.get("gpu_flag", "gpus") == "gpus" else {"gres": f"gpu:{n}"}
 
 
+PROCESSES = max(config["training"]["gpus"], 1)  # of a training job
+
+
 def growing(amount):
     """Memory or time that grows with each attempt, so that a job which ran out of it succeeds when it is retried."""
     return lambda wildcards, attempt: amount * attempt

@@ -15,17 +15,18 @@ rule train:
         f"{R}/logs/train/{{run}}.log",
     benchmark:
         f"{R}/benchmarks/train/{{run}}.tsv"
-    threads: config["training"]["threads"]
+    threads: config["training"]["threads"] * PROCESSES
     resources:
         **gpus(config["training"]["gpus"]),
-        cpus_per_task=config["training"]["threads"],
+        cpus_per_task=config["training"]["threads"] * PROCESSES,
         mem_mb=growing(config["training"]["mem_mb"]),
         runtime=growing(config["training"]["runtime"]),
     params:
         features=lambda wildcards, input: Path(input.features).parent,
         settings=run_settings,
         checkpoint=f"{R}/checkpoints/{{run}}",
-        processes=max(config["training"]["gpus"], 1),
+        processes=PROCESSES,
+        threads=config["training"]["threads"],
         workers=config["training"]["workers"],
         checkpoint_every=config["training"]["checkpoint_every"],
         log_every=config["training"]["log_every"],
@@ -34,4 +35,4 @@ rule train:
         "--text-backbone {input.text_backbone} --vision-backbone {input.vision_backbone} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
-        "--processes {params.processes} --threads {resources.cpus_per_task} --workers {params.workers} {params.settings} &> {log}"
+        "--processes {params.processes} --threads {params.threads} --workers {params.workers} {params.settings} &> {log}"
