@@ -48,7 +48,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def commands_in(dry_run: str) -> list[str]:
-    return re.findall(r"^Shell command: (routevl .*)$", dry_run, re.MULTILINE)
+    return re.findall(r"^Shell command: routevl record .* -- (routevl .*)$", dry_run, re.MULTILINE)
 
 
 def dry_run(folder: Path, *options: str) -> str:
@@ -62,7 +62,7 @@ def test_every_command_of_the_grid_is_complete(commands: str) -> None:
     lines = commands_in(commands)
     stages = [line.split()[1] for line in lines]
     assert stages.count("train") >= 300
-    assert set(stages) == set("download unpack prepare fetch-backbone extract index-features train score table figure".split())
+    assert set(stages) == set("download unpack prepare fetch-backbone extract index-features train score table figure provenance".split())
     for line in lines:
         assert not re.search(r"\{\w|None|<function|wildcards", line), line
         assert " &> " in line, line
