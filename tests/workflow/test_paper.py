@@ -62,7 +62,9 @@ def test_every_command_of_the_grid_is_complete(commands: str) -> None:
     lines = commands_in(commands)
     stages = [line.split()[1] for line in lines]
     assert stages.count("train") >= 300
-    assert set(stages) == set("download unpack prepare fetch-backbone extract index-features train score table figure provenance".split())
+    assert set(stages) == set(
+        "download unpack prepare fetch-backbone extract index-features train score table figure provenance".split()
+    )
     for line in lines:
         assert not re.search(r"\{\w|None|<function|wildcards", line), line
         assert " &> " in line, line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tampering import TAMPERINGS
+from tiny_project import BIN, PROJECT, environment, make_project
 
-PROJECT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-COLUMNS = (
-    "experiment task text_backbone vision_backbone method routing rank alpha epochs prefix visual_tokens seeds feeds".split()
-)
+from routevl.provenance import audit
+
 EXPERIMENTS = [
     "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T0,T1,T6,F2,F3,F5,F6,F8",
     "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T0,T1,T6,F2,F3,F5,F6,F8",
@@ -31,37 +31,10 @@ TARGETS = 4 * 4 + 6 * 4  # tables and figures in four forms each
 pytestmark = pytest.mark.slow
 
 
-def tiny(config: dict) -> dict:
-    """The demo's configuration with everything small."""
-    config |= {"experiments": "config/experiments/tiny.tsv"}
-    config["world"] |= {"train_images": 60, "val_images": 12, "test_images": 16, "questions_per_image": 2}
-    config["data"]["minimum_answer_count"] = 2
-    for entry in config["backbones"]["text"].values():
-        entry["pretrain"] |= {"sentences": 300, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
-    config["backbones"]["vision"]["vit"]["pretrain"] |= {"images": 100, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
-    config["runs"] |= {"beams": 2, "max_new_tokens": 6}
-    config["training"] |= {"checkpoint_every": 2, "log_every": 1}
-    for task in config["tasks"].values():
-        task["batch_size"] = 8
-    return config
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the workflow consists of, with a tiny configuration as its default."""
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copy(PROJECT / "Snakefile", folder)
-    for name in ("workflow", "config"):
-        shutil.copytree(PROJECT / name, folder / name)
-    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
-    (folder / "config/config.yaml").write_text(yaml.safe_dump(tiny(config)))
-    rows = ["\t".join(COLUMNS), *("\t".join(row.split()) for row in EXPERIMENTS)]
-    (folder / "config/experiments/tiny.tsv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return make_project(tmp_path_factory.mktemp("project"), EXPERIMENTS)
 
 
 def snakemake(project: Path, *options: str) -> str:
@@ -190,3 +163,103 @@ def test_the_plan_of_every_configuration_is_complete() -> None:
     commands = [line for line in plan.stdout.splitlines() + plan.stderr.splitlines() if "routevl " in line and "&>" in line]
     assert plan.returncode == 0 and sum("routevl train" in command for command in commands) >= 25
     assert not any("{" in command.replace('{"', "") for command in commands if "prepare" not in command)
+
+
+# ----------------------------------------------------------------------------------------------- the audit
+
+
+def problems_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """What an audit of all outputs finds wrong, by manifest."""
+    monkeypatch.chdir(project)
+    records = audit.Records(Path("results"))
+    found = audit.Audit(records)
+    for job in records.jobs():
+        found.check(job)
+    return {str(path): problems for path, problems in found.problems.items() if problems}
+
+
+@pytest.fixture
+def copy(project: Path, results: Path, tmp_path: Path) -> Path:
+    """The project with its results, as copied to another place: without .snakemake."""
+    snakemake(project)
+    folder = tmp_path / "copy"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".snakemake"))
+    return folder
+
+
+def routevl(project: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [str(BIN / "routevl"), *options]
+    return subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_copy_of_the_results_is_audited_the_same_and_needs_nothing_done(copy: Path) -> None:
+    lineage = routevl(copy, "audit", "results/tables/T1_vqa.csv")
+    assert lineage.returncode == 0 and "everything stands" in lineage.stdout, lineage.stdout + lineage.stderr
+    for job in ("table T1_vqa: stands", "score vqa_0: stands", "train vqa_mul_seed2: stands", "prepare prepare", "world world"):
+        assert job in lineage.stdout
+    snakemake(copy, "--touch")
+    assert "Nothing to be done" in snakemake(copy, "--dry-run")
+
+
+def test_outputs_made_again_alone_are_bit_equal(copy: Path) -> None:
+    for path in ("models/vqa_mul_seed1", "scores/vqa_mul_seed1/metrics.json", "tables/T1_vqa.csv", "figures/F2_main.svg",
+                 "features/vit/index.json"):  # fmt: skip
+        again = routevl(copy, "audit", "--rerun", "--json", f"results/{path}")
+        [rerun] = json.loads(again.stdout)["reruns"]
+        assert again.returncode == 0 and rerun["verdict"] == "bit-equal", again.stdout + again.stderr
+
+
+def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = copy / "config/config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("learning_rate: 0.003", "learning_rate: 0.004", 1))
+    changed = routevl(copy, "audit", "results/models/caption_attn_seed1")
+    assert changed.returncode == 1
+    assert "stale: --learning-rate 0.003 then, 0.004 now" in changed.stdout
+    config.write_text(text)
+    sheet = copy / "config/experiments/tiny.tsv"
+    sheet.write_text(sheet.read_text().replace("lora\tmul\t2", "lora\tmul\t3"))
+    found = problems_of(copy, monkeypatch)
+    assert "stale: --rank 2 then, 3 now" in found["results/manifests/train/vqa_mul_seed2.json"]
+    assert "config/experiments/tiny.tsv: changed" in found["results/manifests/table/T1_vqa.json"]
+    code = copy / "code"
+    shutil.copytree(audit.PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(code / "tasks/vqa.py", "a") as file:
+        file.write("# changed\n")
+    monkeypatch.setattr(audit, "PACKAGE", code)
+    found = problems_of(copy, monkeypatch)
+    assert (
+        "stale: the code of routevl/tasks/vqa.py is not what the job ran" in found["results/manifests/train/vqa_none_seed1.json"]
+    )
+    assert "results/manifests/world/world.json" not in found
+
+
+def test_every_tampering_is_found_and_named(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    planned = audit.planned_commands(Path("results"))
+    monkeypatch.setattr(audit, "planned_commands", lambda results: planned)
+    assert problems_of(copy, monkeypatch) == {}
+    whole = tmp_path / "whole"
+    for name in ("results", "envs"):
+        shutil.copytree(copy / name, whole / name)
+    rng = random.Random(20)
+    kinds = list(TAMPERINGS)
+    for number in range(200):
+        kind = kinds[number % len(kinds)]
+        tampering = TAMPERINGS[kind](rng, copy / "results")
+        found = problems_of(copy, monkeypatch).get(tampering.manifest, [])
+        assert any(all(word in problem for word in tampering.words) for problem in found), (number, kind, tampering, found)
+        restore(copy, whole)
+    assert problems_of(copy, monkeypatch) == {}
+
+
+def restore(project: Path, whole: Path) -> None:
+    """Put back what differs from the whole copy, by size and content."""
+    for name in ("results", "envs"):
+        for file in (path for path in (project / name).rglob("*") if path.is_file()):
+            if not (whole / file.relative_to(project)).exists():
+                file.unlink()
+        for file in (path for path in (whole / name).rglob("*") if path.is_file()):
+            target = project / file.relative_to(whole)
+            if not target.exists() or target.read_bytes() != file.read_bytes():
+                shutil.copy2(file, target)

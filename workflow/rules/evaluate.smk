@@ -22,7 +22,8 @@ for task, number, runs in scoring_batches():
             runtime=growing(config["scoring"]["runtime"]),
         params:
             task=task,
+            job=f"{task}_{number}",  # here, not in the command: that is put together when the loop is over
         shell:
-            recorded("score", job=f"{task}_{number}")
+            recorded("score", job="{params.job}")
             + "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
             "--output {output} &> {log}"
