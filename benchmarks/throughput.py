@@ -41,7 +41,7 @@ VQA = {"task": "vqa", "batch_size": 512, "tokens": 20, "ranks": {"lora": 128, "a
 CAPTION = {"task": "caption", "batch_size": 40, "tokens": 50, "ranks": {"lora": 128, "adapter": 128}}
 BASE, LARGE = {"layers": 12, "width": 768}, {"layers": 24, "width": 1024}
 MODELS = {"roberta-base": VQA | BASE, "roberta-large": VQA | LARGE, "gpt2": CAPTION | BASE, "gpt2-medium": CAPTION | LARGE}
-SMALL = {"layers": 2, "width": 64, "batch_size": 2, "steps": 1}
+SMALL = {"layers": 2, "width": 64, "batch_size": 2, "steps": 3}
 
 # dense bfloat16 FLOP/s of the tensor cores, by torch's name of the device; NVIDIA's data sheets (those of H100 and H200 give the
 # double, for sparse matrices)
