@@ -13,13 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny_project import BIN, PROJECT, environment, make_project
 
-PROJECT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-COLUMNS = (
-    "experiment task text_backbone vision_backbone method routing rank alpha epochs prefix visual_tokens seeds feeds".split()
-)
 EXPERIMENTS = [
     "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T1,T6,F2,F3,F5,F6,F8",
     "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T1,T6,F2,F3,F5,F6,F8",
@@ -31,37 +26,10 @@ TARGETS = 3 * 3 + 6 * 4  # tables in three forms, figures in four
 pytestmark = pytest.mark.slow
 
 
-def tiny(config: dict) -> dict:
-    """The demo's configuration with everything small."""
-    config |= {"experiments": "config/experiments/tiny.tsv"}
-    config["world"] |= {"train_images": 60, "val_images": 12, "test_images": 16, "questions_per_image": 2}
-    config["data"]["minimum_answer_count"] = 2
-    for entry in config["backbones"]["text"].values():
-        entry["pretrain"] |= {"sentences": 300, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
-    config["backbones"]["vision"]["vit"]["pretrain"] |= {"images": 100, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
-    config["runs"] |= {"beams": 2, "max_new_tokens": 6}
-    config["training"] |= {"checkpoint_every": 2, "log_every": 1}
-    for task in config["tasks"].values():
-        task["batch_size"] = 8
-    return config
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the workflow consists of, with a tiny configuration as its default."""
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copy(PROJECT / "Snakefile", folder)
-    for name in ("workflow", "config"):
-        shutil.copytree(PROJECT / name, folder / name)
-    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
-    (folder / "config/config.yaml").write_text(yaml.safe_dump(tiny(config)))
-    rows = ["\t".join(COLUMNS), *("\t".join(row.split()) for row in EXPERIMENTS)]
-    (folder / "config/experiments/tiny.tsv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return make_project(tmp_path_factory.mktemp("project"), EXPERIMENTS)
 
 
 def snakemake(project: Path, *options: str) -> str:
