@@ -1,5 +1,6 @@
 # make demo    set up the environment and run the whole workflow on the embedded default
 # make test    run the tests
+# make test-slurm   run the workflow on a real SLURM, which is installed and started on this machine (as root, Debian or Ubuntu)
 # make plan CONFIG=<file>     what a configuration would cost: jobs, GPU-hours, downloads, disk
 # make codecheck              list the tables and figures for a CODECHECK, in codecheck.yml
 # make sample DATA=<folder>   the same workflow on real photographs, captions and questions
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo sample plan codecheck test lint lock
+.PHONY: env demo sample plan codecheck test test-slurm lint lock
 
 env: $(VENV)/.complete
 
@@ -52,7 +53,11 @@ codecheck: env
 	$(BIN)/python workflow/codecheck.py '$(RESULTS)'
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm tests
+
+# On a SLURM of this machine's own; as root, it installs and starts one.
+test-slurm: env
+	$(BIN)/python -m pytest -ra tests/slurm
 
 lint: env
 	$(BIN)/ruff check .
