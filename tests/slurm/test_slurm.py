@@ -72,7 +72,7 @@ def copy_of(reference: Path, project: Path, *results: str) -> Path:
     """The same project in another folder, with some of its results."""
     for name in ("Snakefile", "shell.sh"):
         shutil.copy(reference / name, project)
-    for name in ("workflow", "config", "slurm", *(f"results/{result}" for result in results)):
+    for name in ("workflow", "config", "envs", "slurm", *(f"results/{result}" for result in results)):
         shutil.copytree(reference / name, project / name)
     return project
 
@@ -134,7 +134,7 @@ def halt(project: Path, run: str) -> str:
     """Let a run's training process stand still, so that it is in mid-training for sure; returns its SLURM job."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "train" in words and f"results/models/{run}" in words and process.cwd() == str(project):
+        if words[2:3] == ["train"] and f"results/models/{run}" in words and process.cwd() == str(project):
             process.suspend()
             return process.environ()["SLURM_JOB_ID"]
     raise AssertionError(f"{run} is not in training\n{output(project)}")
@@ -172,7 +172,7 @@ def finished(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_are_those_of_a_run_without_slurm(reference: Path, finished: Path) -> None:
     made = [path.relative_to(reference) for name in ("tables", "figures") for path in (reference / "results" / name).iterdir()]
-    assert len(made) == 3 + 4  # T1 in three forms, F1 in four
+    assert len(made) == 4 + 4  # T1 and F1 in four forms each
     assert [path for path in made if (reference / path).read_bytes() != (finished / path).read_bytes()] == []
     for run in RUNS:
         assert_same_run(reference, finished, run)
@@ -191,7 +191,7 @@ def test_other_jobs_have_no_gpu_and_local_ones_are_not_submitted(finished: Path)
     [score] = [job for job in jobs(finished) if job["Comment"].startswith("rule_score")]
     assert score["Partition"] == "cpu" and "TresPerJob" not in score
     others = {(stage, job, gpus) for job, gpus, stage, _ in shells(finished) if stage not in ("train", "extract")}
-    local = {(stage, "local", "none") for stage in ("index-features", "table", "figure")}
+    local = {(stage, "local", "none") for stage in ("index-features", "table", "figure", "provenance")}
     assert others == {("score", score["JobId"], "none"), *local}
 
 
