@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from routevl.files import lock
+
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge", "mungekey": "munge"}
 FOLDER = Path("/run/routevl-tests")  # keys, states, logs and process ids of the daemons
 CONFIGURATION = Path("/etc/slurm")  # SLURM_CONF does not reach the steps of a job: Snakemake's plugin takes it away
@@ -61,12 +63,13 @@ Name=gpu Count=1 File=/dev/zero
 def slurm() -> Iterator[None]:
     """Install what is missing, start the daemons, wait until the node is idle; stop them and remove their files at the end."""
     _skip_where_impossible()
-    _remove()  # what tests that were killed have left
-    try:
-        _start()
-        yield
-    finally:
-        _remove()
+    with lock(FOLDER.with_suffix(".lock")):  # tests in another checkout wait for these
+        _remove()  # what tests that were killed have left
+        try:
+            _start()
+            yield
+        finally:
+            _remove()
 
 
 def _skip_where_impossible() -> None:

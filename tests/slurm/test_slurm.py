@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import signal
@@ -130,14 +131,23 @@ def in_training(project: Path) -> set[str]:
     return {path.parent.name for path in (project / "results/checkpoints").glob("*/*.safetensors")}
 
 
-def halt(project: Path, run: str) -> str:
-    """Let a run's training process stand still, so that it is in mid-training for sure; returns its SLURM job."""
+def halt(project: Path, run: str) -> tuple[psutil.Process, str]:
+    """Let a run's training process stand still, so that it is in mid-training for sure; returns it and its SLURM job."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if words[2:3] == ["train"] and f"results/models/{run}" in words and process.cwd() == str(project):
             process.suspend()
-            return process.environ()["SLURM_JOB_ID"]
+            return process, process.environ()["SLURM_JOB_ID"]
     raise AssertionError(f"{run} is not in training\n{output(project)}")
+
+
+def take_long(process: psutil.Process) -> None:
+    """Let a process that was told to stop take some seconds before it can do anything about it, as in a long training step."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for _ in range(300):
+            process.suspend()  # again and again: SLURM wakes what it stops
+            time.sleep(0.01)
+        process.resume()
 
 
 def assert_resumed(project: Path, run: str) -> None:
@@ -164,8 +174,10 @@ def finished(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     while stops:
         wait_until(lambda: in_training(project) & set(stops), process, project)
         run = (in_training(project) & set(stops)).pop()
-        job = halt(project, run)
+        training, job = halt(project, run)
         slurm_command(*(word.format(job) for word in stops.pop(run)))
+        if run == CANCELLED:
+            take_long(training)
     assert_ends(process, project)
     return project
 
@@ -195,8 +207,9 @@ def test_other_jobs_have_no_gpu_and_local_ones_are_not_submitted(finished: Path)
     assert others == {("score", score["JobId"], "none"), *local}
 
 
-def test_a_cancelled_job_is_tried_again_from_its_checkpoint(finished: Path) -> None:
+def test_a_cancelled_job_writes_its_checkpoint_and_is_tried_again_from_there(finished: Path) -> None:
     assert states(finished, CANCELLED) == ["CANCELLED", "COMPLETED"]
+    assert f"train {CANCELLED}: told to stop, checkpoint at step" in output(finished)
     assert_resumed(finished, CANCELLED)
 
 
@@ -259,7 +272,8 @@ def test_runs_packed_into_one_allocation(reference: Path, tmp_path: Path) -> Non
     wait_until(lambda: in_training(project) == {second}, process, project)
     model = project / "results/models" / first
     before = model.stat().st_mtime_ns
-    slurm_command("scancel", halt(project, second))
+    _, allocation = halt(project, second)
+    slurm_command("scancel", allocation)
     assert_ends(process, project, status=1)
 
     assert_ends(start(project, *options), project)

@@ -40,8 +40,10 @@ for row in EXPERIMENTS:
     if [other["experiment"] for other in EXPERIMENTS].count(row["experiment"]) > 1:
         raise WorkflowError(f"{config['experiments']}: two rows have the experiment name {row['experiment']!r}")
 
-# `routevl` of the environment that runs Snakemake, also where that was not activated
-shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; ')
+# `routevl` of the environment that runs Snakemake, also where that was not activated. Each rule's command takes the place of its
+# shell: SLURM sends stop signals to all processes of a job, a shell would die of them at once, and Snakemake would not wait until
+# training has written its checkpoint.
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; exec ')
 
 RUNS = {f"{row['experiment']}_seed{seed}": {**row, "seed": seed} for row in EXPERIMENTS for seed in row["seeds"].split(",")}
 
