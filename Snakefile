@@ -43,5 +43,6 @@ include: "workflow/rules/crate.smk"
 
 
 onstart:
+    refuse_to_do_twice()
     log_startup("snakemake")
     write_json(f"{R}/manifests/config.json", command_line_config())

@@ -245,11 +245,12 @@ def test_snakemake_killed_and_started_again(reference: Path, tmp_path: Path) -> 
 
     assert_ends(start(project, *targets), project, status=1)
     assert "cannot be locked" in output(project)
-    [name] = re.findall(r"SLURM run ID: (\S+)", output(project))
+    subprocess.run([SNAKEMAKE, "--profile", "slurm", "--unlock"], cwd=project, env=environment(), capture_output=True, check=True)
+    assert_ends(start(project, *targets), project, status=1)
+    [name] = set(re.findall(r"still in SLURM's queue: .* scancel --me --name=(\S+)", output(project)))
     slurm_command("scancel", "--me", f"--name={name}")
     while slurm_command("squeue", "--noheader", f"--name={name}"):
         time.sleep(0.1)
-    subprocess.run([SNAKEMAKE, "--profile", "slurm", "--unlock"], cwd=project, env=environment(), capture_output=True, check=True)
 
     assert_ends(start(project, *targets), project)
     assert model.stat().st_mtime_ns == before

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,6 +210,20 @@ def environment_lock():
     """The lock file, as a part of the report; nothing where the workflow runs in a folder without it."""
     flags = {"caption": "../report/lock.rst", "category": "Audit", "labels": {"file": "environment lock"}}
     return [report(str(LOCK), **flags)] if LOCK.exists() else []
+
+
+def refuse_to_do_twice():
+    """Stop where jobs of a killed Snakemake are still in SLURM's queue: they would delete what this one makes, and make it again."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    squeue = ["squeue", "--me", "--noheader", "--format=%j %Z"]
+    jobs = [line.split(maxsplit=1) for line in subprocess.run(squeue, capture_output=True, text=True).stdout.splitlines()]
+    names = {name for name, folder in jobs if folder == str(Path.cwd()) and name.startswith("routevl_")}
+    if names:
+        raise WorkflowError(
+            "jobs of an earlier Snakemake are still in SLURM's queue: wait for them, or cancel them with "
+            f"scancel --me --name={','.join(sorted(names))}"
+        )
 
 
 def command_line_config():
