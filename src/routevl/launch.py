@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -35,6 +32,10 @@ def launch(processes: int) -> None:
         RoutevlError: there are fewer GPUs; or what one of the processes raised.
         SystemExit: told to stop, or with the status of the process that ended badly first.
     """
+    import logging
+    import tempfile
+    import uuid
+
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
