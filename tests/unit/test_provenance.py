@@ -181,3 +181,17 @@ def test_the_first_difference_of_tensors_is_shown(tmp_path: Path) -> None:
     assert equal == "different" and difference.endswith("model.safetensors: weight: 1.0 then, 1.5 now at [0, 1]")
     (again / "extra").write_text("")
     assert rerun.compare(first, again)[1].endswith("extra: only in one of both")
+
+
+def test_an_edited_manifest_is_named_in_the_lineage_of_what_came_from_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying("first", "raw.json", "results/first.json")
+    copying("second", "results/first.json", "results/second.json")
+    path = Path("results/manifests/first/first.json")
+    path.write_text(path.read_text().replace('"seed": null', '"seed": 1'))
+    monkeypatch.setattr(audit, "planned_commands", lambda results: {})
+    records = audit.Records(Path("results"))
+    found = audit.Audit(records)
+    job = records.job_of(Path("results/second.json"))
+    found.check(job)
+    assert any("first first: DOES NOT STAND" in line for line in found.lines([job]))
+    assert any("manifests/first/first.json: was changed after it had been written" in line for line in found.lines([job]))

@@ -88,7 +88,7 @@ class Records:
     def __init__(self, results: Path) -> None:
         self.results = results
         self._jobs = [self._read(path) for path in manifest_paths(results)]
-        self.makers = {entry["path"]: job for job in self._jobs if job.manifest for entry in job.manifest["outputs"]}
+        self.makers = {output: job for job in self._jobs for output in _outputs_of(job)}
 
     def _read(self, path: Path) -> Job:
         try:
@@ -232,6 +232,14 @@ class Audit:
             self._tree(maker, indent + "  ", shown, lines)
 
 
+def _outputs_of(job: Job) -> list[str]:
+    """The outputs of a job, as far as can be told: also a manifest that was edited says what it was about."""
+    try:
+        return [str(entry["path"]) for entry in read_json(job.path)["outputs"]]
+    except (RoutevlError, KeyError, TypeError):
+        return []
+
+
 def _compare(entry: dict[str, Any]) -> list[str]:
     """How what is on the disk now differs from an entry of a manifest."""
     path = Path(entry["path"])
@@ -242,7 +250,8 @@ def _compare(entry: dict[str, Any]) -> list[str]:
 
 def _not_as_made(entry: dict[str, Any], maker: Job) -> list[str]:
     """An input that its maker has made differently since."""
-    assert maker.manifest is not None
+    if maker.manifest is None:
+        return []
     [made] = [output for output in maker.manifest["outputs"] if output["path"] == entry["path"]]
     if made["sha256"] == entry["sha256"]:
         return []
