@@ -210,8 +210,12 @@ def test_what_was_complete_when_the_process_died_is_not_asked_for_again(
     server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = server.add("/data.zip", CONTENT)
+
+    def stop(_: Path) -> str:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "sha256_of", lambda _: signal.raise_signal(signal.SIGINT))
+        patch.setattr(download, "sha256_of", stop)
         get(url)
     assert get(url)["url"] == url
     assert path.read_bytes() == CONTENT and len(server.requests) == 1

@@ -205,8 +205,9 @@ def test_outputs_made_again_alone_are_bit_equal(copy: Path) -> None:
     for path in ("models/vqa_mul_seed1", "scores/vqa_mul_seed1/metrics.json", "tables/T1_vqa.csv", "figures/F2_main.svg",
                  "features/vit/index.json"):  # fmt: skip
         again = routevl(copy, "audit", "--rerun", "--json", f"results/{path}")
+        assert again.returncode == 0, again.stdout + again.stderr
         [rerun] = json.loads(again.stdout)["reruns"]
-        assert again.returncode == 0 and rerun["verdict"] == "bit-equal", again.stdout + again.stderr
+        assert rerun["verdict"] == "bit-equal", again.stdout + again.stderr
 
 
 def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ def rerun(manifest: Manifest, results: Path) -> dict[str, Any]:
     outputs = [Path(entry["path"]) for entry in manifest["outputs"]]
     with tempfile.TemporaryDirectory(prefix="routevl-rerun-") as scratch:
         overlay(Path(scratch), _written(manifest, results))
-        done = subprocess.run(manifest["command"], cwd=scratch, capture_output=True, text=True)
+        search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # where `routevl` lies
+        done = subprocess.run(manifest["command"], cwd=scratch, env=os.environ | {"PATH": search}, capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             return {"outputs": list(map(str, outputs)), "verdict": "different: it failed", "differences": [last]}
