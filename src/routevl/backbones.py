@@ -1,7 +1,7 @@
 """Loading the frozen backbones: text models from transformers, vision models from timm or transformers.
 
-A backbone is a folder in its library's own format, on disk or on the Hugging Face hub (then pinned by a
-revision). Only safetensors weights are read, never pickles.
+A backbone is a folder in its library's own format. The stage `fetch-backbone` makes one of a model of the Hugging Face hub,
+pinned by a revision. Only safetensors weights are read, never pickles.
 """
 
 from __future__ import annotations
@@ -29,60 +29,22 @@ FILES_OF_A_BACKBONE = ["*.json", "*.txt", "*.safetensors"]
 FILES_OF_A_FINGERPRINT = ["*.safetensors", "config.json", "preprocessor_config.json"]
 
 
-def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a backbone: `path` itself, or the snapshot of a Hugging Face hub id.
+def check_folder(path: str | Path) -> Path:
+    """The folder of a backbone.
 
-    Args:
-        path: a folder, or a hub id such as "FacebookAI/roberta-base" (timm's "hf-hub:" prefix is accepted).
-        revision: the hub's commit, tag or branch; None is the default branch.
     Raises:
-        RoutevlError: neither a folder nor a hub id; not on the hub; not in the local cache when offline;
-            a revision asked of a local folder; no config.json or no safetensors weights in it.
+        RoutevlError: no such folder; no config.json or no safetensors weights in it.
     """
     folder = Path(path)
-    if folder.is_dir():
-        if revision is not None:
-            raise RoutevlError(
-                f"backbone {path}: revision {revision!r} was asked of a local folder; "
-                "drop the revision, or name a Hugging Face hub id"
-            )
-    else:
-        folder = _hub_snapshot(str(path).removeprefix("hf-hub:"), revision)
-    _check_files(folder, path)
-    return folder
-
-
-def _hub_snapshot(hub_id: str, revision: str | None) -> Path:
-    if not HUB_ID.fullmatch(hub_id):
-        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a Hugging Face hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    at_revision = f" at revision {revision}" if revision else ""
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]))
-    except RevisionNotFoundError:
-        raise RoutevlError(f"backbone {hub_id}: the Hugging Face hub has no revision {revision}") from None
-    except RepositoryNotFoundError:
-        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub") from None
-    except LocalEntryNotFoundError:
-        raise RoutevlError(
-            f"backbone {hub_id}{at_revision}: no such folder, and the Hugging Face hub cannot be reached and "
-            "the local cache does not hold it; download it on a machine with internet and set the backbone's "
-            "path to that folder, or HF_HOME to a cache that holds it"
-        ) from None
-    except OSError as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise RoutevlError(f"backbone {hub_id}{at_revision}: not downloaded ({first_line})") from None
-
-
-def _check_files(folder: Path, name: str | Path) -> None:
+    if not folder.is_dir():
+        raise RoutevlError(f"backbone {path}: no such folder (routevl fetch-backbone makes one of a Hugging Face hub model)")
     if not (folder / "config.json").is_file():
-        raise RoutevlError(f"backbone {name}: no config.json in {folder}, so it is not a model folder")
+        raise RoutevlError(f"backbone {path}: no config.json, so it is not a model folder")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
-        raise RoutevlError(f"backbone {name}: no *.safetensors weights in {folder}{found}")
+        raise RoutevlError(f"backbone {path}: no *.safetensors weights{found}")
+    return folder
 
 
 def fingerprint_of(folder: str | Path) -> str:
@@ -110,9 +72,10 @@ def run_fetch_backbone(arguments: argparse.Namespace) -> None:
     The folder also gets source.json: the hub id, the commit that the revision stands for, and the sha256 of every file.
 
     Raises:
-        RoutevlError: as `resolve_folder`; or a file that is not what the hub published.
+        RoutevlError: not a hub id; not on the hub; not in the local cache when offline; no config.json or no safetensors weights;
+            or a file that is not what the hub published.
     """
-    snapshot = resolve_folder(arguments.hub_id, arguments.revision)
+    snapshot = check_folder(_hub_snapshot(arguments.hub_id, arguments.revision))
     with atomic_folder(arguments.output) as folder:
         hashes = {}
         for file in sorted(snapshot.iterdir()):
@@ -123,26 +86,48 @@ def run_fetch_backbone(arguments: argparse.Namespace) -> None:
         write_json(folder / "source.json", {"hub_id": arguments.hub_id, "commit": snapshot.name, "sha256": hashes})
 
 
+def _hub_snapshot(hub_id: str, revision: str) -> Path:
+    """The folder of a hub model's files in the local cache, downloaded where they are not there."""
+    if not HUB_ID.fullmatch(hub_id):
+        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a Hugging Face hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]))
+    except RevisionNotFoundError:
+        raise RoutevlError(f"backbone {hub_id}: the Hugging Face hub has no revision {revision}") from None
+    except RepositoryNotFoundError:
+        raise RoutevlError(f"backbone {hub_id}: no such folder, and not a (public) model on the Hugging Face hub") from None
+    except LocalEntryNotFoundError:
+        raise RoutevlError(
+            f"backbone {hub_id} at revision {revision}: no such folder, and the Hugging Face hub cannot be reached and "
+            "the local cache does not hold it; download it on a machine with internet and set the backbone's "
+            "path to that folder, or HF_HOME to a cache that holds it"
+        ) from None
+    except OSError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise RoutevlError(f"backbone {hub_id} at revision {revision}: not downloaded ({first_line})") from None
+
+
 # ---------------------------------------------------------------------------------------------- text
 
 
-def load_text_backbone(
-    path: str | Path, task: str, revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_text_backbone(path: str | Path, task: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text model in float32, in evaluation mode and frozen, with its tokenizer.
 
     Args:
-        path, revision: see `resolve_folder`.
+        path: its folder.
         task: "vqa" loads a bidirectional encoder without pooling layer (RoBERTa ships no weights for it);
             "caption" loads a causal language model.
     Raises:
-        RoutevlError: the folder cannot be resolved or read, lacks weights, or is the wrong kind of model.
+        RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is the wrong kind of model.
     """
     from transformers import AutoTokenizer
 
     if task not in ("vqa", "caption"):
         raise RoutevlError(f"task {task!r}: expected vqa or caption")
-    folder = resolve_folder(path, revision)
+    folder = check_folder(path)
     config = _transformers_config(folder, path)
     _check_kind(config, task, path)
     model_class = _text_model_class(config, task)
@@ -257,13 +242,13 @@ class VisionBackbone:
         return self._encode(self.model, pixels)
 
 
-def load_vision_backbone(path: str | Path, revision: str | None = None) -> VisionBackbone:
-    """Load a vision model from a timm or transformers folder or hub id (see `resolve_folder`).
+def load_vision_backbone(path: str | Path) -> VisionBackbone:
+    """Load a vision model from a timm or transformers folder.
 
     Raises:
-        RoutevlError: the folder cannot be resolved or read, lacks weights, or is not an image encoder.
+        RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is not an image encoder.
     """
-    folder = resolve_folder(path, revision)
+    folder = check_folder(path)
     load = _load_timm if "architecture" in _config_object(folder) else _load_transformers_vision
     model, preprocess, encode, width = load(folder, path)
     return VisionBackbone(model, preprocess, encode, width, fingerprint_of(folder))

@@ -113,8 +113,7 @@ def import_libraries() -> None:
 def add_arguments_extract(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl extract`."""
     parser.add_argument("--images", nargs="+", required=True, metavar="JSON", help="images.json of every split")
-    parser.add_argument("--backbone", required=True, help="vision model: a timm or transformers folder or hub id")
-    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--backbone", required=True, metavar="FOLDER", help="vision model of timm or transformers")
     parser.add_argument("--shard", type=int, default=0, help="which shard to compute, counted from 0")
     parser.add_argument("--shards", type=int, default=1, help="how many shards there are")
     parser.add_argument("--tokens", nargs="+", choices=TOKENS, default=list(TOKENS), help="what to store")
@@ -151,7 +150,7 @@ def run_extract(arguments: argparse.Namespace) -> None:
         raise RoutevlError(
             f"shard {arguments.shard} of {arguments.shards} is empty: there are only {len(all_images)} images; set fewer shards"
         )
-    backbone = load_vision_backbone(arguments.backbone, arguments.revision)
+    backbone = load_vision_backbone(arguments.backbone)
     tokens = [name for name in TOKENS if name in arguments.tokens]
     metadata = {
         "backbone_fingerprint": backbone.fingerprint,
@@ -508,8 +507,8 @@ class Features:
     def __len__(self) -> int:
         return len(self._image_ids)
 
-    def features(self, image_ids: Sequence[int]) -> torch.Tensor:
-        """The features of some images, in their order and with repetitions: float32 (n, L_v, d).
+    def positions(self, image_ids: Sequence[int]) -> torch.Tensor:
+        """Where the features of some images stand, counted over all shards: int64 (n,).
 
         Raises:
             RoutevlError: an image without features; the message names its id.
@@ -521,8 +520,15 @@ class Features:
         unknown = wanted[self._image_ids[positions] != wanted]
         if len(unknown):
             raise RoutevlError(f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split")
+        return positions
+
+    def features(self, image_ids: Sequence[int]) -> torch.Tensor:
+        """The features of some images, in their order and with repetitions: float32 (n, L_v, d); errors as `positions`."""
+        import torch
+
+        positions = self.positions(image_ids)
         shard_numbers = torch.searchsorted(self._starts, positions, right=True) - 1
-        result = torch.empty(len(wanted), self.length, self.width)
+        result = torch.empty(len(positions), self.length, self.width)
         for number in shard_numbers.unique().tolist():
             chosen = shard_numbers == number
             rows = self._shards[number][positions[chosen] - self._starts[number]]

@@ -56,10 +56,8 @@ def add_arguments_predict(parser: argparse.ArgumentParser) -> None:
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="prepared data (routevl prepare)")
     parser.add_argument("--features", required=True, metavar="FOLDER", help="stored features (routevl extract)")
-    parser.add_argument("--text-backbone", required=True, metavar="FOLDER|HUB_ID", help="the frozen text model")
-    parser.add_argument("--text-revision", metavar="REVISION", help="its revision on the hub")
-    parser.add_argument("--vision-backbone", required=True, metavar="FOLDER|HUB_ID", help="the model that made the features")
-    parser.add_argument("--vision-revision", metavar="REVISION", help="its revision on the hub")
+    parser.add_argument("--text-backbone", required=True, metavar="FOLDER", help="the frozen text model")
+    parser.add_argument("--vision-backbone", required=True, metavar="FOLDER", help="the model that made the features")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the work, on a GPU each or on the CPU")
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads of each process; results depend on their number in the last bits"
@@ -141,6 +139,8 @@ class Trainer:
         self.examples = self.task.examples("train")
         self.validation = self.task.examples("val")
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
+        for items in (self.examples, self.validation, self.to_predict):
+            self.task.features.positions(items.unique("image_id"))
         self.inputs["data"] = _fingerprint_of_data(self.task)
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
@@ -462,15 +462,15 @@ def new_accelerator(settings: RunSettings) -> Accelerator:
 
 def load_task(settings: RunSettings, arguments: argparse.Namespace) -> tuple[Task, dict[str, str]]:
     """The run's task on its backbone and features, and the fingerprints of what it was built from."""
-    from routevl.backbones import fingerprint_of, load_text_backbone, resolve_folder
+    from routevl.backbones import check_folder, fingerprint_of, load_text_backbone
     from routevl.features import Features
     from routevl.tasks import TASKS
 
-    vision = fingerprint_of(resolve_folder(arguments.vision_backbone, arguments.vision_revision))
+    vision = fingerprint_of(check_folder(arguments.vision_backbone))
     features = Features(arguments.features, settings.visual_tokens, expected_fingerprint=vision)
     task_class = TASKS[settings.task]
-    model, tokenizer = load_text_backbone(arguments.text_backbone, task_class.text_task, arguments.text_revision)
-    text = fingerprint_of(resolve_folder(arguments.text_backbone, arguments.text_revision))
+    model, tokenizer = load_text_backbone(arguments.text_backbone, task_class.text_task)
+    text = fingerprint_of(arguments.text_backbone)
     task = task_class(settings, model, tokenizer, features, Path(arguments.data))
     return task, {"text_backbone": text, "vision_backbone": vision, **task.inputs()}
 

@@ -124,12 +124,10 @@ def test_text_model_is_not_a_vision_backbone(folders: dict[str, Path]) -> None:
 
 
 def test_unusable_folders(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(RoutevlError, match="no such folder, and not a Hugging Face hub id"):
+    with pytest.raises(RoutevlError, match="no such folder"):
         backbones.load_vision_backbone(tmp_path / "nowhere")
     with pytest.raises(RoutevlError, match="no config.json"):
         backbones.load_vision_backbone(tmp_path)
-    with pytest.raises(RoutevlError, match="was asked of a local folder"):
-        backbones.load_vision_backbone(folders["vit"], revision="main")
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     shutil.copy(folders["vit"] / "config.json", pickled)
@@ -150,13 +148,20 @@ def test_truncated_weights(folders: dict[str, Path], tmp_path: Path, name: str) 
             backbones.load_vision_backbone(broken)
 
 
+def fetch(hub_id: str, folder: Path) -> None:
+    backbones.run_fetch_backbone(argparse.Namespace(hub_id=hub_id, revision="abc", output=folder))
+
+
 def test_offline_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RoutevlError, match="owner/name at revision abc: .*local cache does not hold it"):
-        backbones.load_text_backbone("owner/name", "vqa", revision="abc")
+        fetch("owner/name", tmp_path / "folder")
+    with pytest.raises(RoutevlError, match="no such folder, and not a Hugging Face hub id"):
+        fetch("/a/folder/that/is/not/there", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:

@@ -184,8 +184,9 @@ def test_features_of_another_backbone(train_fails: Fails, small_world: SmallWorl
     assert "made by the backbone" in message
 
 
-def test_features_that_lack_an_image(train_fails: Fails, small_world: SmallWorld, tmp_path: Path) -> None:
-    lists = [small_world.data / name / "images.json" for name in ("val", "test")]
+@pytest.mark.parametrize("lacking", ["train", "val", "test"])
+def test_features_that_lack_a_split(train_fails: Fails, small_world: SmallWorld, tmp_path: Path, lacking: str) -> None:
+    lists = [small_world.data / name / "images.json" for name in ("train", "val", "test") if name != lacking]
     shard = tmp_path / "features" / "shard-00000-of-00001.safetensors"
     run_stage("extract", "--images", *lists, "--backbone", small_world.vision[16], "--output", shard)
     run_stage("index-features", "--shards", shard, "--output", shard.parent / "index.json")

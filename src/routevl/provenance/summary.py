@@ -23,7 +23,7 @@ SHA256_SHOWN = 12  # of 64 hexadecimal digits; the manifests have all
 
 def import_libraries() -> None:
     """Import at one point what the stage needs, so that start-up can be measured apart from work."""
-    import jsonschema  # noqa: F401
+    import fastjsonschema  # noqa: F401
     import markdown_it  # noqa: F401
     import yaml  # noqa: F401
 
