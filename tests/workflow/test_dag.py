@@ -191,7 +191,8 @@ def test_a_copy_of_the_results_is_audited_the_same_and_needs_nothing_done(copy: 
 def test_outputs_made_again_alone_are_bit_equal(copy: Path) -> None:
     """Also says that the runs that were killed and resumed above ended as uninterrupted ones do."""
     runs = ("models/vqa_none_seed1", "models/vqa_mul_seed1", "models/caption_none_seed1")
-    for path in (*runs, "scores/vqa_mul_seed1/metrics.json", "tables/T1_vqa.csv", "figures/F2_main.svg", "features/vit/index.json"):
+    others = ("scores/vqa_mul_seed1/metrics.json", "tables/T1_vqa.csv", "figures/F2_main.svg", "features/vit/index.json")
+    for path in (*runs, *others):
         again = routevl(copy, "audit", "--rerun", "--json", f"results/{path}")
         assert again.returncode == 0, again.stdout + again.stderr
         [rerun] = json.loads(again.stdout)["reruns"]
