@@ -53,7 +53,7 @@ codecheck: env
 	$(BIN)/python workflow/codecheck.py '$(RESULTS)'
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/unit  # the longest first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/training tests/unit  # the longest first
 
 # On a SLURM of this machine's own; as root, it installs and starts one.
 test-slurm: env

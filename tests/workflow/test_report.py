@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import yaml
@@ -60,10 +61,24 @@ class Browser:
         return found[0]
 
     def click(self, xpath: str) -> None:
-        self.call("POST", f"/element/{self._id(self.wait_for(xpath))}/click")
+        """Click an element as soon as it is there and stands still: the page moves and replaces what it shows."""
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                [element] = self.wait_for(xpath).values()
+                return self.call("POST", f"/element/{element}/click")
+            except HTTPError as error:
+                assert time.monotonic() < deadline, error.read().decode()
+                time.sleep(0.05)
 
     def texts(self, xpath: str) -> list[str]:
-        return [self.call("GET", f"/element/{self._id(element)}/text") for element in self.find(xpath)]
+        """The texts of all elements at one moment."""
+        script = """
+            const [xpath, done] = arguments;
+            const found = document.evaluate(xpath, document, null, XPathResult.ORDERED_NODE_SNAPSHOT_TYPE);
+            done(Array.from({length: found.snapshotLength}, (_, i) => found.snapshotItem(i).innerText.trim()));
+        """
+        return self.run(script, xpath)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.call("POST", "/execute/async", script=script, args=list(arguments))
@@ -75,11 +90,6 @@ class Browser:
 
     def close(self) -> None:
         self.call("DELETE", "")
-
-    @staticmethod
-    def _id(element: dict[str, str]) -> str:
-        [value] = element.values()
-        return value
 
 
 @pytest.fixture(scope="module")
