@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = [describe(entry, manifests / HASHES) for entry in arguments.inputs]
     started, clock = datetime.now(UTC), time.monotonic()
     status, usage, modules = _run_command(arguments.command)
+    ended, wall_seconds = datetime.now(UTC), time.monotonic() - clock
     record: Manifest = {
         "rule": path.parent.name,
         "wildcards": dict(wildcard.split("=", 1) for wildcard in arguments.wildcards),
@@ -59,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         "environment": environment(),
         "machine": _machine(),
         "started": started.isoformat(timespec="milliseconds"),
-        "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "wall_seconds": round(time.monotonic() - clock, 3),
+        "ended": ended.isoformat(timespec="milliseconds"),
+        "wall_seconds": round(wall_seconds, 3),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_memory_mb": round(usage.ru_maxrss / 1024, 1),
         "exit_status": status,
