@@ -216,9 +216,10 @@ def refuse_to_do_twice():
     """Stop where jobs of a killed Snakemake are still in SLURM's queue: they would delete what this one makes, and make it again."""
     if workflow.executor_plugin.name != "slurm":
         return
+    prefix = f"{workflow.executor_settings.jobname_prefix}_"
     squeue = ["squeue", "--me", "--noheader", "--format=%j %Z"]
     jobs = [line.split(maxsplit=1) for line in subprocess.run(squeue, capture_output=True, text=True).stdout.splitlines()]
-    names = {name for name, folder in jobs if folder == str(Path.cwd()) and name.startswith("routevl_")}
+    names = {name for name, folder in jobs if folder == str(Path.cwd()) and name.startswith(prefix)}
     if names:
         raise WorkflowError(
             "jobs of an earlier Snakemake are still in SLURM's queue: wait for them, or cancel them with "
