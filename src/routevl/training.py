@@ -140,7 +140,7 @@ class Trainer:
         self.validation = self.task.examples("val")
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
         for items in (self.examples, self.validation, self.to_predict):
-            self.task.features.positions(items.unique("image_id"))
+            self.task.features.positions(items.unique("image_id"))  # an error where an image has no features
         self.inputs["data"] = _fingerprint_of_data(self.task)
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch

@@ -124,7 +124,7 @@ def test_text_model_is_not_a_vision_backbone(folders: dict[str, Path]) -> None:
 
 
 def test_unusable_folders(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(RoutevlError, match="no such folder"):
+    with pytest.raises(RoutevlError, match=r"nowhere: no such folder \(routevl fetch-backbone"):
         backbones.load_vision_backbone(tmp_path / "nowhere")
     with pytest.raises(RoutevlError, match="no config.json"):
         backbones.load_vision_backbone(tmp_path)

@@ -235,7 +235,7 @@ class Audit:
 def _outputs_of(job: Job) -> list[str]:
     """The outputs of a job, as far as can be told: also a manifest that was edited says what it was about."""
     try:
-        return [str(entry["path"]) for entry in read_json(job.path)["outputs"]]
+        return [str(entry["path"]) for entry in (job.manifest or read_json(job.path))["outputs"]]
     except (RoutevlError, KeyError, TypeError):
         return []
 
