@@ -1,10 +1,20 @@
-# make demo    set up the environment and run the whole workflow on the embedded default
-# make test    run the tests
-# make test-slurm   run the workflow on a real SLURM, which is installed and started on this machine (as root, Debian or Ubuntu)
-# make plan CONFIG=<file>     what a configuration would cost: jobs, GPU-hours, downloads, disk
-# make codecheck              list the tables and figures for a CODECHECK, in codecheck.yml
-# make sample DATA=<folder>   the same workflow on real photographs, captions and questions
-PYTHON ?= python3.11
+# make demo                  set up the environment and run the whole workflow on the embedded default
+# make demo-full             the same data with every method, as in config/experiments/full.tsv
+# make sample DATA=<folder>  the same workflow on real photographs, captions and questions
+# make plan CONFIG=<file>    what a configuration would cost: jobs, GPU-hours, downloads, disk
+# make codecheck             list the tables and figures for a CODECHECK, in codecheck.yml
+# make docs                  write the parts of the documentation that are made from the code
+# make test                  run the tests
+# make test-pythons          the tests of the methods on every supported Python that is on this machine
+# make test-slurm            run the workflow on a real SLURM, installed and started on this machine (as root, Debian or Ubuntu)
+# make env                   set up the environment in .venv alone; PYTHON=<path> names the Python to make it with
+# make lint                  check the style of the code and of the workflow
+# make lock                  newest versions of all packages into envs/requirements.lock; UPGRADE= keeps those that are there
+PYTHONS := 3.11 3.12 3.13
+# Can a Python be used? Debian has venv in a package of its own, so a Python can be without.
+USABLE := import sys, ensurepip, venv; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+PYTHON ?= $(shell for p in $(PYTHONS:%=python%) python3; do $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
 CORES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,24 +23,31 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo sample plan codecheck test test-slurm lint lock
+.PHONY: env demo demo-full sample plan codecheck docs test test-slow test-methods test-pythons test-slurm lint lock
 
 env: $(VENV)/.complete
 
-# --require-hashes: exactly the tested packages; the package itself is installed from this folder, editable.
+# --require-hashes: exactly the tested packages; the package itself is installed from this folder, editable. Its stages are then
+# imported once, which compiles what every job imports.
 $(VENV)/.complete: envs/requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "routevl: error: Python 3.11 is needed, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	@if ! $(PYTHON) -c '$(USABLE)' 2>/dev/null; then \
+	  echo "routevl: error: one of Python $(PYTHONS) is needed, with venv$(if $(PYTHON),; $(PYTHON) is none); set PYTHON=" >&2; \
+	  exit 2; \
+	fi
 	rm -f $@
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r envs/bootstrap.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes --no-deps -r envs/requirements.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c 'import routevl.training as t, timm, matplotlib.pyplot; t.import_libraries()'  # compiles what every job imports
+	$(BIN)/python -c 'import routevl.training.train, routevl.features.extract, routevl.reporting.tables, matplotlib.pyplot'
 	touch $@
 
 demo: export ROUTEVL_STARTED := $(shell date +%s)
 demo: env
 	$(RUN) results --cores $(CORES)
+
+demo-full: env
+	$(RUN) results --cores $(CORES) --config experiments=config/experiments/full.tsv
 
 # The demo's backbones unless others are named; DATA's layout is described in config/sample.yaml.
 ROBERTA ?= results/backbones/roberta
@@ -52,8 +69,36 @@ RESULTS ?= results
 codecheck: env
 	$(BIN)/python workflow/codecheck.py '$(RESULTS)'
 
+docs: env
+	$(BIN)/python workflow/docs.py
+
+# The longest files first, so that no process is left with one of them at the end.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/training tests/unit
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/training tests/unit  # the longest first
+	$(PYTEST) -m 'not slow'
+
+test-slow: env
+	$(PYTEST) -m slow
+
+METHOD_TESTS := $(patsubst %,tests/unit/test_%.py,methods routed conditioning routing)
+test-methods: env
+	$(BIN)/python -m pytest -q -n 2 $(METHOD_TESTS)
+
+# Beside the one of .venv. An environment .venv-<version> for each Python on the PATH or in pyenv; kept, and made again when the
+# lock changes.
+test-pythons: env
+	@said=; status=0; \
+	for v in $(filter-out $(shell $(BIN)/python -c '$(VERSION)' 2>/dev/null),$(PYTHONS)); do \
+	  found=; \
+	  for p in python$$v "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python$$v; do \
+	    if "$$p" -c '$(USABLE)' 2>/dev/null; then found=$$p; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then word="not on this machine"; \
+	  elif echo "== Python $$v: $$found" && $(MAKE) --no-print-directory test-methods PYTHON="$$found" VENV=.venv-$$v; \
+	  then word=passed; else word=FAILED; status=1; fi; \
+	  said="$$said== Python $$v: $$word\n"; \
+	done; \
+	printf "$$said"; exit $$status
 
 # On a SLURM of this machine's own; as root, it installs and starts one.
 test-slurm: env
@@ -65,6 +110,7 @@ lint: env
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/python workflow/lint.py
 
+UPGRADE ?= --upgrade
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --universal --generate-hashes --no-header \
-	  --no-annotate --no-emit-index-url --no-emit-find-links --quiet --upgrade -o envs/requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version $(firstword $(PYTHONS)) --universal --generate-hashes \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --quiet $(UPGRADE) -o envs/requirements.lock

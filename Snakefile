@@ -15,7 +15,7 @@ report: "workflow/report/workflow.rst"
 
 
 # A configuration given on the command line stands alone; single values given there override the default.
-if "experiments" not in config:
+if "results" not in config:
 
     configfile: "config/config.yaml"
 

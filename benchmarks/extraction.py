@@ -23,8 +23,9 @@ import torch
 from common import add_arguments, in_turn, prepare, report
 from vision import draw_images, run_stage, save_random_backbone
 
-from routevl.backbones import load_vision_backbone
-from routevl.features import PRECISIONS, read_image, read_image_lists
+from routevl.backbones.vision import load_vision_backbone
+from routevl.features import extract
+from routevl.features.images import read_image, read_image_lists
 
 EXTRACT, FIRST_BATCH, FORWARD = "routevl extract", "routevl extract, first batch", "forward pass"
 SMALL = {
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--vision-model", default="vit_large_patch16_224", help="a timm model; its weights are random here")
     parser.add_argument("--images", type=int, default=8192, help="a multiple of --batch-size")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    parser.add_argument("--precision", choices=extract.PRECISIONS, default="bfloat16")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode images")
     add_arguments(parser, rounds=3)
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +72,8 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     batches = arguments.images // arguments.batch_size
     autocast = torch.autocast(device.type, getattr(torch, arguments.precision), enabled=arguments.precision != "float32")
 
-    def extract(shards: int) -> None:
-        run_stage("extract", "--images", image_list, "--backbone", backbone_folder, "--tokens", "pooled", "--shards", shards,
+    def extract_shard(shards: int) -> None:
+        run_stage(extract, "--images", image_list, "--backbone", backbone_folder, "--tokens", "pooled", "--shards", shards,
                   "--batch-size", arguments.batch_size, "--precision", arguments.precision, "--threads", arguments.threads,
                   "--workers", arguments.workers, "--output", folder / "shard.safetensors")  # fmt: skip
 
@@ -81,7 +82,7 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
             for _ in range(batches):
                 backbone.encode(pixels)
 
-    variants = {EXTRACT: lambda: extract(1), FIRST_BATCH: lambda: extract(batches), FORWARD: forward}
+    variants = {EXTRACT: lambda: extract_shard(1), FIRST_BATCH: lambda: extract_shard(batches), FORWARD: forward}
     seconds = in_turn(variants, arguments.rounds, device, arguments.warm_up)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = [

@@ -2,7 +2,7 @@
 
     python benchmarks/stored_features.py --threads 2 --output benchmarks/results/stored_features.json
 
-Images are JPEG files of COCO's usual size. The one epoch reads what `routevl extract` stored, by `routevl.features.Features`;
+Images are JPEG files of COCO's usual size. The one epoch reads what `routevl extract` stored, by `Features`;
 the other decodes, resizes and encodes the batch's images. Both train the VQA model (routed LoRA, `mul`) on the result.
 """
 
@@ -13,14 +13,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import add_arguments, in_turn, prepare, random_roberta, ratios, report, seconds_of
+from common import add_arguments, in_turn, layer_norms, prepare, random_roberta, ratios, report, seconds_of
 from torch import Tensor
 from vision import draw_images, run_stage, save_random_backbone
 
-from routevl.backbones import VisionBackbone, load_vision_backbone
-from routevl.features import Features, read_image, read_image_lists
-from routevl.methods import RoutedLoraConfig
+from routevl.backbones.vision import VisionBackbone, load_vision_backbone
+from routevl.features import extract, index
+from routevl.features.images import read_image, read_image_lists
+from routevl.features.store import Features
+from routevl.methods.table import new_method
 from routevl.tasks.vqa import VqaModel
+from routevl.visual import StoredFeatures, VisualSource
 
 ANSWERS = 3129
 
@@ -46,17 +49,17 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     image_list, backbone_folder = folder / "images.json", folder / "backbone"
     draw_images(folder, image_list, arguments.images)
     save_random_backbone(backbone_folder, arguments.vision_model)
-    extraction = seconds_of(lambda: extract(folder, image_list, backbone_folder, arguments), device)
-    stored = Features(folder)
+    extraction = seconds_of(lambda: store_features(folder, image_list, backbone_folder, arguments), device)
+    stored = StoredFeatures(Features(folder))
     backbone = load_vision_backbone(backbone_folder)
     backbone.model.to(device)
-    training = Training(arguments, stored.width, device)
+    training = Training(arguments, stored, device)
     images = read_image_lists([image_list])
     batches = [images[start : start + arguments.batch_size] for start in range(0, len(images), arguments.batch_size)]
 
     def epoch_from_storage() -> None:
         for batch in batches:
-            training.step(stored.features([image.image_id for image in batch]))
+            training.step(stored.of([image.image_id for image in batch]))
 
     def epoch_with_vision_model() -> None:
         for batch in batches:
@@ -68,12 +71,12 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     print(f"\nextraction, once for all epochs and runs: {extraction:.1f} s")
 
 
-def extract(folder: Path, image_list: Path, backbone: Path, arguments: argparse.Namespace) -> None:
+def store_features(folder: Path, image_list: Path, backbone: Path, arguments: argparse.Namespace) -> None:
     """The package's own stages, with one shard of pooled features."""
     shard = folder / "shard-00000-of-00001.safetensors"
-    run_stage("extract", "--images", image_list, "--backbone", backbone, "--tokens", "pooled", "--threads", arguments.threads,
+    run_stage(extract, "--images", image_list, "--backbone", backbone, "--tokens", "pooled", "--threads", arguments.threads,
               "--batch-size", arguments.batch_size, "--output", shard)  # fmt: skip
-    run_stage("index_features", "--shards", shard, "--output", folder / "index.json")
+    run_stage(index, "--shards", shard, "--output", folder / "index.json")
 
 
 def encode(backbone: VisionBackbone, pixels: Tensor, device: torch.device) -> Tensor:
@@ -86,22 +89,21 @@ def encode(backbone: VisionBackbone, pixels: Tensor, device: torch.device) -> Te
 class Training:
     """The VQA model and its optimiser; questions and answers are random, but the same at every step."""
 
-    def __init__(self, arguments: argparse.Namespace, visual_width: int, device: torch.device) -> None:
-        adapter = RoutedLoraConfig(r=arguments.rank, routing="mul", modules_to_save=["LayerNorm"])
+    def __init__(self, arguments: argparse.Namespace, visual: VisualSource, device: torch.device) -> None:
+        method = new_method("lora", {"r": arguments.rank, "routing": "mul"}, "benchmark")
         text_model = random_roberta(arguments.layers, arguments.width)
-        self.model = VqaModel(text_model, adapter, visual_width, prefix=True, n_answers=ANSWERS).to(device).train()
+        model = VqaModel(ANSWERS, text_model, method, {}, layer_norms(text_model), visual, True)
+        self.model = model.to(device).train()
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         self.device = device
         self.questions = torch.randint(5, 50000, (arguments.batch_size, arguments.tokens), device=device)
         self.answers = torch.rand(arguments.batch_size, ANSWERS, device=device)
 
-    def step(self, visual_features: Tensor) -> None:
+    def step(self, image: Tensor) -> None:
         """One step on a batch's features (B, 1, d_v)."""
-        size = len(visual_features)
+        size = len(image)
         questions = self.questions[:size]
-        output = self.model(
-            questions, torch.ones_like(questions), visual_features.to(self.device), answer_scores=self.answers[:size]
-        )
+        output = self.model(questions, torch.ones_like(questions), image.to(self.device), answer_scores=self.answers[:size])
         output["loss"].backward()
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -21,20 +21,22 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import add_arguments, in_turn, machine_of, prepare, random_gpt2, random_roberta, report
-from torch import Tensor
+from common import add_arguments, in_turn, layer_norms, machine_of, prepare, random_gpt2, random_roberta, report
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from routevl.methods.table import new_method
 from routevl.routing import ROUTING
-from routevl.settings import RunSettings
-from routevl.tasks.base import VisionLanguageModel, adapter_config
+from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
 from routevl.tasks.vqa import VqaModel
-from routevl.training import Clock, prepare_torch
+from routevl.training.clock import Clock
+from routevl.training.optimisation import prepare_torch
 
 ANSWERS = 3129
 VQA = {"task": "vqa", "batch_size": 512, "tokens": 20, "ranks": {"lora": 128, "adapter": 64}}
@@ -114,33 +116,12 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 def build(arguments: argparse.Namespace, method: str) -> VisionLanguageModel:
     """The task's model, float32, on the CPU; the visual features are as wide as the text model, so nothing projects them."""
     text_model = {"vqa": random_roberta, "caption": random_gpt2}[arguments.task](arguments.layers, arguments.width)
-    settings = RunSettings(
-        task=arguments.task,
-        method=method,
-        routing=arguments.routing,
-        rank=arguments.ranks[method],
-        alpha=arguments.ranks[method],
-        prefix=True,
-        visual_tokens="pooled",
-        visual_scale="none",
-        freeze_layer_norm=False,
-        epochs=1,
-        batch_size=arguments.batch_size,
-        prediction_batch_size=arguments.batch_size,
-        learning_rate=1e-4,
-        warmup=0,
-        weight_decay=0.01,
-        max_text_tokens=arguments.tokens,
-        beams=1,
-        max_new_tokens=1,
-        precision="bfloat16",
-        gradient_checkpointing=False,
-        seed=0,
-    )
-    adapter = adapter_config(settings, text_model)
-    if arguments.task == "vqa":
-        return VqaModel(text_model, adapter, arguments.width, prefix=True, n_answers=ANSWERS)
-    return CaptionModel(text_model, adapter, arguments.width, prefix=True)
+    options = {"r": arguments.ranks[method], "routing": arguments.routing}
+    if method == "lora":
+        options["lora_alpha"] = arguments.ranks[method]
+    visual = SimpleNamespace(width=arguments.width, length=1, encoder=nn.Identity())
+    inputs = text_model, new_method(method, options, "benchmark"), {}, layer_norms(text_model), visual, True
+    return VqaModel(ANSWERS, *inputs) if arguments.task == "vqa" else CaptionModel(*inputs)
 
 
 def random_batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
@@ -149,7 +130,7 @@ def random_batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.randint(5, 50000, shape),
         "attention_mask": torch.ones(shape, dtype=torch.int64),
-        "visual_features": torch.randn(arguments.batch_size, 1, arguments.width).tanh(),
+        "image": torch.randn(arguments.batch_size, 1, arguments.width).tanh(),
     }
     return batch if arguments.task == "caption" else {**batch, "answer_scores": torch.rand(arguments.batch_size, ANSWERS)}
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import timm
 from PIL import Image
 from timm.models import save_for_hf
-
-from routevl import features as feature_stages
 
 COCO_SIZE = (640, 480)
 NOISE = 16  # standard deviation of a photograph's grain; the files then weigh as much as COCO's, about 160 kB
@@ -37,8 +36,8 @@ def save_random_backbone(folder: Path, architecture: str) -> None:
     save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
 
 
-def run_stage(stage: str, *options: object) -> None:
-    """Run a stage of routevl.features with command-line options, in this process."""
+def run_stage(stage: ModuleType, *options: object) -> None:
+    """Run a stage of routevl, by its module, with command-line options, in this process."""
     parser = argparse.ArgumentParser()
-    getattr(feature_stages, f"add_arguments_{stage}")(parser)
-    getattr(feature_stages, f"run_{stage}")(parser.parse_args([str(option) for option in options]))
+    stage.add_arguments(parser)
+    stage.run(parser.parse_args([str(option) for option in options]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,22 @@ DROPOUT = 0.1  # of the toy text models, so that training depends on the random 
 
 def run_stage(stage: str, *options: object) -> None:
     """Run a stage in this process, as `routevl <stage> <options>` does but with its exceptions."""
-    from routevl.cli import STAGES, _load
+    from routevl.cli import STAGES
 
-    assert stage in STAGES
-    module, suffix = _load(stage)
+    name, suffix, _ = STAGES[stage]
+    module = importlib.import_module(name)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     getattr(module, "add_arguments" + suffix)(parser)
     getattr(module, "run" + suffix)(parser.parse_args([str(option) for option in options]))
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """Options by their names in Python -> words of a command line."""
-    return [str(word) for name, value in options.items() for word in ("--" + name.replace("_", "-"), value)]
+    """Options by their names in Python -> words of a command line; a mapping becomes words key=value."""
+    words = []
+    for name, value in options.items():
+        values = [f"{key}={entry}" for key, entry in value.items()] if isinstance(value, dict) else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,22 @@ def _features(data: Path, backbone: Path, folder: Path) -> Path:
     return folder
 
 
-def run_options(world: SmallWorld, task: str, width: int = 16, **changes: Any) -> dict[str, Any]:
+METHOD_OPTIONS = {  # of the small runs; other methods have none
+    "lora": {"r": 2, "lora_alpha": 4, "routing": "mul", "visual_scale": "tanh"},
+    "adapter": {"r": 2, "routing": "mul", "visual_scale": "tanh"},
+}
+
+
+def run_options(
+    world: SmallWorld, task: str, width: int = 16, options: Mapping[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
     """The options of a small training run, but for its folders, with some of them changed.
 
     Args:
         width: which vision backbone; its features need a visual projection unless this is 16.
+        options: of the method, beside or in place of those in METHOD_OPTIONS.
     """
-    options = {
+    settings = {
         "data": world.data,
         "features": world.features[width],
         "text_backbone": world.text[task],
@@ -125,12 +140,9 @@ def run_options(world: SmallWorld, task: str, width: int = 16, **changes: Any) -
         "workers": 0,
         "task": task,
         "method": "lora",
-        "routing": "mul",
-        "rank": 2,
-        "alpha": 4,
         "prefix": "yes",
         "visual_tokens": "pooled",
-        "visual_scale": "tanh",
+        "control": "none",
         "freeze_layer_norm": "no",
         "epochs": 2,
         "batch_size": 5,
@@ -145,5 +157,6 @@ def run_options(world: SmallWorld, task: str, width: int = 16, **changes: Any) -
         "gradient_checkpointing": "no",
         "seed": 5,
     }
-    assert set(changes) <= set(options)
-    return options | changes
+    assert set(changes) <= {*settings, "prepared"}
+    settings |= changes
+    return settings | {"options": {**METHOD_OPTIONS.get(settings["method"], {}), **(options or {})}}

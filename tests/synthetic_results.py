@@ -10,68 +10,70 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from routevl.options import read_words
 from routevl.reporting import figures, tables
+from routevl.settings import SHARED_SETTINGS, RunSettings
+from routevl.sheet import COLUMNS
 
 PUBLISHED, CLAIMS = (Path(__file__).parents[1] / "config" / name for name in ("published.csv", "claims.tsv"))
-COLUMNS = [
-    "experiment", "task", "method", "routing", "rank", "alpha", "epochs", "prefix", "seeds", "feeds",
-    "text_backbone", "vision_backbone", "visual_tokens",
-]  # fmt: skip
 SKILL = {"none": 0.0, "mul": 0.10, "add": 0.08, "attn": 0.12, "expand": 0.03}
+TRAINED = {"ia3": 1_100, "bitfit": 2_900, "prompt_tuning": 1_900, "full": 855_000}  # by the method itself; others by their rank
 COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
-CAPTION_METRICS = {
-    "Bleu_1": 0.7,
-    "Bleu_2": 0.55,
-    "Bleu_3": 0.4,
-    "Bleu_4": 0.3,
-    "METEOR": 0.27,
-    "ROUGE_L": 0.52,
-}
+CAPTION_METRICS = {"Bleu_1": 0.7, "Bleu_2": 0.55, "Bleu_3": 0.4, "Bleu_4": 0.3, "METEOR": 0.27, "ROUGE_L": 0.52}
+SETTINGS = {
+    "freeze_layer_norm": False, "batch_size": 8, "prediction_batch_size": 8, "learning_rate": 1e-3, "warmup": 0.1,
+    "weight_decay": 0.0, "max_text_tokens": 20, "beams": 2, "max_new_tokens": 8, "precision": "float32",
+    "gradient_checkpointing": False,
+}  # fmt: skip
 
 
-def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds="") -> dict:
-    name = f"{task}_{method}_{routing}_r{rank}_e{epochs}" + ("" if prefix == "yes" else "_noprefix")
-    backbone = "roberta_demo" if task == "vqa" else "gpt2_demo"
-    values = (name, task, method, routing, rank, rank, epochs, prefix, seeds, feeds, backbone, "vit_demo", "pooled")
-    return dict(zip(COLUMNS, map(str, values), strict=True))
+def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, prefix="yes", seeds="1", feeds="", **changes) -> dict:
+    """A row of the run sheet. Its name is made of what is given; `changes` are other columns, `options` are added to."""
+    routed = method in ("lora", "adapter")
+    options = [f"r={rank}"] if routed else []
+    options += [f"lora_alpha={rank}"] if method == "lora" else []
+    options += [f"routing={routing}"] if routing != "none" else []
+    name = "_".join([task, method, *([routing, f"r{rank}"] if routed else []), f"e{epochs}"])
+    return {
+        "experiment": name + ("" if prefix == "yes" else "_noprefix"), "task": task,
+        "text_backbone": "roberta_demo" if task == "vqa" else "gpt2_demo", "vision_backbone": "vit_demo", "method": method,
+        "versus": "", "epochs": str(epochs), "prefix": prefix, "visual_tokens": "pooled", "seeds": seeds, "feeds": feeds,
+        **changes, "options": " ".join([*options, *changes.get("options", "").split()]),
+    }  # fmt: skip
 
 
 def write_sheet(path: Path, experiments: list[dict]) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer = csv.DictWriter(file, list(COLUMNS), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(experiments)
     return path
 
 
-def write_results(folder: Path, experiments: list[dict], images: int = 40, photographs: tuple[Path, ...] = ()) -> Path:
+def write_results(folder: Path, experiments: list[dict], images: int = 40) -> Path:
     """The files that scored runs leave, routed runs better than plain ones; returns the folder."""
-    test = write_test_split(folder / "data" / "test", images, photographs)
+    test = write_test_split(folder / "data" / "test", images)
     for row in experiments:
         for seed in row["seeds"].split(","):
-            write_run(folder, row, f"{row['experiment']}_seed{seed}", test)
+            write_run(folder, row, int(seed), test)
     return folder
 
 
-def write_test_split(folder: Path, images: int, photographs: tuple[Path, ...]) -> dict:
-    from PIL import Image, ImageDraw
-
+def write_test_split(folder: Path, images: int) -> dict:
     generator = np.random.default_rng(1)
     entries, questions, annotations, captions = [], [], [], []
     for image_id in range(1, images + 1):
         color, shape = generator.choice(COLORS), generator.choice(SHAPES)
-        if photographs:
-            path = photographs[image_id % len(photographs)]
-        else:
-            path = folder / "images" / f"{image_id:012d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.new("RGB", (48, 48), "#eeeeee")
-            x, y = generator.integers(4, 24, 2)
-            box = (x, y, x + 18, y + 18)
-            draw = ImageDraw.Draw(picture)
-            (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=str(color))
-            picture.save(path)
+        path = folder / "images" / f"{image_id:012d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (48, 48), "#eeeeee")
+        x, y = generator.integers(4, 24, 2)
+        box = (x, y, x + 18, y + 18)
+        draw = ImageDraw.Draw(picture)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=str(color))
+        picture.save(path)
         entries.append({"id": image_id, "file_name": str(path)})
         captions.append({"id": image_id, "image_id": image_id, "caption": f"there is a {color} {shape} in the corner."})
         asked = [
@@ -88,7 +90,6 @@ def write_test_split(folder: Path, images: int, photographs: tuple[Path, ...]) -
                 {"image_id": image_id, "question_id": question_id, "question_type": question_type,
                  "answer_type": answer_type, "multiple_choice_answer": answer, "answers": answers}
             )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "images.json": entries,
         "questions.json": {"questions": questions},
@@ -105,36 +106,36 @@ def write(path: Path, content) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_run(folder: Path, row: dict, run: str, test: dict) -> None:
-    rank, epochs = int(row["rank"]), int(row["epochs"])
+def write_run(folder: Path, row: dict, seed: int, test: dict) -> None:
+    run = f"{row['experiment']}_seed{seed}"
+    options = read_words(row["options"].split(), "options")
+    shared = {name: options.pop(name) for name in SHARED_SETTINGS if name in options}
+    values = SETTINGS | shared | {"task": row["task"], "method": row["method"], "seed": seed}
+    values |= {"epochs": row["epochs"], "prefix": row["prefix"], "visual_tokens": row["visual_tokens"]}
+    settings = RunSettings.read(values, options, run)
     generator = np.random.default_rng(zlib.crc32(run.encode()))
-    blind = row["routing"] == "none" and row["prefix"] == "no"
-    room = 1.0 if rank == 4 and epochs == 2 else 0.35
-    skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (epochs - 2) + SKILL[row["routing"]] * room - 0.2 * blind
-    bottleneck = 2 * 4 * 2 * 128 * rank
-    write_model(folder / "models" / run, row, run, bottleneck, skill, generator)
+    rank, routing = settings.options.get("r", 4), settings.options.get("routing", "none")
+    blind = routing == "none" and not settings.prefix
+    room = 1.0 if rank == 4 and settings.epochs == 2 else 0.35
+    skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (settings.epochs - 2) + SKILL[routing] * room - 0.2 * blind
+    write_model(folder / "models" / run, settings, run, skill, generator)
     metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
-    missing = {} if row["task"] == "vqa" else {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
-    content = {
-        "run": run,
-        "task": row["task"],
-        "n": len(items["ids"]),
-        "metrics": metrics,
-        "missing": missing,
-    }
+    content = {"run": run, "task": row["task"], "n": len(items["ids"]), "metrics": metrics}
+    if row["task"] == "caption":
+        content["missing"] = {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
     write(folder / "scores" / run / "metrics.json", content)
     write(folder / "scores" / run / "items.json", items)
     write(folder / "predictions" / run / "results.json", predictions)
 
 
-def write_model(folder: Path, row: dict, run: str, bottleneck: int, skill: float, generator) -> None:
-    parts = {"bottleneck": bottleneck, "layer_norm": 2304, "head": 45_000, "visual_projection": 0}
-    if row["task"] == "caption":
-        parts["head"] = 0
+def write_model(folder: Path, settings: RunSettings, run: str, skill: float, generator) -> None:
+    own = TRAINED.get(settings.method, 2 * 4 * 2 * 128 * settings.options.get("r", 4))
+    head = 45_000 if settings.task == "vqa" else 0
+    parts = {"method": own, "layer_norm": 2304, "head": head, "visual_projection": 0}
     trainable = sum(parts.values())
     write(
         folder / "run.json",
-        {"run": run, "settings": row, "trainable_params": trainable, "trainable_params_by_part": parts,
+        {"run": run, "settings": settings.as_record(), "trainable_params": trainable, "trainable_params_by_part": parts,
          "total_params": 900_000 + trainable, "text_model_params": 900_000},
     )  # fmt: skip
     write(
@@ -142,15 +143,16 @@ def write_model(folder: Path, row: dict, run: str, bottleneck: int, skill: float
         {"train_seconds": 15.0 + generator.random(), "steps": 200, "step_ms_median": 31 + generator.random(),
          "samples_per_second": 2000.0, "peak_memory_mb": 612.0, "device": "cpu"},
     )  # fmt: skip
-    (folder / "adapter_model.safetensors").write_bytes(b"\0" * (4 * bottleneck + 512))
-    metric = "val_accuracy" if row["task"] == "vqa" else "val_CIDEr"
+    saved = "method.safetensors" if settings.method in ("bitfit", "full") else "adapter_model.safetensors"
+    (folder / saved).write_bytes(b"\0" * (4 * min(own, 5000) + 512))
+    metric = "val_accuracy" if settings.task == "vqa" else "val_CIDEr"
     lines, step = [], 0
-    for epoch in range(1, int(row["epochs"]) + 1):
+    for epoch in range(1, settings.epochs + 1):
         for _ in range(10):
             step += 10
             loss = 0.2 + 0.6 * math.exp(-step / 120) + 0.03 * generator.random()
             lines.append({"step": step, "epoch": epoch, "loss": loss, "learning_rate": 1e-3})
-        score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if row["task"] == "vqa" else 2)
+        score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if settings.task == "vqa" else 2)
         lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
     folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -168,18 +170,14 @@ def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
     question_types = sorted({a["question_type"] for a in annotations})
     metrics = {"accuracy": float(scores.mean())} | {k: average("answer_type", v) for k, v in kinds.items()}
     metrics["by_question_type"] = {
-        kind: {
-            "accuracy": average("question_type", kind),
-            "n": sum(a["question_type"] == kind for a in annotations),
-        }
+        kind: {"accuracy": average("question_type", kind), "n": sum(a["question_type"] == kind for a in annotations)}
         for kind in question_types
     }
     wrong = {"yes/no": "no", "number": "7", "other": "purple"}
     predictions = [
-        {"question_id": a["question_id"],
-         "answer": a["multiple_choice_answer"] if ok else wrong[a["answer_type"]]}
+        {"question_id": a["question_id"], "answer": a["multiple_choice_answer"] if ok else wrong[a["answer_type"]]}
         for ok, a in zip(right, annotations, strict=True)
-    ]  # fmt: skip
+    ]
     ids = [a["question_id"] for a in annotations]
     return metrics, {"ids": ids, "accuracy": scores.tolist()}, predictions
 
@@ -197,35 +195,30 @@ def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, lis
     return metrics | {"CIDEr": float(scores.mean()), "SPICE": None}, items, predictions
 
 
+# Two tasks with LoRA and two routing functions; the blind baseline; and methods without a routing function.
 RUNS = [
-    experiment(task, "lora", routing, seeds="1,2" if routing != "add" else "1", feeds=feeds)
+    experiment(
+        task, "lora", routing, seeds="1,2" if routing != "add" else "1", feeds=feeds,
+        versus="" if routing == "none" else f"{task}_lora_none_r4_e2",
+    )
     for task, feeds in (("vqa", "T0,T1,T6,F2,F3,F5,F6,F8"), ("caption", "T0,T2,T6,F2,F5,F8"))
     for routing in ("none", "mul", "add")
-] + [experiment("vqa", "lora", "none", prefix="no", feeds="T1,F2,F5,F6")]
+] + [
+    experiment("vqa", "lora", "none", prefix="no", feeds="T1,F2,F5,F6"),
+    experiment("vqa", "full", feeds="T6,T7,F4"),
+    experiment("vqa", "bitfit", feeds="T7,F4"),
+    experiment("vqa", "ia3", feeds="T6,T7,F4", versus="vqa_lora_none_r4_e2"),
+    experiment("caption", "prompt_tuning", feeds="T7,F4"),
+]  # fmt: skip
 
 
-def make_table(name: str, folder: Path, output: Path, claims: Path = CLAIMS) -> Path:
-    tables.run(
-        argparse.Namespace(
-            name=name,
-            experiments=folder / "experiments.tsv",
-            results=folder,
-            published=PUBLISHED,
-            claims=claims,
-            output=output,
-        )
-    )
+def make_table(name: str, folder: Path, output: Path, published: Path = PUBLISHED, claims: Path = CLAIMS) -> Path:
+    inputs = {"experiments": folder / "experiments.tsv", "results": folder, "published": published, "claims": claims}
+    tables.run(argparse.Namespace(name=name, output=output, **inputs))
     return output
 
 
 def make_figure(name: str, folder: Path, output: Path) -> Path:
-    figures.run(
-        argparse.Namespace(
-            name=name,
-            experiments=folder / "experiments.tsv",
-            results=folder,
-            data=folder / "data" / "test",
-            output=output,
-        )
-    )
+    inputs = {"experiments": folder / "experiments.tsv", "results": folder, "data": folder / "data" / "test"}
+    figures.run(argparse.Namespace(name=name, output=output, **inputs))
     return output

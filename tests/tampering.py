@@ -110,6 +110,7 @@ TAMPERINGS = {
     "data": flip_a_byte("data/*/*.json", "data/*.json", "world/*/*.json", "world/*/images/*"),
     "features": flip_a_byte("features/*/*.safetensors", "features/*/index.json"),
     "adapters": flip_a_byte("models/*/*.safetensors", "models/*/last/*.safetensors"),
+    "probes": flip_a_byte("probes/*/*.safetensors"),
     "backbones": flip_a_byte("backbones/*/*.safetensors", "backbones/*/*.json"),
     "predictions": edit_a_prediction,
     "scores": flip_a_byte("scores/*/*.json"),

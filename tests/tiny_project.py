@@ -9,24 +9,34 @@ from pathlib import Path
 
 import yaml
 
+from routevl.sheet import COLUMNS
+
 PROJECT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-COLUMNS = (
-    "experiment task text_backbone vision_backbone method routing rank alpha epochs prefix visual_tokens seeds feeds".split()
-)
+DEFAULTS = {  # of the rows of the run sheet
+    "vision_backbone": "vit", "method": "lora", "options": "", "versus": "", "epochs": "1", "prefix": "yes",
+    "visual_tokens": "pooled", "seeds": "1", "feeds": "",
+}  # fmt: skip
+
+
+def row(experiment: str, task: str, options: str = "", **columns: str) -> str:
+    """A line of the run sheet; LoRA has rank 2 beside the given options."""
+    values = DEFAULTS | {"text_backbone": {"vqa": "roberta", "caption": "gpt2"}[task]} | columns
+    rank = {"lora": "r=2 lora_alpha=2", "adapter": "r=2"}.get(values["method"], "")
+    values |= {"experiment": experiment, "task": task, "options": f"{rank} {options}".strip()}
+    return "\t".join(values[name] for name in COLUMNS)
 
 
 def make_project(folder: Path, experiments: list[str]) -> Path:
     """Copy the workflow into `folder`, with a tiny configuration as its default.
 
     Args:
-        experiments: the lines of the run sheet, with spaces between their columns.
+        experiments: the lines of the run sheet, as `row` makes them.
     """
     copy_project(folder)
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
     (folder / "config/config.yaml").write_text(yaml.safe_dump(_tiny(config)))
-    rows = ["\t".join(COLUMNS), *("\t".join(row.split()) for row in experiments)]
-    (folder / "config/experiments/tiny.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "config/experiments/tiny.tsv").write_text("\n".join(["\t".join(COLUMNS), *experiments]) + "\n")
     return folder
 
 
@@ -43,7 +53,10 @@ def _tiny(config: dict) -> dict:
     config["world"] |= {"train_images": 60, "val_images": 12, "test_images": 16, "questions_per_image": 2}
     config["data"]["minimum_answer_count"] = 2
     for entry in config["backbones"]["text"].values():
-        entry["pretrain"] |= {"sentences": 300, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
+        if "pretrain" in entry:
+            entry["pretrain"] |= {"sentences": 300, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
+    pruned = {"by": "magnitude", "from": "roberta", "options": {"sparsity": 0.5}}
+    config["backbones"]["text"]["pruned"] = {"derive": pruned}
     config["backbones"]["vision"]["vit"]["pretrain"] |= {"images": 100, "epochs": 1, "hidden_size": 32, "layers": 1, "heads": 2}
     config["runs"] |= {"beams": 2, "max_new_tokens": 6}
     config["training"] |= {"checkpoint_every": 2, "log_every": 1}

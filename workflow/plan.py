@@ -17,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import yaml
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
+from routevl.tasks.table import TASKS
 
 SNAKEMAKE = str(Path(sys.executable).with_name("snakemake"))
 JOB = re.compile(r"^(?:local)?rule (\w+):\n((?:    .*\n)*)", re.MULTILINE)
@@ -44,13 +49,20 @@ class Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
+class AnyScore(dict):
+    """Stands in for what a method's phase before training would find: every parameter is as good as any other."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return torch.zeros((), device="cpu")
+
+
 class Plan:
     """The cost of each job of a configuration that has a `plan` section."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.sizes = config, config["plan"]
-        sheet = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False).to_dict("records")
-        self.runs = {f"{row['experiment']}_seed{seed}": row for row in sheet for seed in row["seeds"].split(",")}
+        self.runs = runs_of(read_sheet(config["experiments"]))
+        self.trained: dict[str, int] = {}  # experiment without its routing function -> trainable parameters
         archives = pd.read_csv(config["data"]["downloads"], sep="\t") if "downloads" in config["data"] else pd.DataFrame()
         self.archives = {row["file"]: row["bytes"] for row in archives.to_dict("records")}
         self.folders = {row["folder"]: row["bytes"] for row in archives.to_dict("records")}
@@ -67,40 +79,64 @@ class Plan:
         if rule == "fetch_backbone":
             size = BYTES * self._backbone_params(wildcards["name"])
             return Cost(download=size, disk=2 * size)  # the hub's cache, and the folder that rules read
+        if rule == "derive_backbone":
+            return Cost(disk=BYTES * self._backbone_params(wildcards["derived"]))
         if rule == "extract":
             return self._extraction(wildcards["vision"])
         if rule == "train":
-            return self._training(self.runs[wildcards["run"]])
+            return self._training(self.runs[wildcards["run"]][0])
         return Cost()
 
+    def _shape(self, modality: str, name: str) -> dict[str, Any]:
+        """The sizes of a backbone; a derived one has those of its source, unless it has its own."""
+        shapes, entry = self.sizes[modality], self.config["backbones"][modality][name]
+        return shapes[name] if name in shapes or "derive" not in entry else self._shape(modality, entry["derive"]["from"])
+
     def _backbone_params(self, name: str) -> float:
-        shape = {**self.sizes["text"], **self.sizes["vision"]}[name]
-        embeddings = VOCABULARY * shape["width"] if name in self.sizes["text"] else 0
+        modality = "text" if name in self.config["backbones"]["text"] else "vision"
+        shape = self._shape(modality, name)
+        embeddings = VOCABULARY * shape["width"] if modality == "text" else 0
         return 12 * shape["layers"] * shape["width"] ** 2 + embeddings
 
     def _extraction(self, vision: str) -> Cost:
-        shape, images = self.sizes["vision"][vision], self.sizes["images"] / self.config["features"]["shards"]
+        shape, images = self._shape("vision", vision), self.sizes["images"] / self.config["features"]["shards"]
         tokens = {"pooled": 1, "patches": shape["patches"]}
         stored = sum(tokens[name] for name in self.config["features"]["tokens"]) * images
         return Cost(gpu_hours=images / shape["images_per_second"] / 3600, disk=BYTES * stored * shape["width"])
 
-    def _training(self, row: dict[str, str]) -> Cost:
-        shape = self.sizes["text"][row["text_backbone"]]
-        speed = self.measured.get((row["task"], row["text_backbone"]), shape["samples_per_second"])
-        seconds = int(row["epochs"]) * self.sizes["train_examples"][row["task"]] / speed
-        width = shape["width"]
-        bottleneck = 2 * int(row["rank"]) * width
-        head = 2 * width**2 + 2 * width * ANSWERS if row["task"] == "vqa" else 0
-        params = 2 * shape["layers"] * (bottleneck + 2 * width) + head  # two bottlenecks and two layer norms a layer
-        return Cost(gpu_hours=seconds / 3600, disk=2 * BYTES * params)  # the best epoch's and the last one's
+    def _training(self, experiment: Experiment) -> Cost:
+        speed = self.measured.get((experiment.task, experiment.text_backbone))
+        speed = speed or self._shape("text", experiment.text_backbone)["samples_per_second"]
+        seconds = experiment.epochs * self.sizes["train_examples"][experiment.task] / speed
+        weights = 2 * BYTES * self._trainable_params(experiment)  # the best epoch's and the last's
+        return Cost(gpu_hours=seconds / 3600, disk=weights)
+
+    def _trainable_params(self, experiment: Experiment) -> int:
+        """Counted on a model of the backbone's shape that has no memory."""
+        settings = settings_of(experiment, experiment.seeds[0], self.config)
+        options = {name: value for name, value in settings.options.items() if name != "routing"}  # has no parameters
+        key = f"{experiment.text_backbone} {experiment.method} {options} {settings.freeze_layer_norm}"
+        if key not in self.trained:
+            shape, encoder = self._shape("text", experiment.text_backbone), TASKS[experiment.task].text_model == "encoder"
+            width = shape["width"]
+            sizes = {"hidden_size": width, "num_hidden_layers": shape["layers"], "num_attention_heads": width // 64}
+            with torch.device("meta"):
+                model = RobertaModel(RobertaConfig(**sizes)) if encoder else GPT2LMHeadModel(GPT2Config(**sizes))
+                norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+                norms = [] if settings.freeze_layer_norm else norms
+                model = settings.new_method().build(model.requires_grad_(False), AnyScore(), norms)
+            head = 2 * width**2 + 2 * width * ANSWERS if encoder else 0
+            self.trained[key] = head + sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self.trained[key]
 
     def _measured_speeds(self) -> dict[tuple[str, str], float]:
         """Median samples per second of the finished runs, by task and text backbone."""
         speeds: dict[tuple[str, str], list[float]] = {}
-        for run, row in self.runs.items():
+        for run, (experiment, _) in self.runs.items():
             timing = Path(self.config["results"]) / "models" / run / "timing.json"
             if timing.exists():
-                speeds.setdefault((row["task"], row["text_backbone"]), []).append(read_json(timing)["samples_per_second"])
+                key = (experiment.task, experiment.text_backbone)
+                speeds.setdefault(key, []).append(read_json(timing)["samples_per_second"])
         return {key: statistics.median(values) for key, values in speeds.items()}
 
 

@@ -9,22 +9,24 @@ import sys
 from typing import NoReturn
 
 from routevl.errors import RoutevlError
-from routevl.launch import is_launched, launch, leave_to_launcher
 from routevl.startup import importing, log_modules
 
-# stage -> (module, suffix of its add_arguments and run functions, what it does); in the order in which data flows
+# stage -> (module with its add_arguments and run, suffix of these, what it does); in the order in which data flows
 STAGES = {
+    "methods": ("routevl.methods.table", "", "list the fine-tuning methods with their options"),
     "world": ("routevl.data.world", "", "write the demo world in COCO's and VQAv2's file formats"),
     "download": ("routevl.data.download", "_download", "get one file of the official data and verify it"),
     "unpack": ("routevl.data.download", "_unpack", "unpack a downloaded archive"),
     "prepare": ("routevl.data.prepare", "", "check COCO and VQAv2 files, split them, build the answer vocabulary"),
-    "fetch-backbone": ("routevl.backbones", "_fetch_backbone", "copy a model of the Hugging Face hub into a folder"),
-    "pretrain-text": ("routevl.pretraining", "_pretrain_text", "pretrain a small text backbone on text alone"),
-    "pretrain-vision": ("routevl.pretraining", "_pretrain_vision", "pretrain a small vision backbone on images alone"),
-    "extract": ("routevl.features", "_extract", "extract one shard of visual features"),
-    "index-features": ("routevl.features", "_index_features", "check feature shards and index them"),
-    "train": ("routevl.training", "_train", "train one run and predict the test split"),
-    "predict": ("routevl.training", "_predict", "predict with a trained run"),
+    "fetch-backbone": ("routevl.backbones.fetch", "", "copy a model of the Hugging Face hub into a folder"),
+    "pretrain-text": ("routevl.backbones.pretrain_text", "", "pretrain a small text backbone on text alone"),
+    "pretrain-vision": ("routevl.backbones.pretrain_vision", "", "pretrain a small vision backbone on images alone"),
+    "derive-backbone": ("routevl.backbones.derive", "", "make a backbone of another one, such as a pruned one"),
+    "extract": ("routevl.features.extract", "", "extract one shard of visual features"),
+    "index-features": ("routevl.features.index", "", "check feature shards and index them"),
+    "probe": ("routevl.training.prepared", "", "what a method looks at before training"),
+    "train": ("routevl.training.train", "", "train one run and predict the test split"),
+    "predict": ("routevl.training.predict", "", "predict with a trained run"),
     "score": ("routevl.metrics.score", "", "score a run's predictions"),
     "vqa-score": ("routevl.metrics.vqa", "", "score a VQAv2 results file as the official evaluator does"),
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
@@ -34,7 +36,7 @@ STAGES = {
     "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),
     "crate": ("routevl.provenance.crate", "", "describe results and all their jobs as a Workflow Run RO-Crate"),
     "provenance": ("routevl.provenance.summary", "", "write a page that says what made the results"),
-    "compare": ("routevl.checkpoint", "", "say whether two trained runs are bit-equal"),
+    "compare": ("routevl.training.compare", "", "say whether two trained runs are bit-equal"),
     "startup-report": ("routevl.startup", "", "say how much of a workflow's time was start-up"),
 }
 
@@ -53,23 +55,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Run one stage. Bad input ends with one line on stderr and exit status 2."""
+    """Run one stage. Bad input, or a library that is not installed, ends with one line on stderr and exit status 2."""
+    try:
+        _run()
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "routevl":
+            raise
+        extra = "metrics" if STAGES[sys.argv[1]][0].startswith("routevl.metrics.") else "workflow"
+        _fail(f"{sys.argv[1]} needs {error.name}: pip install 'routevl[{extra}]'")
+
+
+def _run() -> None:
     parser = Parser(prog="routevl", description=__doc__, allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="stage", required=True, metavar="stage")
     chosen = sys.argv[1] if len(sys.argv) > 1 else None
-    for stage, (_, _, help) in STAGES.items():
+    module, suffix = None, ""
+    for stage, (name, end, help) in STAGES.items():
         subparser = subparsers.add_parser(stage, help=help, description=help, allow_abbrev=False)
         if stage == chosen:  # only the chosen stage's module is imported
-            module, suffix = _load(stage)
+            with importing(stage):
+                module, suffix = importlib.import_module(name), end
             getattr(module, "add_arguments" + suffix)(subparser)
     arguments = parser.parse_args()
-    module, suffix = _load(arguments.stage)
     try:
-        if getattr(arguments, "processes", 1) > 1 and not is_launched():
-            launch(arguments.processes)
-            return
-        with importing(arguments.stage):
-            getattr(module, "import_libraries", lambda: None)()
         getattr(module, "run" + suffix)(arguments)
         sys.stdout.flush()
         log_modules()
@@ -81,13 +89,6 @@ def main() -> None:
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
 
 
-def _load(stage: str) -> tuple:
-    module, suffix, _ = STAGES[stage]
-    return importlib.import_module(module), suffix
-
-
 def _fail(message: str) -> NoReturn:
-    message = " ".join(message.split())
-    if not leave_to_launcher(message):
-        print("routevl: error: " + message, file=sys.stderr)
+    print("routevl: error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

@@ -15,6 +15,7 @@ Shapes: B examples, L_t text positions, L_v visual tokens, r the rank. dtypes: t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from routevl.errors import RoutevlError
@@ -55,8 +56,37 @@ def expand(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
     return x_t.sum(dim=-1, keepdim=True) * mean_visual_token(x_v, mask)
 
 
-# name -> function; `none` (plain LoRA or Adapter, the baseline) reads no visual features and so has no function
-ROUTING: dict[str, RoutingFunction | None] = {"none": None, "mul": mul, "add": add, "attn": attn, "expand": expand}
+@dataclass(frozen=True)
+class Routing:
+    """A routing function and how documents and figures show it.
+
+    Attributes:
+        function: None reads no visual features: plain LoRA or Adapter, the baseline.
+        formula, note: in matplotlib's mathtext.
+        shade: how much white (above 0) or black (below 0) is mixed into the colour of its method's family, from -1 to 1.
+    """
+
+    function: RoutingFunction | None
+    label: str
+    formula: str
+    note: str
+    marker: str
+    hatch: str
+    line: str
+    shade: float
+
+
+# name -> row; their order is the order of tables, legends and bars
+ROUTING: dict[str, Routing] = {
+    "none": Routing(None, "no routing", r"$x_t$", "plain LoRA or Adapter", "s", "", "-", 0.62),
+    "mul": Routing(mul, "mul", r"$x_t \circ x^{\prime}_v$", r"$x^{\prime}_v$: repeated over text", "o", "////", "--", 0.0),
+    "add": Routing(add, "add", r"$x_t + x^{\prime}_v$", r"$x^{\prime}_v$: repeated over text", "^", "....", "-.", 0.34),
+    "attn": Routing(attn, "attn", r"$x_t\,(x_v)^{\top} x_v$", "linear, no softmax", "D", "", "-", -0.28),
+    "expand": Routing(
+        expand, "expand", r"$x_t\, x^{\prime\prime}_v$", r"$x^{\prime\prime}_v$: $r$ copies, $r \times r$",
+        "v", "\\\\\\\\", ":", -0.52,
+    ),
+}  # fmt: skip
 
 
 def routing_function(name: str) -> RoutingFunction | None:
@@ -67,4 +97,4 @@ def routing_function(name: str) -> RoutingFunction | None:
     """
     if name not in ROUTING:
         raise RoutevlError(f"routing {name!r} is not a routing function: choose one of {', '.join(ROUTING)}")
-    return ROUTING[name]
+    return ROUTING[name].function

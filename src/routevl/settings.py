@@ -3,89 +3,112 @@
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from routevl.errors import RoutevlError
+from routevl.methods.base import Method
+from routevl.methods.table import METHODS, new_method
+from routevl.options import as_record, check_value, describe, option, read, read_words
+from routevl.tasks.table import TASKS
 
-YES_NO = {"yes": True, "no": False}
+VISUAL_TOKENS = ("pooled", "patches")
+CONTROLS = ("none", "noise", "ones", "shuffled")
+COLUMNS = ("task", "method", "epochs", "prefix", "visual_tokens")  # settings that are columns of the run sheet
 
 
-def _setting(help: str, **options: Any) -> Any:
-    return field(metadata={"help": help, **options})
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    task: str = option("what is learned", choices=TASKS)
+    method: str = option("fine-tuning method (`routevl methods` lists them)", choices=METHODS)
+    prefix: bool = option("whether the visual tokens also stand before the text")
+    visual_tokens: str = option("which stored features are used", choices=VISUAL_TOKENS)
+    control: str = option(
+        "what stands in for the image: `none` (the image itself), `noise`, `ones`, or `shuffled`, another image's features",
+        "none", choices=CONTROLS,
+    )  # fmt: skip
+    freeze_layer_norm: bool = option("keep the text model's layer norms frozen; else they are trained beside the method")
+    epochs: int = option("passes over the training split", least=1)
+    batch_size: int = option("examples per optimiser step, over all processes", least=1)
+    prediction_batch_size: int = option("examples per batch in validation and prediction, in each process", least=1)
+    learning_rate: float = option("peak learning rate of AdamW; it then falls linearly to zero", above=0)
+    warmup: float = option("linear warm-up: a fraction of all steps when below 1, else a number of steps", least=0)
+    weight_decay: float = option("AdamW's weight decay", least=0)
+    max_text_tokens: int = option("longer texts are cut here, special tokens included", least=3)
+    beams: int = option("beams of the caption search", least=1)
+    max_new_tokens: int = option("longest generated caption, in tokens", least=1)
+    precision: str = option("`float32`, or `bfloat16` autocast", choices=("float32", "bfloat16"))
+    gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory")
+    seed: int = option("seed of initialisation, data order and dropout", least=0, below=2**32)
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """One run of the run sheet, together with its task's settings from the configuration file. All are required."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(_Settings):
+    """One run of the run sheet with all its settings. `options` are the method's, typed, but for those that it fixes."""
 
-    task: str = _setting("what is learned: vqa or caption", choices=("vqa", "caption"))
-    method: str = _setting("PEFT method, a row of routevl.methods.METHODS: lora or adapter")
-    routing: str = _setting("routing function, a row of routevl.routing.ROUTING: none, mul, add, attn or expand")
-    rank: int = _setting("rank r of the bottleneck")
-    alpha: float = _setting("LoRA's scaling is alpha / rank; adapters have none")
-    prefix: bool = _setting("put the visual tokens before the text: yes or no")
-    visual_tokens: str = _setting("which stored features are routed: pooled or patches", choices=("pooled", "patches"))
-    visual_scale: str = _setting("parameter-free scaling of the routed features: none, tanh or layer_norm")
-    freeze_layer_norm: bool = _setting("keep the text model's layer norms frozen: yes or no")
-    epochs: int = _setting("passes over the training split")
-    batch_size: int = _setting("examples per optimiser step, over all processes")
-    prediction_batch_size: int = _setting("examples per batch in validation and prediction, in each process")
-    learning_rate: float = _setting("peak learning rate of AdamW")
-    warmup: float = _setting("linear warm-up: a fraction of all steps when below 1, else a number of steps")
-    weight_decay: float = _setting("AdamW's weight decay")
-    max_text_tokens: int = _setting("longer texts are cut here (special tokens included)")
-    beams: int = _setting("beams of the beam search (captions)")
-    max_new_tokens: int = _setting("longest generated caption, in tokens")
-    precision: str = _setting("float32, or bfloat16 autocast", choices=("float32", "bfloat16"))
-    gradient_checkpointing: bool = _setting("recompute activations in the backward pass to save memory: yes or no")
-    seed: int = _setting("seed of initialisation, data order and dropout")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the method, as key=value"})
 
-    def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "batch_size", "prediction_batch_size", "beams", "max_new_tokens"):
-            if getattr(self, name) <= 0:
-                raise RoutevlError(f"{name} must be a positive integer, not {getattr(self, name)}")
-        if self.max_text_tokens < 3:  # two of them are special
-            raise RoutevlError(f"max_text_tokens must be 3 or more, not {self.max_text_tokens}")
-        for name in ("alpha", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise RoutevlError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RoutevlError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise RoutevlError(f"seed must be 0 or more and below 2**32, not {self.seed}")
+    def new_method(self) -> Method:
+        """The run's method with its options."""
+        return new_method(self.method, self.options, "options")
 
     def warmup_steps(self, total_steps: int) -> int:
         """How many of the optimiser's `total_steps` are warm-up."""
         return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as a JSON object, in the order of the fields."""
-        return asdict(self)
+        """The settings as a JSON object."""
+        return as_record(self)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], source: str) -> RunSettings:
-        """The settings from a JSON object read from `source`; missing or unknown keys are a RoutevlError."""
-        names = {f.name for f in fields(cls)}
-        if unknown := sorted(set(record) ^ names):
-            raise RoutevlError(f"{source}: settings lack or do not know {', '.join(unknown)}")
-        return cls(**record)
+    def read(cls, values: Mapping[str, Any], options: Mapping[str, Any], where: str) -> RunSettings:
+        """The settings from values by name and the method's options, typed or as text.
+
+        Raises:
+            RoutevlError: an unknown, missing or wrong setting or option; the line starts with `where`.
+        """
+        settings = read(_Settings, values, where)
+        typed = as_record(new_method(settings.method, options, where).options)
+        return cls(**as_record(settings), options={k: v for k, v in typed.items() if k not in METHODS[settings.method].fixed})
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], source: str) -> RunSettings:
+        """The settings from a JSON object read from `source`."""
+        values, options = {name: value for name, value in record.items() if name != "options"}, record.get("options")
+        if not isinstance(options, dict):
+            raise RoutevlError(f"{source}: settings: options is {options!r}, expected an object")
+        row = METHODS.get(str(record.get("method")))
+        own = {name: value for name, value in options.items() if row is None or name not in row.fixed}
+        return cls.read(values, own, f"{source}: settings")
+
+
+# Settings that are no columns: they stand in the configuration's `runs`, `tasks` and `methods`, or among a row's options.
+SHARED_SETTINGS = tuple(f.name for f in fields(_Settings) if f.name not in (*COLUMNS, "seed"))
+
+
+def check_setting(name: str, value: Any, where: str) -> None:
+    """Raise RoutevlError where a shared setting, typed or text, is unknown or wrong."""
+    if name not in SHARED_SETTINGS:
+        raise RoutevlError(f"{where}: no setting {name!r} (there are {', '.join(SHARED_SETTINGS)})")
+    check_value(_Settings, name, value, where)
+
+
+def shared_setting_records() -> list[dict[str, Any]]:
+    """What documents say of the shared settings (`routevl.options.describe`)."""
+    return [entry for entry in describe(_Settings) if entry["name"] in SHARED_SETTINGS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One required option per setting."""
-    types = {"int": int, "float": float, "str": str, "bool": str}
+    """One option per setting, and the method's."""
     group = parser.add_argument_group("settings of the run")
-    for f in fields(RunSettings):
-        choices = tuple(YES_NO) if f.type == "bool" else f.metadata.get("choices")
-        group.add_argument(
-            "--" + f.name.replace("_", "-"), type=types[f.type], choices=choices, help=f.metadata["help"], required=True
-        )
+    for f in fields(_Settings):
+        choices = f.metadata["choices"] or (("yes", "no") if f.type == "bool" else None)
+        group.add_argument("--" + f.name.replace("_", "-"), choices=choices, help=f.metadata["help"], required=True)
+    group.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the method (routevl methods)")
 
 
 def from_arguments(arguments: argparse.Namespace) -> RunSettings:
     """The settings that `add_arguments`' options gave."""
-    values = {f.name: getattr(arguments, f.name) for f in fields(RunSettings)}
-    return RunSettings(**{name: YES_NO.get(v, v) if isinstance(v, str) else v for name, v in values.items()})
+    values = {f.name: getattr(arguments, f.name) for f in fields(_Settings)}
+    return RunSettings.read(values, read_words(arguments.options, "--options"), "settings")

@@ -65,25 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the share of the wall time that start-up and imports took, per stage and in all."""
+    stages: dict[str, list[float]] = {}
     try:
-        log = Path(arguments.log).read_text(encoding="utf-8")
-        lines = [(line["stage"], line["seconds"]) for line in map(json.loads, log.splitlines())]
-    except FileNotFoundError:
-        raise RoutevlError(f"{arguments.log}: no start-up was logged") from None
+        for line in map(json.loads, Path(arguments.log).read_text(encoding="utf-8").splitlines()):
+            stages.setdefault(line["stage"], []).append(line["seconds"])
     except (ValueError, KeyError, TypeError):
         raise RoutevlError(f"{arguments.log}: not a log of start-ups") from None
-    if not lines:
+    if not stages:
         raise RoutevlError(f"{arguments.log}: no start-up was logged")
     if arguments.wall_seconds <= 0 or arguments.cores <= 0:
         raise RoutevlError("--wall-seconds and --cores must be positive")
-    stages: dict[str, list[float]] = {}
-    for stage, seconds in lines:
-        stages.setdefault(stage, []).append(seconds)
     for stage, seconds in sorted(stages.items(), key=lambda item: -sum(item[1])):
         print(f"{stage:20s} {len(seconds):4d} processes, {sum(seconds):7.1f} s")
-    total = sum(map(sum, stages.values()))
-    share = total / arguments.cores / arguments.wall_seconds
+    total, processes = sum(map(sum, stages.values())), sum(map(len, stages.values()))
+    share = 100 * total / arguments.cores / arguments.wall_seconds
     print(
-        f"start-up and imports: {total:.1f} s in {len(lines)} processes over {arguments.cores} cores, "
-        f"{100 * share:.1f}% of {arguments.wall_seconds:.0f} s wall time"
+        f"start-up and imports: {total:.1f} s in {processes} processes over {arguments.cores} cores, "
+        f"{share:.1f}% of {arguments.wall_seconds:.0f} s wall time"
     )

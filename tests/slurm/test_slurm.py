@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from tiny_project import BIN, PROJECT, environment, make_project
+from tiny_project import BIN, PROJECT, environment, make_project, row
 
 EXPERIMENTS = [
-    "none vqa roberta vit lora none 2 2 2 yes pooled 1 T1",
-    "mul vqa roberta vit lora mul 2 2 2 yes pooled 1,2 T1",
+    row("none", "vqa", epochs="2", feeds="T1"),
+    row("mul", "vqa", "routing=mul", versus="none", epochs="2", seeds="1,2", feeds="T1"),
 ]
 CANCELLED, OUT_OF_TIME, OUT_OF_MEMORY = RUNS = ["none_seed1", "mul_seed1", "mul_seed2"]
 SNAKEMAKE = str(BIN / "snakemake")
@@ -152,7 +152,7 @@ def take_long(process: psutil.Process) -> None:
 
 def assert_resumed(project: Path, run: str) -> None:
     log = (project / "results/logs/train" / f"{run}.log").read_text()
-    assert re.search(r"going on from step [1-9]", log), log
+    assert re.search(r"resuming from step [1-9]", log), log
 
 
 def assert_same_run(first: Path, second: Path, run: str) -> None:

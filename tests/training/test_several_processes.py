@@ -13,27 +13,34 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SmallWorld, command_line
 from runs import STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start
+from torch import nn
 
-from routevl import launch as launcher
-from routevl import training
-from routevl.checkpoint import load_checkpoint
+from routevl import cli
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
+from routevl.training.checkpoint import load_checkpoint
+from routevl.training.distributed import average
+from routevl.training.order import training_batches
+from routevl.training.signals import EXIT_STOPPED
 
 PROCESSES = 3  # sums of three depend on their order
 
 
-def start_processes(run: Run, count: int = PROCESSES, words: list[str] | None = None, **sabotages: Any) -> list[Any]:
+def start_processes(
+    run: Run, count: int = PROCESSES, words: list[str] | None = None, work: Callable[[], None] = cli.main, **sabotages: Any
+) -> list[Any]:
     """`routevl train`, or the command line `words`, in `count` processes that belong together, without a launcher.
 
-    `sabotages` are called in single processes before, by their names: process_0, process_1, ...
+    `work` is done in place of the command line. `sabotages` are called in single processes before, by their names: process_0,
+    process_1, ...
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -50,7 +57,7 @@ def start_processes(run: Run, count: int = PROCESSES, words: list[str] | None = 
 
         return become
 
-    return [start(run, become(rank), words) for rank in range(count)]
+    return [start(run, become(rank), words, work) for rank in range(count)]
 
 
 def exit_statuses(processes: list[multiprocessing.Process]) -> list[int]:
@@ -120,9 +127,33 @@ def test_every_trainable_parameter_gets_a_gradient(
     small_world: SmallWorld, tmp_path: Path, task: str, method: str, routing: str
 ) -> None:
     """What processes average."""
-    trainer = new_run(small_world, tmp_path, task, method=method, routing=routing).trainer()
-    trainer.model(**next(iter(trainer._loader(0, 0))))["loss"].backward()
-    assert all(parameter.grad is not None for parameter in trainer.parameters)
+    trainer = new_run(small_world, tmp_path, task, method=method, options={"routing": routing}).trainer()
+    batches = training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0)
+    trainer.model(**next(iter(batches)))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in trainer.optimisation.parameters)
+
+
+def test_gradients_that_some_process_lacks_count_as_zero_there_and_those_that_all_lack_stay_away(tmp_path: Path) -> None:
+    """The processes have one and two examples, and the third has none, so that it does not count."""
+
+    def average_three_parameters() -> None:
+        accelerator = Accelerator(cpu=True)
+        rank = accelerator.process_index
+        everywhere, in_the_second, nowhere = parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+        everywhere.grad = torch.full((2, 2), [1.0, 4.0, 100.0][rank])
+        if rank == 1:
+            in_the_second.grad = torch.full((2, 2), 6.0)
+        losses = {"loss": torch.tensor(float(rank)), "extra": torch.tensor(3.0)}
+        losses = average(accelerator, parameters, losses, torch.tensor([1, 2, 1][rank]), examples=2)
+        gradients = [None if p.grad is None else p.grad.unique().tolist() for p in parameters]
+        found = {"gradients": gradients, "losses": {name: loss.item() for name, loss in losses.items()}}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+
+    assert exit_statuses(start_processes(Run(tmp_path, {}), words=[], work=average_three_parameters)) == [0] * PROCESSES
+    for rank in range(PROCESSES):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["gradients"] == [[pytest.approx(3.0)], [pytest.approx(4.0)], None]
+        assert found["losses"] == pytest.approx({"loss": 2 / 3, "extra": 3.0})
 
 
 # ---------------------------------------------------------------------------------------- interrupted and resumed
@@ -136,7 +167,7 @@ def test_stop_signal_to_one_process_stops_all(
     epoch = STEPS[task] // 2
     call = {"training": 3, "validation": epoch + 1}[stage]
     stop = signal_at_call(VisionLanguageModel, "text_inputs", call, signal.SIGTERM)
-    assert exit_statuses(start_processes(run, process_1=stop)) == [training.EXIT_STOPPED] * PROCESSES
+    assert exit_statuses(start_processes(run, process_1=stop)) == [EXIT_STOPPED] * PROCESSES
     assert "Traceback" not in (run.root / "log").read_text()
     assert load_checkpoint(run.checkpoint)[1]["step"] == min(call, epoch)
     assert_same_outcome(baseline, finish(run))
@@ -149,7 +180,7 @@ def test_stop_signal_in_prediction_leaves_the_checkpoint(
     run = new_run(small_world, tmp_path, task)
     stop = signal_at_call(type(run.trainer().task), "predict", 1, signal.SIGTERM)
     statuses = exit_statuses(start_processes(run, process_1=stop))
-    assert statuses[1] == training.EXIT_STOPPED
+    assert statuses[1] == EXIT_STOPPED
     assert all(statuses)
     assert not run.predictions.exists()
     assert_same_outcome(baseline, finish(run))
@@ -179,26 +210,28 @@ def test_divergence_ends_all_processes(small_world: SmallWorld, tmp_path: Path, 
     assert not run.model.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- the launcher
+# ----------------------------------------------------------------------------------------------- started by torchrun
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RoutevlError, match="--processes 3: each needs a GPU of its own, but there are 2"):
-        launcher.launch(3)
-
-
-def test_no_process_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_more_processes_than_gpus_are_refused(small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(small_world, tmp_path, "vqa")
-    with pytest.raises(RoutevlError, match="--processes 0: expected 1 or more"):
-        Run(run.root, run.options | {"processes": 0}).train()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RoutevlError, match="3 processes: each needs a GPU of its own, but there are 2"):
+        run.train()
+    assert list(tmp_path.iterdir()) == []
 
 
-def launch(run: Run, log: IO[str], **changes: Any) -> subprocess.Popen:
-    """`routevl train --processes 2`, as a user runs it."""
-    argv = Run(run.root, {**run.options, "processes": 2, **changes}).argv
-    command = [sys.executable, "-c", "from routevl.cli import main; main()", "train", *argv]
-    return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+def launch(run: Run, log: Path, **changes: Any) -> subprocess.Popen:
+    """`routevl train` in two processes, started as the workflow starts them; what all of them say goes to the file `log`."""
+    rules = (Path(__file__).parents[2] / "workflow/rules/common.smk").read_text()
+    names: dict[str, Any] = {"config": {"training": {"gpus": 2}}}
+    exec(rules[rules.index("\nPROCESSES =") :].partition("\n\n")[0], names)
+    command = [*names["LAUNCH"].split(), "train", *run.changed(**changes).argv]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "w") as file:
+        return subprocess.Popen(command, env=os.environ | {"PATH": path}, stdout=file, stderr=file)
 
 
 def launched_process(parent: subprocess.Popen, rank: int) -> psutil.Process:
@@ -210,48 +243,46 @@ def launched_process(parent: subprocess.Popen, rank: int) -> psutil.Process:
 def test_launched_processes_are_killed_told_to_stop_and_finished(small_world: SmallWorld, tmp_path: Path) -> None:
     baseline = finish(new_run(small_world, tmp_path / "baseline", "vqa"), 2)
     run = new_run(small_world, tmp_path / "launched", "vqa", workers=1, checkpoint_every=1)
-    run.root.mkdir()
+    log = run.root / "log"
 
-    def start_and_wait_for_checkpoint(log: IO[str]) -> subprocess.Popen:
+    def launch_and_wait_for_checkpoint() -> subprocess.Popen:
         before = run.checkpoint.stat().st_mtime_ns if run.checkpoint.exists() else 0
         parent = launch(run, log)
         while parent.poll() is None and not (run.checkpoint.exists() and run.checkpoint.stat().st_mtime_ns > before):
             time.sleep(0.002)
         return parent
 
-    with open(run.root / "killed", "w+") as log:
-        parent = start_and_wait_for_checkpoint(log)
+    def kill_one(parent: subprocess.Popen) -> None:
         launched_process(parent, 1).kill()
-        assert parent.wait(60) == 128 + signal.SIGKILL
-        log.seek(0)
-        text = log.read()
-        assert text.splitlines()[-1] == "routevl: error: process 2 of 2 was ended by SIGKILL"
-        assert "Traceback" not in text
-    with open(run.root / "stopped", "w+") as log:
-        parent = start_and_wait_for_checkpoint(log)
-        told = time.monotonic()
+
+    def terminate_all(parent: subprocess.Popen) -> None:  # as SLURM does
         for process in [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]:
-            process.terminate()  # as SLURM does
-        assert parent.wait(60) == training.EXIT_STOPPED
-        assert time.monotonic() - told < 10
-        log.seek(0)
-        text = log.read()
-        assert text.count("told to stop, checkpoint at step") == 1
-        assert "Traceback" not in text
-    assert not run.model.exists()
-    with open(run.root / "finished", "w+") as log:
-        assert launch(run, log).wait(120) == 0
-        log.seek(0)
-        assert log.read().count("going on from step") == 1
+            process.terminate()
+
+    def signal_the_launcher(parent: subprocess.Popen) -> None:  # as SLURM does before the time is over
+        parent.send_signal(signal.SIGUSR1)
+
+    for end in (kill_one, terminate_all, signal_the_launcher):
+        parent = launch_and_wait_for_checkpoint()
+        told = time.monotonic()
+        end(parent)
+        assert parent.wait(60) != 0
+        text = log.read_text()
+        if end is kill_one:
+            assert "SIGKILL" in text
+        else:
+            assert time.monotonic() - told < 15
+            assert text.count("told to stop, checkpoint at step") == 1
+        assert not run.model.exists()
+    assert launch(run, log).wait(120) == 0
+    assert log.read_text().count("resuming from step") == 1
     assert_same_outcome(baseline, run)
 
 
 @pytest.mark.slow
-def test_launched_processes_report_bad_input_once(small_world: SmallWorld, tmp_path: Path) -> None:
-    with open(tmp_path / "log", "w+") as log:
-        assert launch(new_run(small_world, tmp_path, "vqa"), log, data=tmp_path / "nowhere").wait(120) == 2
-        log.seek(0)
-        (line,) = log.read().splitlines()
-    assert line.startswith("routevl: error: ")
+def test_launched_processes_report_bad_input(small_world: SmallWorld, tmp_path: Path) -> None:
+    run, log = new_run(small_world, tmp_path / "run", "vqa"), tmp_path / "log"
+    assert launch(run, log, data=tmp_path / "nowhere").wait(120) != 0
+    [line] = [line for line in log.read_text().splitlines() if "routevl: error: " in line]
     assert "nowhere" in line
-    assert not (tmp_path / "model").exists()
+    assert not run.model.exists()

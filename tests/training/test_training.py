@@ -18,12 +18,16 @@ import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
 from runs import EPOCHS, STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start, wait_for
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from routevl import cli, training
-from routevl.checkpoint import trainable_tensors
+from routevl import cli
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
+from routevl.training.checkpoint import load_checkpoint
+from routevl.training.predict import write_predictions
+from routevl.training.signals import EXIT_STOPPED
+from routevl.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -55,7 +59,7 @@ def test_run_interrupted_again_and_again_ends_in_the_same_bits(
     randomness = random.Random(f"{task} {workers} {number}")
     moments = [(VisionLanguageModel, "text_inputs", randomness.randint(4, 9)) for _ in range(4)] + [(os, "replace", 2)]
     randomness.shuffle(moments)
-    expected = -number if number == signal.SIGKILL else training.EXIT_STOPPED
+    expected = -number if number == signal.SIGKILL else EXIT_STOPPED
     interruptions = 0
     while (status := exit_status(start(run, signal_at_call(*moments[interruptions], number)))) != 0:
         assert status == expected
@@ -96,7 +100,7 @@ def test_run_stopped_after_every_step_ends_in_the_same_bits(
     for step in range(1, STEPS[task] + 1):
         with pytest.raises(SystemExit) as stopped:
             stop_at_first_step(run)
-        assert stopped.value.code == training.EXIT_STOPPED
+        assert stopped.value.code == EXIT_STOPPED
         assert json_of_checkpoint(run)["step"] == step
     assert_same_outcome(baseline, run.train())
 
@@ -108,15 +112,13 @@ def stop_at_first_step(run: Run) -> None:
 
     def step_and_stop(*arguments: Any) -> None:
         step(*arguments)
-        trainer.stop_signal = signal.SIGTERM
+        trainer.stop.number = signal.SIGTERM
 
     trainer._train_step = step_and_stop
     trainer.fit()
 
 
 def json_of_checkpoint(run: Run) -> dict[str, Any]:
-    from routevl.checkpoint import load_checkpoint
-
     return load_checkpoint(run.checkpoint)[1]
 
 
@@ -127,21 +129,21 @@ def test_stop_signal_to_the_whole_process_group_leaves_a_checkpoint(
     """A cluster's scheduler signals the loader's workers too; they must not die before the checkpoint is written."""
 
     def sabotage() -> None:
-        step = training.Trainer._train_step
+        step = Trainer._train_step
 
-        def wait_then_step(trainer: training.Trainer, epoch: int, batch: Any) -> None:
+        def wait_then_step(trainer: Trainer, epoch: int, batch: Any) -> None:
             if trainer.step == 4:
                 (run.root / "waiting").touch()
                 time.sleep(1)
             step(trainer, epoch, batch)
 
-        training.Trainer._train_step = wait_then_step
+        Trainer._train_step = wait_then_step
 
     run = new_run(small_world, tmp_path, "vqa", workers=2)
     process = start(run, sabotage)
     wait_for(run.root / "waiting")
     os.killpg(process.pid, number)
-    assert exit_status(process) == training.EXIT_STOPPED
+    assert exit_status(process) == EXIT_STOPPED
     assert json_of_checkpoint(run)["step"] == 5
     assert "Traceback" not in (run.root / "log").read_text()
     assert exit_status(start(run)) == 0
@@ -168,7 +170,7 @@ def test_stop_signal_is_obeyed_at_once_in_long_stages(
         VisionLanguageModel.text_inputs = slow_text_inputs
 
     run = new_run(small_world, tmp_path, task)
-    assert exit_status(start(run, sabotage)) == training.EXIT_STOPPED
+    assert exit_status(start(run, sabotage)) == EXIT_STOPPED
     assert not run.predictions.exists()
     assert not leftovers(run)
     assert "Traceback" not in (run.root / "log").read_text()
@@ -189,7 +191,7 @@ def test_command_line_is_killed_told_to_stop_and_finished(
         command = [sys.executable, "-c", "from routevl.cli import main; main()", "train", *run.argv]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, training.EXIT_STOPPED)):
+    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, EXIT_STOPPED)):
         process = routevl()
         before = run.checkpoint.stat().st_mtime_ns if run.checkpoint.exists() else 0
         while process.poll() is None and not (run.checkpoint.exists() and run.checkpoint.stat().st_mtime_ns > before):
@@ -203,7 +205,7 @@ def test_command_line_is_killed_told_to_stop_and_finished(
     process = routevl()
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 0, errors
-    assert "going on from step" in errors
+    assert "resuming from step" in errors
     assert_same_outcome(baselines["vqa"], run)
 
 
@@ -225,7 +227,7 @@ def test_repetition_gives_the_same_bits(
     assert_same_outcome(baseline, new_run(small_world, tmp_path, task, **changes).train())
 
 
-@pytest.mark.parametrize("changes", [{"seed": 6}, {"routing": "add"}, {"learning_rate": 0.021}], ids=str)
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"options": {"routing": "add"}}, {"learning_rate": 0.021}], ids=str)
 def test_other_settings_give_other_bits(
     small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str, changes: dict[str, Any]
 ) -> None:
@@ -282,16 +284,16 @@ def test_model_folder_holds_the_best_epoch_and_last_the_last(
     """By the task's own metric, and also when the run was stopped between the best epoch and the last."""
     metric, more_is_better = {"vqa": ("val_accuracy", True), "caption": ("val_loss", False)}[task]
     quality = {epoch: 50.0 + (10 if epoch == best else -epoch) for epoch in (1, 2, 3)}
-    run = new_run(small_world, tmp_path, task, epochs=3, routing="attn")
+    run = new_run(small_world, tmp_path, task, epochs=3, options={"routing": "attn"})
     weights: dict[int, dict[str, torch.Tensor]] = {}
 
-    def pretend(trainer: training.Trainer) -> dict[str, float]:
+    def pretend(trainer: Trainer) -> dict[str, float]:
         epoch = trainer.step // trainer.batches_per_epoch
-        weights[epoch] = {name: tensor.clone() for name, tensor in trainable_tensors(trainer.model).items()}
+        weights[epoch] = {name: tensor.clone() for name, tensor in trainer.task.model.tensors().items()}
         value = quality[epoch] if more_is_better else 100 - quality[epoch]
         return {"val_loss": 1.0, metric: value}
 
-    monkeypatch.setattr(training.Trainer, "_validate", pretend)
+    monkeypatch.setattr(Trainer, "_validate", pretend)
     for _ in range(STEPS[task] // EPOCHS * 2 + 2):
         with pytest.raises(SystemExit):
             stop_at_first_step(run)
@@ -300,7 +302,7 @@ def test_model_folder_holds_the_best_epoch_and_last_the_last(
     assert json.loads((run.model / "run.json").read_text())["best_epoch"]["epoch"] == best
     for folder, epoch in ((run.model, best), (run.model / "last", 3)):
         task_object.model.load(folder)
-        loaded = trainable_tensors(task_object.model)
+        loaded = task_object.model.tensors()
         assert loaded.keys() == weights[epoch].keys()
         assert all(torch.equal(loaded[name], weights[epoch][name]) for name in loaded)
 
@@ -314,7 +316,7 @@ def test_counts_are_the_models_own_and_equal_for_all_routing_functions(
 ) -> None:
     counts = []
     for routing in ("none", "mul", "add", "attn", "expand"):
-        model = new_run(small_world, tmp_path, task, method=method, routing=routing).trainer().task.model
+        model = new_run(small_world, tmp_path, task, method=method, options={"routing": routing}).trainer().task.model
         counts.append(model.trainable_params_by_part())
         assert sum(counts[-1].values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert all(count == counts[0] for count in counts)
@@ -332,7 +334,7 @@ def test_run_json_counts_the_parameters(baseline: Run, task: str) -> None:
     saved = load_file(baseline.model / "adapter_model.safetensors") | load_file(baseline.model / "task.safetensors")
     assert record["trainable_params"] == sum(tensor.numel() for tensor in saved.values())
     bottleneck = 2 * 2 * (16 + 16) * 2  # layers * (query and value) * (A and B) * rank
-    assert record["trainable_params_by_part"]["bottleneck"] == bottleneck
+    assert record["trainable_params_by_part"]["method"] == bottleneck
 
 
 # ------------------------------------------------------------------------------------------ what the model sees
@@ -345,11 +347,11 @@ def test_run_json_counts_the_parameters(baseline: Run, task: str) -> None:
 def test_only_the_blind_model_ignores_the_image(
     small_world: SmallWorld, tmp_path: Path, task: str, routing: str, prefix: str, sees: bool, width: int
 ) -> None:
-    run = new_run(small_world, tmp_path, task, routing=routing, prefix=prefix, width=width)
+    run = new_run(small_world, tmp_path, task, options={"routing": routing}, prefix=prefix, width=width)
     trainer = run.trainer()
     batch = first_batch(trainer.task)
     model = randomised(trainer.task.model)
-    permuted = {**batch, "visual_features": batch["visual_features"].roll(3, 0)}
+    permuted = {**batch, "image": batch["image"].roll(3, 0)}
     outputs = [losses_of(model, chosen) for chosen in (batch, permuted)]
     assert torch.equal(*outputs) != sees
     if sees:
@@ -360,16 +362,16 @@ def test_blind_runs_predictions_do_not_depend_on_the_features(small_world: Small
     """All images of the test split swapped: a blind run's predictions stay, a routed one's do not."""
     changed = {}
     for routing, prefix in (("none", "no"), ("attn", "yes")):
-        run = new_run(small_world, tmp_path / routing, task, routing=routing, prefix=prefix, visual_tokens="patches")
+        run = new_run(small_world, tmp_path / routing, task, options={"routing": routing}, prefix=prefix, visual_tokens="patches")
         trainer = run.trainer()
         randomised(trainer.task.model)
         predictions = []
         for name in ("as they are", "reversed"):
             if name == "reversed":
-                original = trainer.task.features.features
-                trainer.task.features.features = lambda ids, original=original: -10 * original(ids)
+                original = trainer.task.visual.of
+                trainer.task.visual.of = lambda ids, original=original: -10 * original(ids)
             folder = tmp_path / routing / name
-            training.write_predictions(trainer.task, trainer.accelerator, folder, trainer.to_predict, 0)
+            write_predictions(trainer.task, trainer.accelerator, folder, trainer.to_predict, 0)
             predictions.append((folder / "results.json").read_bytes())
         changed[routing] = predictions[0] != predictions[1]
     assert changed == {"none": False, "attn": True}
@@ -385,7 +387,7 @@ def first_batch(task: Any, split: str = "train", size: int = 7) -> dict[str, tor
 def randomised(model: VisionLanguageModel) -> VisionLanguageModel:
     """The model with trainable tensors moved far from where they start, where some bottlenecks do nothing."""
     generator = torch.Generator().manual_seed(0)
-    for tensor in trainable_tensors(model).values():
+    for tensor in model.tensors().values():
         tensor += 0.5 * torch.randn(tensor.shape, generator=generator)
     return model.eval()
 
@@ -415,7 +417,7 @@ def test_caption_loss_is_over_the_first_token_and_eos_but_no_padding(
             ids = batch["input_ids"][row : row + 1, :length]
             assert ids[0, 0] == task.bos
             assert ids[0, -1] == task.tokenizer.eos_token_id
-            inputs = model.text_inputs(ids, torch.ones_like(ids), batch["visual_features"][row : row + 1])
+            inputs = model.text_inputs(ids, torch.ones_like(ids), batch["image"][row : row + 1])
             log_probabilities = model.text_model(**inputs).logits[0, -length:].log_softmax(-1)
             expected.append(-sum(log_probabilities[place - 1, ids[0, place]] for place in range(1, length)))
     assert output["tokens"].tolist() == [length - 1 for length in lengths.tolist()]
@@ -443,7 +445,7 @@ def test_vqa_loss_is_binary_cross_entropy_on_soft_scores(small_world: SmallWorld
 def test_an_examples_outcome_does_not_depend_on_its_batch(
     small_world: SmallWorld, tmp_path: Path, task: str, routing: str, method: str
 ) -> None:
-    run = new_run(small_world, tmp_path, task, routing=routing, method=method, visual_tokens="patches")
+    run = new_run(small_world, tmp_path, task, method=method, options={"routing": routing}, visual_tokens="patches")
     task_object = run.trainer().task
     model = randomised(task_object.model)
     examples = list(task_object.examples("train"))[::6]
@@ -455,7 +457,7 @@ def test_an_examples_outcome_does_not_depend_on_its_batch(
 @pytest.mark.parametrize("beams", [1, 5])
 def test_a_caption_does_not_depend_on_its_batch(small_world: SmallWorld, tmp_path: Path, beams: int) -> None:
     """Beam search included: every beam sees the image of its own example."""
-    run = new_run(small_world, tmp_path, "caption", beams=beams, visual_tokens="patches", routing="attn")
+    run = new_run(small_world, tmp_path, "caption", beams=beams, visual_tokens="patches", options={"routing": "attn"})
     task = run.trainer().task
     model = randomised(task.model)
     items = list(task.to_predict("train"))
@@ -503,7 +505,7 @@ def test_adapter_folder_loads_with_plain_peft_on_the_unmodified_text_model(basel
     task_object.model.load(baseline.model / folder)
     model = task_object.model.eval()
     batch = first_batch(task_object)
-    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["visual_features"])
+    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
     with torch.no_grad():
         ours, theirs = model.text_model(**inputs)[0], plain(**inputs)[0]
     assert torch.equal(ours, theirs)
@@ -526,10 +528,10 @@ def unfinished(small_world: SmallWorld, tmp_path: Path) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("learning_rate", 0.5), ("seed", 6), ("routing", "add"), ("epochs", 3), ("prefix", "no")]
+    "name, value", [("learning_rate", 0.5), ("seed", 6), ("options", {"routing": "add"}), ("epochs", 3), ("prefix", "no")]
 )
 def test_resuming_with_other_settings_is_refused(unfinished: Run, name: str, value: Any) -> None:
-    other = Run(unfinished.root, unfinished.options | {name: value})
+    other = unfinished.changed(**{name: value})
     before = unfinished.checkpoint.read_bytes()
     with pytest.raises(RoutevlError, match=f"the unfinished run has {name} .* delete .* to start again"):
         other.train()
@@ -539,7 +541,7 @@ def test_resuming_with_other_settings_is_refused(unfinished: Run, name: str, val
 def test_resuming_on_another_backbone_is_refused(small_world: SmallWorld, unfinished: Run) -> None:
     changes = {"features": small_world.features[24], "vision_backbone": small_world.vision[24]}
     with pytest.raises(RoutevlError, match="the unfinished run has vision_backbone"):
-        Run(unfinished.root, unfinished.options | changes).train()
+        unfinished.changed(**changes).train()
 
 
 def test_resuming_on_other_data_is_refused(small_world: SmallWorld, unfinished: Run, tmp_path: Path) -> None:
@@ -547,7 +549,7 @@ def test_resuming_on_other_data_is_refused(small_world: SmallWorld, unfinished: 
     path = data / "train" / "questions.json"
     path.write_text(path.read_text().replace('"question": "', '"question": "well, '))
     with pytest.raises(RoutevlError, match="the unfinished run has data"):
-        Run(unfinished.root, unfinished.options | {"data": data}).train()
+        unfinished.changed(data=data).train()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\0" * len(data)])
@@ -559,8 +561,6 @@ def test_damaged_checkpoint_is_refused(unfinished: Run, damage: Callable[[bytes]
 
 @pytest.mark.parametrize("lacking", ["record", "tensor", "key of the record"])
 def test_incomplete_checkpoint_is_refused(unfinished: Run, lacking: str) -> None:
-    from routevl.checkpoint import load_checkpoint
-
     tensors, record = load_checkpoint(unfinished.checkpoint)
     if lacking == "tensor":
         del tensors["random/cpu"]
@@ -594,8 +594,9 @@ def test_infinite_features_are_noticed(small_world: SmallWorld, tmp_path: Path, 
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
         tensors["pooled"][0] = torch.inf
-        save_file(tensors, shard)
-    run = new_run(small_world, tmp_path, task, width=16, visual_scale="none")
+        with safe_open(shard, framework="pt") as file:
+            save_file(tensors, shard, metadata=file.metadata())
+    run = new_run(small_world, tmp_path, task, width=16, options={"visual_scale": "none"})
     with pytest.raises(RoutevlError, match="training diverged: "):
-        Run(run.root, run.options | {"features": folder}).train()
+        run.changed(features=folder).train()
     assert not run.model.exists()

@@ -21,7 +21,8 @@ import pytest
 from conftest import run_stage
 
 from routevl.data import download
-from routevl.data.download import MB, read_datasets
+from routevl.data.datasets import read_datasets
+from routevl.data.download import MB
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 
@@ -36,14 +37,12 @@ class Resource:
     """What the server does about one path.
 
     Attributes:
-        etag: how it calls this version; without one it cannot go on where it stopped.
         ranges: whether it knows the header Range.
         ends_after: of each coming answer, after how many bytes of the body the connection ends.
         stalls_after: after how many bytes of the body nothing more comes, until the server is told to go on.
     """
 
     content: bytes
-    etag: str | None = '"one"'
     ranges: bool = True
     ends_after: list[int] = field(default_factory=list)
     stalls_after: int | None = None
@@ -78,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if resource is None:
             return self.send_error(404)
         length, start = len(resource.content), 0
-        if asked and resource.ranges and self.headers["If-Range"] == resource.etag:
+        if asked and resource.ranges:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             if start >= length:
                 return self.send_error(416)
@@ -87,8 +86,6 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(length - start))
-        if resource.etag:
-            self.send_header("ETag", resource.etag)
         self.end_headers()
         self._send_body(resource, resource.content[start:])
 
@@ -178,14 +175,6 @@ def test_a_download_is_verified_and_recorded(server: Server, get: Download, path
     assert path.read_bytes() == CONTENT and visible(path.parent) == {"data.zip"}
 
 
-def test_md5(server: Server, get: Download, path: Path) -> None:
-    url = server.add("/data.zip", CONTENT)
-    assert get(url, checksum="md5:" + hashlib.md5(CONTENT).hexdigest(), bytes="")["checksum"] == "verified"
-    path.unlink()
-    with pytest.raises(RoutevlError, match="its checksum is md5:[0-9a-f]{32}, expected md5:0{32}"):
-        get(url, checksum="md5:" + "0" * 32)
-
-
 def test_an_ended_connection_is_gone_on_from(server: Server, get: Download, path: Path) -> None:
     url = server.add("/data.zip", CONTENT, ends_after=[100_000, 7])
     assert get(url)["checksum"] == "verified"
@@ -198,10 +187,9 @@ def test_a_server_that_cannot_go_on_begins_again(server: Server, get: Download, 
     assert path.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("etag", [None, 'W/"one"'])
-def test_a_file_without_a_version_is_begun_again(server: Server, get: Download, path: Path, etag: str | None) -> None:
-    """A weak ETag does not promise the same bytes."""
-    get(server.add("/data.zip", CONTENT, etag=etag, ends_after=[100_000]))
+def test_a_file_without_a_checksum_is_begun_again(server: Server, get: Download, path: Path) -> None:
+    """Nothing else could tell that two parts are of the same file."""
+    get(server.add("/data.zip", CONTENT, ends_after=[100_000]), checksum="", bytes="")
     assert path.read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == [None, None]
 
@@ -234,46 +222,23 @@ def test_a_server_that_never_gets_further_is_given_up(server: Server, get: Downl
     assert len(server.requests) == 2 + download.RETRIES
 
 
-@pytest.mark.parametrize("changed", [{"etag": '"two"'}, {"etag": '"two"', "ranges": False}])
+@pytest.mark.parametrize("ranges", [True, False])
 def test_a_file_that_changed_on_the_server_is_begun_again(
-    server: Server, get: Download, path: Path, changed: dict, monkeypatch: pytest.MonkeyPatch
+    server: Server, get: Download, path: Path, ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = server.add("/data.zip", OTHER, ends_after=[100_000, 0])
     with monkeypatch.context() as patch, pytest.raises(RoutevlError, match="the connection ended after 100000"):
         patch.setattr(download, "RETRIES", 0)
         get(url)
-    get(server.add("/data.zip", CONTENT, **changed))
+    server.requests.clear()
+    get(server.add("/data.zip", CONTENT, ranges=ranges))
     assert path.read_bytes() == CONTENT
-
-
-def test_a_server_that_ignores_the_version_is_noticed(
-    server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It answers with a part of a file that is another by its ETag: the two parts must not be mixed."""
-    url = server.add("/data.zip", OTHER, ends_after=[100_000])
-    answered = Handler._send_body
-
-    def change(handler: Handler, resource: Resource, body: bytes) -> None:
-        answered(handler, resource, body)
-        server.resources["/data.zip"] = Resource(CONTENT, etag='"one"')
-        monkeypatch.setattr(Handler, "_send_body", answered)
-        monkeypatch.setattr(Handler, "send_header", send_other_etag)
-
-    def send_other_etag(handler: Handler, name: str, value: str) -> None:
-        BaseHTTPRequestHandler.send_header(handler, name, '"two"' if name == "ETag" else value)
-
-    monkeypatch.setattr(Handler, "_send_body", change)
-    get(url)
-    assert path.read_bytes() == CONTENT
-    assert [asked for _, asked in server.requests] == [None, "bytes=100000-", None]
+    assert [asked for _, asked in server.requests] == ["bytes=100000-", None][: 1 + ranges]
 
 
 def test_a_file_that_became_shorter(server: Server, get: Download, path: Path) -> None:
     """The rest that is asked for does not exist any more (HTTP 416)."""
-    url = server.add("/data.zip", CONTENT + OTHER, ends_after=[len(CONTENT) + 5, 0, 0, 0, 0])
-    with pytest.raises(RoutevlError, match="the connection ended after"):
-        get(url, bytes="")
-    server.requests.clear()
+    path.with_name("data.zip.part").write_bytes(CONTENT + OTHER[:5])
     get(server.add("/data.zip", CONTENT))
     assert path.read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == [f"bytes={len(CONTENT) + 5}-", None]
@@ -294,7 +259,7 @@ def failing(server: Server, kind: str) -> str:
 
 
 FAILURES = {
-    "missing": "HTTP 404 Not Found",
+    "missing": "HTTP Error 404: Not Found",
     "refused": "Connection refused",
     "wrong": f"its checksum is sha256:{hashlib.sha256(OTHER).hexdigest()}, expected {SHA256}",
     "wrong length": f"the file has 18 bytes there, expected {len(CONTENT)}",
@@ -304,12 +269,12 @@ FAILURES = {
 
 @pytest.mark.parametrize("kind", FAILURES)
 def test_the_next_address_is_tried(server: Server, get: Download, path: Path, kind: str) -> None:
-    mirror = server.add("/mirror/data.zip", CONTENT, etag='"mirror"')
+    mirror = server.add("/mirror/data.zip", CONTENT)
     assert get(failing(server, kind), mirror, timeout=0.2)["url"] == mirror
     assert path.read_bytes() == CONTENT and visible(path.parent) == {"data.zip"}
 
 
-def test_a_mirror_of_the_same_version_goes_on(server: Server, get: Download, path: Path) -> None:
+def test_a_mirror_goes_on(server: Server, get: Download, path: Path) -> None:
     broken = server.add("/data.zip", CONTENT, ends_after=[100_000, 0, 0, 0, 0])
     mirror = server.add("/mirror/data.zip", CONTENT)
     assert get(broken, mirror)["url"] == mirror
@@ -367,9 +332,10 @@ def test_a_full_disk_is_noticed_first(server: Server, get: Download, path: Path,
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
-def test_wrong_timeouts(get: Download, timeout: float) -> None:
-    with pytest.raises(RoutevlError, match="--timeout: expected more than 0"):
+def test_wrong_timeouts(get: Download, timeout: float, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         get("http://127.0.0.1/data.zip", timeout=timeout)
+    assert "argument --timeout: " in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ placed by hand
@@ -407,19 +373,12 @@ def test_the_first_file_is_recorded_and_later_ones_must_agree(server: Server, ge
     with pytest.raises(RoutevlError, match=f"expected {SHA256}"):
         get(url, **unknown)
     path.unlink()
-    server.add("/data.zip", OTHER, etag='"two"')
+    server.add("/data.zip", OTHER)
     with pytest.raises(RoutevlError, match=f"expected {SHA256}") as error:
         get(url, **unknown)
     assert str(error.value).endswith(f"by hand ({SHA256})")
     server.add("/data.zip", CONTENT)
     assert get(url, **unknown)["sha256"] == digest
-
-
-def test_a_broken_record_of_the_checksum(get: Download, path: Path) -> None:
-    path.write_bytes(CONTENT)
-    path.with_name("data.zip.sha256").write_text("abc\n")
-    with pytest.raises(RoutevlError, match=r"data\.zip\.sha256: expected a line as sha256sum writes it, found 'abc"):
-        get("http://127.0.0.1/data.zip", checksum="")
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -434,22 +393,22 @@ def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([row() | {"size": "3"}], "expected the tab-separated columns dataset, file, .* found dataset, .*, size"),
-        ([{"file": "x"}], "expected the tab-separated columns"),
-        ([row(), row(file="b.zip")], "line 3 repeats the folder data"),
-        ([row(), row(folder="b")], r"line 3 repeats the file data\.zip"),
-        ([row(), {"x": "y"}], "line 3: expected 8 tab-separated values, found 1"),
-        ([row(file="../data.zip")], "line 2: file must be a file name that ends in .zip"),
-        ([row(file="data.tar.gz")], "line 2: file must be a file name that ends in .zip"),
-        ([row(folder="..")], "line 2: folder must be a folder name, found '..'"),
-        ([row(urls="")], "line 2: urls must be one or more"),
-        ([row(urls="ftp://example.org/a")], "line 2: urls must be one or more"),
-        ([row(urls="http://a/b, http://c/d")], "line 2: urls must be one or more"),
-        ([row(checksum="sha256:abc")], "line 2: checksum must be sha256:"),
-        ([row(checksum="md5:" + "A" * 32)], "line 2: checksum must be sha256:"),
-        ([row(bytes="13 GB")], "line 2: bytes must be a number of bytes or nothing, found '13 GB'"),
-        ([row(licence="")], "line 2: licence must be"),
-        ([row(terms="none")], "line 2: terms must be"),
+        ([row() | {"size": "3"}], "line 2: not a row of dataset, file, .* must not contain .'size'. properties"),
+        ([{"file": "x"}], "line 2: .* must contain .'bytes', 'checksum', .* properties"),
+        ([row(), row(file="b.zip")], "the folder data is there twice"),
+        ([row(), row(folder="b")], r"the file data\.zip is there twice"),
+        ([row(), {"x": "y"}], "line 3: .*data.file must be string"),
+        ([row(file="../data.zip")], "line 2: .*data.file must match pattern"),
+        ([row(file="data.tar.gz")], "line 2: .*data.file must match pattern"),
+        ([row(folder="..")], "line 2: .*data.folder must match pattern"),
+        ([row(urls="")], "line 2: .*data.urls must match pattern"),
+        ([row(urls="ftp://example.org/a")], "line 2: .*data.urls must match pattern"),
+        ([row(urls="http://a/b, http://c/d")], "line 2: .*data.urls must match pattern"),
+        ([row(checksum="sha256:abc")], "line 2: .*data.checksum must match pattern"),
+        ([row(checksum="md5:" + "A" * 32)], "line 2: .*data.checksum must match pattern"),
+        ([row(bytes="13 GB")], "line 2: .*data.bytes must match pattern"),
+        ([row(licence="")], "line 2: .*data.licence must match pattern"),
+        ([row(terms="none")], "line 2: .*data.terms must match pattern"),
     ],
 )
 def test_wrong_tables(tmp_path: Path, rows: list[dict[str, str]], message: str) -> None:
@@ -460,11 +419,8 @@ def test_wrong_tables(tmp_path: Path, rows: list[dict[str, str]], message: str) 
 
 
 def test_unreadable_tables(tmp_path: Path) -> None:
-    with pytest.raises(RoutevlError, match="nowhere.tsv: no such file"):
+    with pytest.raises(RoutevlError, match="nowhere.tsv: not a readable table .* No such file"):
         read_datasets(tmp_path / "nowhere.tsv")
-    (tmp_path / "empty.tsv").write_text("")
-    with pytest.raises(RoutevlError, match="found nothing"):
-        read_datasets(tmp_path / "empty.tsv")
     (tmp_path / "binary.tsv").write_bytes(b"\xff\xfe")
     with pytest.raises(RoutevlError, match="not a readable table"):
         read_datasets(tmp_path / "binary.tsv")
@@ -516,28 +472,15 @@ def test_an_archive_is_unpacked_as_a_whole(unpack: Callable[[], Path], path: Pat
     assert (output / "train2014/a.jpg").read_bytes() == CONTENT
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    ("member", "message"),
-    [
-        ("../outside", "would leave the folder"),
-        ("a/../../outside", "would leave the folder"),
-        ("/tmp/outside", "would leave the folder"),
-        ("C:/outside", "would leave the folder"),
-        ("c:outside", "would leave the folder"),
-        ("..\\outside", "would leave the folder"),
-        (link("link"), "is a link or device"),
-        ("first", "is there twice"),
-        ("./first", "is there twice"),
-    ],
-)
-def test_archives_that_leave_their_folder(unpack: Callable[[], Path], path: Path, member, message: str) -> None:
-    write_zip(path, ("first", b"1"), (member, b"../../outside"))
+@pytest.mark.parametrize("member", ["../outside", "a/../../outside", "/outside", "..\\outside", link("outside")])
+def test_nothing_is_unpacked_outside_the_folder(unpack: Callable[[], Path], path: Path, member: str | zipfile.ZipInfo) -> None:
+    write_zip(path, ("first", b"1"), (member, b"../../data.zip"))
     before = {file for file in path.parent.parent.rglob("*") if file.name != "table.tsv"}
-    with pytest.raises(RoutevlError, match=message) as error:
-        unpack()
-    assert str(path) in str(error.value)
-    assert {file for file in path.parent.parent.rglob("*") if file.name != "table.tsv"} == before
+    output = unpack()
+    unpacked = set(output.rglob("*"))
+    assert {file for file in path.parent.parent.rglob("*") if file.name != "table.tsv"} == before | unpacked | {output}
+    assert len([file for file in unpacked if file.is_file()]) == 2 and not any(file.is_symlink() for file in unpacked)
+    assert not Path("/outside").exists()
 
 
 def encrypted(content: bytes) -> bytes:
@@ -556,7 +499,7 @@ def corrupt(content: bytes) -> bytes:
         (lambda content: b"<html>moved</html>", "a damaged archive, or not a zip archive"),
         (lambda content: b"", "a damaged archive, or not a zip archive"),
         (corrupt, "a damaged archive.*Bad CRC-32 for file 'first'"),
-        (encrypted, "'first' is encrypted"),
+        (encrypted, "'first'.* is encrypted"),
     ],
 )
 def test_damaged_archives(unpack: Callable[[], Path], path: Path, spoil: Callable[[bytes], bytes], message: str) -> None:

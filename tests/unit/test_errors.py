@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import SmallWorld, command_line, run_options, run_stage
 
 from routevl import cli
@@ -97,29 +100,42 @@ def test_unknown_option_is_named(small_world: SmallWorld, tmp_path: Path, fails:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"routing": "multiply"}, "routing 'multiply' is not a routing function: choose one of none, mul, add, attn, expand"),
-        ({"method": "prefix_tuning"}, "method 'prefix_tuning' is not a method: choose one of lora, adapter"),
-        ({"visual_scale": "sigmoid"}, "visual_scale 'sigmoid' is none of none, tanh, layer_norm"),
-        ({"rank": 0}, "rank must be a positive integer, not 0"),
-        ({"rank": -4}, "rank must be a positive integer, not -4"),
-        ({"rank": "four"}, "--rank: invalid int value: 'four'"),
-        ({"rank": 2.5}, "--rank: invalid int value: '2.5'"),
-        ({"alpha": 0}, "alpha must be positive"),
-        ({"epochs": 0}, "epochs must be a positive integer"),
-        ({"batch_size": 0}, "batch_size must be a positive integer"),
-        ({"prediction_batch_size": 0}, "prediction_batch_size must be a positive integer"),
-        ({"beams": 0}, "beams must be a positive integer"),
-        ({"learning_rate": -1}, "learning_rate must be positive"),
-        ({"learning_rate": "nan"}, "learning_rate must be positive"),
-        ({"learning_rate": "inf"}, "learning_rate must be positive"),
-        ({"warmup": -1}, "warmup"),
-        ({"warmup": "nan"}, "warmup"),
-        ({"weight_decay": "nan"}, "weight_decay"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**32}, "seed"),
-        ({"max_text_tokens": 2}, "max_text_tokens"),
-        ({"max_text_tokens": 4000}, "max_text_tokens"),
-        ({"max_new_tokens": 4000}, "max_new_tokens"),
+        ({"method": "prefix"}, "--method: invalid choice: 'prefix'"),
+        (
+            {"options": {"routing": "multiply"}},
+            "settings: method lora: routing is 'multiply', expected one of none, mul, add, attn, expand",
+        ),
+        ({"options": {"visual_scale": "sigmoid"}}, "visual_scale is 'sigmoid', expected one of none, tanh, layer_norm"),
+        ({"options": {"r": 0}}, "settings: method lora: r is 0, expected 1 or more"),
+        ({"options": {"r": -4}}, "r is -4, expected 1 or more"),
+        ({"options": {"r": "four"}}, "r is 'four', expected integer"),
+        ({"options": {"r": 2.5}}, "r is '2.5', expected integer"),
+        ({"options": {"lora_alpha": 0}}, "lora_alpha is 0.0, expected more than 0"),
+        ({"options": {"lora_alpha": "nan"}}, "lora_alpha is nan, expected a finite number"),
+        ({"options": {"lora_dropout": 1}}, "lora_dropout is 1.0, expected less than 1"),
+        ({"options": {"rank": 4}}, "settings: method lora: no option 'rank' (there are r, routing, visual_scale"),
+        ({"options": {"": 4}}, "--options: '=4' is not of the form key=value"),
+        ({"options": "r"}, "--options: 'r' is not of the form key=value"),
+        ({"method": "adapter", "options": {"lora_alpha": 4}}, "method adapter: no option 'lora_alpha'"),
+        ({"method": "ia3", "options": {"r": 4}}, "method ia3: no option 'r' (there are none)"),
+        ({"method": "dora", "options": {"use_dora": "no"}}, "in the method dora, it cannot be set"),
+        ({"epochs": 0}, "settings: epochs is 0, expected 1 or more"),
+        ({"epochs": 1.5}, "epochs is '1.5', expected integer"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"prediction_batch_size": 0}, "prediction_batch_size is 0, expected 1 or more"),
+        ({"beams": 0}, "beams is 0, expected 1 or more"),
+        ({"learning_rate": -1}, "learning_rate is -1.0, expected more than 0"),
+        ({"learning_rate": "nan"}, "learning_rate is nan, expected a finite number"),
+        ({"learning_rate": "inf"}, "learning_rate is inf, expected a finite number"),
+        ({"warmup": -1}, "warmup is -1.0, expected 0 or more"),
+        ({"warmup": "nan"}, "warmup is nan, expected a finite number"),
+        ({"weight_decay": "nan"}, "weight_decay is nan, expected a finite number"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
+        ({"seed": 2**32}, "seed is 4294967296, expected less than 4294967296"),
+        ({"max_text_tokens": 2}, "max_text_tokens is 2, expected 3 or more"),
+        ({"max_text_tokens": 4000}, "max_text_tokens 4000 is too large"),
+        ({"max_new_tokens": 4000}, "max_new_tokens 4000 is too large"),
+        ({"control": "zeros"}, "--control: invalid choice: 'zeros'"),
         ({"prefix": "maybe"}, "--prefix: invalid choice: 'maybe'"),
         ({"task": "retrieval"}, "--task: invalid choice: 'retrieval'"),
         ({"visual_tokens": "regions"}, "--visual-tokens: invalid choice: 'regions'"),
@@ -205,8 +221,9 @@ def test_damaged_feature_shard(train_fails: Fails, small_world: SmallWorld, tmp_
 
 
 def test_text_backbone_of_the_wrong_kind(train_fails: Fails, small_world: SmallWorld) -> None:
-    assert "vqa needs a bidirectional text encoder" in train_fails(text_backbone=small_world.text["caption"])
-    assert "caption needs a causal language model" in train_fails("caption", text_backbone=small_world.text["vqa"])
+    gpt2, roberta = small_world.text["caption"], small_world.text["vqa"]
+    assert f"backbone {gpt2}: a gpt2 model; needs a bidirectional text encoder" in train_fails(text_backbone=gpt2)
+    assert f"backbone {roberta}: a roberta model; needs a causal language model" in train_fails("caption", text_backbone=roberta)
 
 
 def test_pickled_weights_are_refused(train_fails: Fails, small_world: SmallWorld, tmp_path: Path) -> None:
@@ -274,7 +291,7 @@ def test_damaged_model_folder(
         (folder / file).write_bytes(content[: len(content) // 2])
     if damage == "of another rank":
         record = json.loads((trained / "model" / "run.json").read_text())
-        record["settings"] |= {"rank": 3}
+        record["settings"]["options"] |= {"r": 3}
         (folder / file).write_bytes(content)
         (folder / "run.json").write_text(json.dumps(record))
     assert str(folder) in fails("predict", *predict_command(small_world, trained, tmp_path / "predictions", model=folder))
@@ -292,7 +309,17 @@ def test_compare_with_a_damaged_model_folder(trained: Path, tmp_path: Path, fail
     assert str(folder) in fails("compare", trained / "model", folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"settings": {}, "inputs": {}}', '{"settings": [], "inputs": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"settings": {}, "inputs": {}}',
+        '{"settings": [], "inputs": {}}',
+        '{"settings": {"options": {}}, "inputs": {}}',
+        '{"settings": {"method": [], "options": [1]}, "inputs": {}}',
+    ],
+)
 def test_run_json_of_something_else(small_world: SmallWorld, trained: Path, tmp_path: Path, fails: Fails, content: str) -> None:
     folder = shutil.copytree(trained / "model", tmp_path / "model")
     (folder / "run.json").write_text(content)
@@ -448,15 +475,40 @@ def test_full_device_for_the_standard_output(trained: Path) -> None:
 # -------------------------------------------------------------------------------------------------- the workflow
 
 
+@pytest.fixture(scope="module")
+def imported() -> None:
+    """What Snakemake and the workflow import late is imported here, and not again in each process that is forked."""
+    import pandas  # noqa: F401
+    import smart_open  # noqa: F401
+    from snakemake.cli import get_argument_parser
+
+    get_argument_parser()  # with its plugins
+
+
 def dry_run(folder: Path, *options: str) -> tuple[int, str]:
-    command = [Path(sys.executable).with_name("snakemake"), "--dry-run", "--quiet", "all", "--cores", "1"]
-    where = ["--snakefile", REPOSITORY / "Snakefile", "--directory", folder]
-    ended = subprocess.run([*command, *where, *options], capture_output=True, text=True, timeout=120)
-    return ended.returncode, ended.stdout + ended.stderr
+    """Exit status and output of `snakemake --dry-run`, in a process forked from this one."""
+    log = folder / "output.log"
+
+    def main() -> None:
+        with open(log, "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        from snakemake.cli import main as snakemake
+
+        where = ["--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(folder)]
+        snakemake(["--dry-run", "--cores", "1", *where, *options])
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(120)
+    output = log.read_text()
+    log.unlink()
+    return process.exitcode, output
 
 
 @pytest.fixture
-def workflow(tmp_path: Path) -> Path:
+def workflow(imported: None, tmp_path: Path) -> Path:
     """A folder to run the workflow in, with the configuration in it."""
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
     return tmp_path
@@ -465,54 +517,121 @@ def workflow(tmp_path: Path) -> Path:
 def test_workflow_accepts_the_default_configuration(workflow: Path) -> None:
     status, output = dry_run(workflow)
     assert status == 0, output
+    assert "rule train:" in output
+
+
+PRUNED = {"by": "magnitude", "from": "roberta", "options": {"sparsity": 0.5}}
 
 
 @pytest.mark.parametrize(
-    ("text", "replacement", "named"),
+    ("key", "value", "message"),
     [
-        ("training:\n", "training:\n  routing_everywhere: true\n", "routing_everywhere"),
-        ("minimum_answer_count:", "minimum_answer_counts:", "minimum_answer_counts"),
-        ("  log_every: 10\n", "", "log_every"),
-        ("shards: 2", "shards: many", "many"),
+        ("training.routing_everywhere", True, "'routing_everywhere' was unexpected"),
+        ("data.minimum_answer_counts", 9, "'minimum_answer_counts' was unexpected"),
+        ("training.log_every", None, "'log_every' is a required property"),
+        ("features.shards", "many", "'many' is not of type 'integer'"),
+        ("runs.beam", 5, "configuration: runs: no setting 'beam' (there are control, "),
+        ("runs.beams", 0, "configuration: runs: beams is 0, expected 1 or more"),
+        ("runs.beams", None, "demo.tsv: experiment 'vqa_blind_r4_e3': the option beams is missing"),
+        ("runs.gradient_checkpointing", "maybe", "runs: gradient_checkpointing is 'maybe', expected yes or no"),
+        ("runs.epochs", 3, "configuration: runs: no setting 'epochs'"),
+        ("tasks.vqa.batch_size", [8], "configuration: tasks.vqa: batch_size is [8], expected integer"),
+        ("tasks.vqa.r", 4, "configuration: tasks.vqa: no setting 'r'"),
+        ("tasks.retrieval", {}, "configuration: tasks: 'retrieval' is not one of vqa, caption"),
+        ("tasks.caption", None, "task 'caption' is not one of vqa"),
+        ("methods.lorra", {}, "configuration: methods: 'lorra' is not one of lora, adapter"),
+        ("methods.lora.visual_scale", "sigmoid", "methods.lora: visual_scale is 'sigmoid', expected one of none, tanh"),
+        ("methods.lora.activation", "gelu", "methods.lora: the method lora has no option 'activation'"),
+        ("methods.lora.learning_rate", -1, "methods.lora: learning_rate is -1.0, expected more than 0"),
+        ("methods.dora", {"use_dora": False}, "in the method dora, it cannot be set"),
+        ("backbones.text.pruned.derive", PRUNED | {"by": "size"}, "by 'size' is not a derivation: choose one of magnitude"),
+        ("backbones.text.pruned.derive", PRUNED | {"from": "bert"}, "pruned.derive: from 'bert' is none of backbones.text"),
+        ("backbones.text.pruned.derive", PRUNED | {"from": "vit"}, "pruned.derive: from 'vit' is none of backbones.text"),
+        ("backbones.text.pruned.derive", PRUNED | {"from": "pruned"}, "from 'pruned' leads back to itself"),
+        ("backbones.text.roberta", {"derive": PRUNED}, "from 'roberta' leads back to itself"),
+        ("backbones.text.pruned.derive", PRUNED | {"options": {}}, "magnitude: the option sparsity is missing"),
+        ("backbones.text.pruned.derive", PRUNED | {"options": {"sparsity": 2}}, "sparsity is 2.0, expected less than 1"),
+        ("backbones.text.pruned.derive", PRUNED | {"options": {"sparse": 0.5}}, "magnitude: no option 'sparse'"),
+        ("backbones.text.pruned.derive", {"by": "magnitude"}, "backbones.text.pruned"),
+        ("backbones.vision.gpt2.derive", PRUNED | {"from": "vit"}, "gpt2 names a text and a vision backbone"),
     ],
+    ids=str,
 )
-def test_wrong_configuration(workflow: Path, text: str, replacement: str, named: str) -> None:
+def test_wrong_configuration(workflow: Path, key: str, value: Any, message: str) -> None:
+    """One value changed; None: left out."""
     path = workflow / "config" / "config.yaml"
-    content = path.read_text()
-    assert text in content
-    path.write_text(content.replace(text, replacement))
-    expect_message(workflow, named)
+    config = yaml.safe_load(path.read_text())
+    *sections, last = key.split(".")
+    section = config
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[last] = value
+    if value is None:
+        del section[last]
+    path.write_text(yaml.safe_dump(config))
+    expect_message(workflow, message)
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "named"),
+    ("changes", "message"),
     [
-        ("routing", "multiply", "multiply"),
-        ("method", "prefix_tuning", "prefix_tuning"),
-        ("rank", "0", "rank"),
-        ("rank", "-4", "rank"),
-        ("seeds", "1;2", "1;2"),
-        ("prefix", "maybe", "maybe"),
-        ("vision_backbone", "clip", "clip"),
-        (None, "dropout", "dropout"),
+        ({"options": "r=4 routing=multiply"}, "options: routing is 'multiply', expected one of none, mul, add, attn, expand"),
+        ({"options": "r=0"}, "options: r is 0, expected 1 or more"),
+        ({"options": "r=four"}, "options: r is 'four', expected integer"),
+        ({"options": "r=4 rank=4"}, "the method lora has no option 'rank' (it has r, routing, visual_scale, lora_alpha, "),
+        ({"options": "r=4 activation=gelu"}, "the method lora has no option 'activation'"),
+        ({"options": "r=4 r=8"}, "options: r is given twice"),
+        ({"options": "r=4 mul"}, "options: 'mul' is not of the form key=value"),
+        ({"options": "r=4 epochs=3"}, "the method lora has no option 'epochs'"),
+        ({"options": "r=4 learning_rate=0"}, "options: learning_rate is 0.0, expected more than 0"),
+        ({"options": "r=4 control=zeros"}, "options: control is 'zeros', expected one of none, noise, ones, shuffled"),
+        ({"method": "prefix", "options": ""}, "method 'prefix' is not one of lora, adapter"),
+        ({"method": "ia3", "options": "r=4"}, "the method ia3 has no option 'r' (it has none)"),
+        ({"method": "dora", "options": "use_dora=no"}, "in the method dora, it cannot be set"),
+        (
+            {"method": "prefix_tuning", "options": "gradient_checkpointing=yes"},
+            "the method prefix_tuning refuses the setting gradient_checkpointing: ",
+        ),
+        ({"versus": "nothing"}, "versus 'nothing' is no other experiment of the sheet"),
+        ({"versus": "vqa_blind_r4_e3"}, "versus 'vqa_blind_r4_e3' is no other experiment of the sheet"),
+        ({"versus": "caption_blind_r4_e1"}, "versus 'caption_blind_r4_e1' is an experiment of another task, caption"),
+        ({"experiment": "vqa_lora_none_r4_e3"}, "two rows have the experiment name 'vqa_lora_none_r4_e3'"),
+        ({"experiment": "vqa blind"}, "experiment 'vqa blind' is not of the form letters, digits, _, . and -"),
+        ({"task": "retrieval"}, "task 'retrieval' is not one of vqa, caption"),
+        ({"vision_backbone": "clip"}, "vision_backbone 'clip' is not one of vit"),
+        ({"text_backbone": "bert"}, "text_backbone 'bert' is not one of roberta, gpt2"),
+        ({"visual_tokens": "regions"}, "visual_tokens 'regions' is not one of pooled, patches"),
+        ({"epochs": "0"}, "epochs '0' is not of the form 3, a whole number above zero"),
+        ({"seeds": "1;2"}, "seeds '1;2' is not of the form 1,2,3"),
+        ({"seeds": "1,1"}, "a seed stands twice in 1,1"),
+        ({"seeds": f"1,{2**32}"}, "seed is 4294967296, expected less than 4294967296"),
+        ({"prefix": "maybe"}, "prefix 'maybe' is not one of yes, no"),
+        ({"feeds": "tables"}, "feeds 'tables' is not of the form T1,F2"),
+        ({"dropout": "0.1"}, "an unknown or double column 'dropout'"),
+        ({"seeds": None}, "no column 'seeds'"),
     ],
+    ids=str,
 )
-def test_wrong_run_sheet(workflow: Path, column: str | None, value: str, named: str) -> None:
+def test_wrong_run_sheet(workflow: Path, changes: dict[str, str | None], message: str) -> None:
+    """The first row changed; None: the column left out."""
     path = workflow / "config" / "experiments" / "demo.tsv"
-    header, first, *rest = [line.split("\t") for line in path.read_text().splitlines()]
-    if column is None:
-        header, first, rest = [*header, value], [*first, "1"], [[*row, "1"] for row in rest]
-    else:
-        first[header.index(column)] = value
-    path.write_text("".join("\t".join(row) + "\n" for row in (header, first, *rest)))
-    expect_message(workflow, named)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    rows[0] |= changes
+    columns = [name for name in rows[0] if rows[0][name] is not None]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="1", extrasaction="ignore", delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    expect_message(workflow, message, "config/experiments/demo.tsv: ")
 
 
-def expect_message(workflow: Path, named: str) -> None:
-    """One message that names what is wrong, not a traceback, and nothing written."""
+def expect_message(workflow: Path, message: str, source: str = "") -> None:
+    """One line that says what is wrong and where, not a traceback, and nothing written."""
     before = {path for path in workflow.rglob("*") if ".snakemake" not in path.parts}
     status, output = dry_run(workflow)
     assert status != 0
-    assert named in output
+    [line] = [line for line in output.splitlines() if message in line]
+    assert line.startswith(source), output
     assert "Traceback" not in output
     assert {path for path in workflow.rglob("*") if ".snakemake" not in path.parts} == before

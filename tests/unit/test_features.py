@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import pytest
@@ -13,27 +14,27 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from routevl import features
-from routevl.backbones import VisionBackbone, load_vision_backbone
+from routevl.backbones import pretrain_vision
+from routevl.backbones.vision import VisionBackbone, load_vision_backbone
 from routevl.errors import RoutevlError
+from routevl.features import extract, index
+from routevl.features.images import ImageFile, read_image, read_image_lists, slice_of_shard
+from routevl.features.index import TOKENS
+from routevl.features.store import Features
 from routevl.files import write_json
-from routevl.pretraining import add_arguments_pretrain_vision, run_pretrain_vision
 
 
-def run(stage: str, *options: object) -> None:
-    """Run a stage of the features module with command-line options."""
+def run(stage: ModuleType, *options: object) -> None:
+    """Run a stage with command-line options."""
     parser = argparse.ArgumentParser()
-    getattr(features, f"add_arguments_{stage}")(parser)
-    getattr(features, f"run_{stage}")(parser.parse_args([str(option) for option in options]))
+    stage.add_arguments(parser)
+    stage.run(parser.parse_args([str(option) for option in options]))
 
 
 def make_backbone(folder: Path, seed: int) -> Path:
     """A toy ViT in timm's format."""
-    parser = argparse.ArgumentParser()
-    add_arguments_pretrain_vision(parser)
-    run_pretrain_vision(parser.parse_args([
-        "--output", str(folder), "--seed", str(seed), "--images", "8", "--epochs", "1", "--hidden-size", "16",
-        "--layers", "1", "--heads", "2", "--image-size", "32", "--patch-size", "16"]))  # fmt: skip
+    run(pretrain_vision, "--output", folder, "--seed", seed, "--images", 8, "--epochs", 1, "--hidden-size", 16,
+        "--layers", 1, "--heads", 2, "--image-size", 32, "--patch-size", 16)  # fmt: skip
     return folder
 
 
@@ -52,74 +53,55 @@ def images(tmp_path: Path) -> Path:
     """Eleven noise images of several sizes, modes and formats, in two overlapping lists."""
     generator = numpy.random.default_rng(0)
     entries = []
-    for index in range(11):
-        mode = ("RGB", "L", "RGBA", "CMYK")[index % 4]
-        suffix = ("png", "jpg", "png", "jpg")[index % 4]
-        pixels = generator.integers(0, 256, (20 + 7 * index, 50, 3), dtype=numpy.uint8)
-        file = tmp_path / f"image{index}.{suffix}"
+    for number in range(11):
+        mode = ("RGB", "L", "RGBA", "CMYK")[number % 4]
+        suffix = ("png", "jpg", "png", "jpg")[number % 4]
+        pixels = generator.integers(0, 256, (20 + 7 * number, 50, 3), dtype=numpy.uint8)
+        file = tmp_path / f"image{number}.{suffix}"
         Image.fromarray(pixels).convert(mode).save(file)
-        entries.append({"id": 100 - 3 * index, "file_name": str(file)})
+        entries.append({"id": 100 - 3 * number, "file_name": str(file)})
     write_json(tmp_path / "train.json", entries[:7])
     write_json(tmp_path / "test.json", entries[5:])
     return tmp_path
 
 
-def extract(folder: Path, backbone_folder: Path, output: Path, *options: object) -> Path:
-    run(
-        "extract",
-        "--images",
-        folder / "train.json",
-        folder / "test.json",
-        "--backbone",
-        backbone_folder,
-        "--batch-size",
-        3,
-        "--output",
-        output,
-        *options,
-    )
+def make_shard(folder: Path, backbone_folder: Path, output: Path, *options: object) -> Path:
+    lists = ("--images", folder / "train.json", folder / "test.json")
+    run(extract, *lists, "--backbone", backbone_folder, "--batch-size", 3, "--output", output, *options)
     return output
 
 
-def extract_all(folder: Path, backbone_folder: Path, shards: int = 2) -> Path:
+def make_features(folder: Path, backbone_folder: Path, shards: int = 2) -> Path:
     """All shards and their index; returns the features' folder."""
     output = folder / "features"
     files = [
-        extract(
-            folder,
-            backbone_folder,
-            output / f"shard-{number}.safetensors",
-            "--shard",
-            number,
-            "--shards",
-            shards,
-        )
+        make_shard(folder, backbone_folder, output / f"shard-{number}.safetensors", "--shard", number, "--shards", shards)
         for number in range(shards)
     ]
-    run("index_features", "--shards", *reversed(files), "--output", output / "index.json")
+    run(index, "--shards", *reversed(files), "--output", output / "index.json")
     return output
 
 
 def test_stored_features_are_the_backbones_own(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
-    folder = extract_all(images, backbone_folder)
-    stored = {tokens: features.Features(folder, tokens) for tokens in features.TOKENS}
+    folder = make_features(images, backbone_folder)
+    stored = {tokens: Features(folder, tokens) for tokens in TOKENS}
     assert (stored["pooled"].length, stored["patches"].length, stored["pooled"].width) == (1, 4, 16)
-    listed = features.read_image_lists([images / "train.json", images / "test.json"])
+    listed = read_image_lists([images / "train.json", images / "test.json"])
     assert len(listed) == len(stored["pooled"]) == 11
     for image in listed:
         with torch.inference_mode():
-            alone = backbone.encode(backbone.transform(features.read_image(image))[None])
-        for tokens, expected in zip(features.TOKENS, alone, strict=True):
+            alone = backbone.encode(backbone.transform(read_image(image))[None])
+        for tokens, expected in zip(TOKENS, alone, strict=True):
             found = stored[tokens].features([image.image_id])
             torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=1e-6)
 
 
 def test_stored_features_are_bit_equal_to_the_same_batches(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
-    shard = extract(images, backbone_folder, images / "shard.safetensors")
-    listed = features.read_image_lists([images / "train.json", images / "test.json"])
+    shard = make_shard(images, backbone_folder, images / "shard.safetensors")
+    listed = read_image_lists([images / "train.json", images / "test.json"])
     with safe_open(shard, framework="pt") as file, torch.inference_mode():
         for start in range(0, 11, 3):
-            batch = torch.stack([backbone.transform(features.read_image(image)) for image in listed[start : start + 3]])
+            batch = torch.stack([backbone.transform(read_image(image)) for image in listed[start : start + 3]])
             pooled, patches = backbone.encode(batch)
             assert torch.equal(file.get_tensor("pooled")[start : start + 3], pooled)
             assert torch.equal(file.get_tensor("patches")[start : start + 3], patches)
@@ -127,7 +109,7 @@ def test_stored_features_are_bit_equal_to_the_same_batches(images: Path, backbon
 
 
 def test_reading_by_id_keeps_order_and_repetitions(images: Path, backbone_folder: Path) -> None:
-    stored = features.Features(extract_all(images, backbone_folder), "patches")
+    stored = Features(make_features(images, backbone_folder), "patches")
     one_by_one = torch.cat([stored.features([image_id]) for image_id in (100, 70, 97, 70)])
     together = stored.features([100, 70, 97, 70])
     assert together.shape == (4, 4, 16) and together.dtype == torch.float32
@@ -141,10 +123,10 @@ def test_reading_by_id_keeps_order_and_repetitions(images: Path, backbone_folder
 def test_extraction_resumes_inside_a_shard(
     images: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(features, "IMAGES_PER_CHUNK", 4)
-    whole = extract(images, backbone_folder, images / "whole.safetensors").read_bytes()
+    monkeypatch.setattr(extract, "IMAGES_PER_CHUNK", 4)
+    whole = make_shard(images, backbone_folder, images / "whole.safetensors").read_bytes()
     resumed = images / "resumed.safetensors"
-    encode_batch, calls = features._encode_batch, []
+    encode_batch, calls = extract._encode_batch, []
 
     def fail_late(*arguments: object) -> dict[str, torch.Tensor]:
         calls.append(arguments)
@@ -152,13 +134,13 @@ def test_extraction_resumes_inside_a_shard(
             raise KeyboardInterrupt
         return encode_batch(*arguments)
 
-    monkeypatch.setattr(features, "_encode_batch", fail_late)
+    monkeypatch.setattr(extract, "_encode_batch", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        extract(images, backbone_folder, resumed)
+        make_shard(images, backbone_folder, resumed)
     partial = Path(f"{resumed}.partial")
     assert not resumed.exists() and len(list(partial.iterdir())) == 1
-    monkeypatch.setattr(features, "_encode_batch", encode_batch)
-    extract(images, backbone_folder, resumed)
+    monkeypatch.setattr(extract, "_encode_batch", encode_batch)
+    make_shard(images, backbone_folder, resumed)
     assert "1 of 3 chunks are there already" in capsys.readouterr().out
     assert resumed.read_bytes() == whole and not partial.exists()
 
@@ -167,31 +149,32 @@ def test_full_disk_is_one_clear_error(images: Path, backbone_folder: Path, monke
     def save_file(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    monkeypatch.setattr(extract, "save_file", save_file)
     with pytest.raises(RoutevlError, match="could not write .*chunk-000000000.safetensors: No space left"):
-        extract(images, backbone_folder, images / "shard.safetensors")
+        make_shard(images, backbone_folder, images / "shard.safetensors")
     assert not (images / "shard.safetensors").exists()
 
 
 def test_chunks_of_other_images_or_backbones_are_not_reused(
     images: Path, backbone_folder: Path, backbone: VisionBackbone
 ) -> None:
-    listed = features.read_image_lists([images / "train.json"])
+    listed = read_image_lists([images / "train.json"])
     metadata = {"backbone_fingerprint": backbone.fingerprint}
-    (chunk,) = features._plan_chunks(listed, images / "partial", metadata)
+    (chunk,) = extract._plan_chunks(listed, images / "partial", metadata)
     arguments = argparse.Namespace(batch_size=4, workers=0, precision="float32")
-    features._fill_chunks([chunk], backbone, ["pooled"], metadata, arguments)
-    assert chunk.is_done(metadata)
-    assert not chunk.is_done({"backbone_fingerprint": "another"})
+    extract._fill_chunks([chunk], backbone, ["pooled"], arguments)
+    assert chunk.is_done()
+    (other,) = extract._plan_chunks(listed, images / "partial", {"backbone_fingerprint": "another"})
+    assert other.path == chunk.path and not other.is_done()
     Image.new("RGB", (9, 9)).save(listed[0].file_name)
-    assert not features._plan_chunks(listed, images / "partial", metadata)[0].is_done(metadata)
+    assert not extract._plan_chunks(listed, images / "partial", metadata)[0].is_done()
     chunk.path.write_bytes(chunk.path.read_bytes()[:-1])
-    assert not chunk.is_done(metadata)
+    assert not chunk.is_done()
 
 
 def test_worker_processes_give_the_same_bytes(images: Path, backbone_folder: Path) -> None:
-    alone = extract(images, backbone_folder, images / "alone.safetensors")
-    helped = extract(images, backbone_folder, images / "helped.safetensors", "--workers", 2)
+    alone = make_shard(images, backbone_folder, images / "alone.safetensors")
+    helped = make_shard(images, backbone_folder, images / "helped.safetensors", "--workers", 2)
     assert alone.read_bytes() == helped.read_bytes()
 
 
@@ -204,14 +187,14 @@ def test_damaged_image_is_one_clear_error(images: Path, backbone_folder: Path, d
     else:
         photo.write_bytes(photo.read_bytes()[:600] if damage == "truncated" else b"not an image")
     with pytest.raises(RoutevlError, match=r"^image 97: .*image1\.jpg") as caught:
-        extract(images, backbone_folder, images / "shard.safetensors", "--workers", workers)
+        make_shard(images, backbone_folder, images / "shard.safetensors", "--workers", workers)
     assert "\n" not in str(caught.value)
     assert not (images / "shard.safetensors").exists()
 
 
 def test_lower_precision_is_close_and_recorded(images: Path, backbone_folder: Path) -> None:
-    full = extract(images, backbone_folder, images / "full.safetensors")
-    half = extract(images, backbone_folder, images / "half.safetensors", "--precision", "bfloat16")
+    full = make_shard(images, backbone_folder, images / "full.safetensors")
+    half = make_shard(images, backbone_folder, images / "half.safetensors", "--precision", "bfloat16")
     with safe_open(full, framework="pt") as first, safe_open(half, framework="pt") as second:
         expected, found = first.get_tensor("pooled"), second.get_tensor("pooled")
         assert second.metadata()["precision"] == "bfloat16" and found.dtype == torch.float32
@@ -220,17 +203,17 @@ def test_lower_precision_is_close_and_recorded(images: Path, backbone_folder: Pa
 
 
 def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path, tmp_path: Path) -> None:
-    first = extract(images, backbone_folder, images / "first", "--shards", 2)
-    second = extract(images, backbone_folder, images / "second", "--shard", 1, "--shards", 2)
-    third = extract(images, backbone_folder, images / "third", "--shard", 1, "--shards", 3)
-    pooled = extract(images, backbone_folder, images / "pooled", "--shard", 1, "--shards", 2, "--tokens", "pooled")
+    first = make_shard(images, backbone_folder, images / "first", "--shards", 2)
+    second = make_shard(images, backbone_folder, images / "second", "--shard", 1, "--shards", 2)
+    third = make_shard(images, backbone_folder, images / "third", "--shard", 1, "--shards", 3)
+    pooled = make_shard(images, backbone_folder, images / "pooled", "--shard", 1, "--shards", 2, "--tokens", "pooled")
     other_backbone = make_backbone(tmp_path / "other", seed=2)
-    other = extract(images, other_backbone, images / "other_shard", "--shard", 1, "--shards", 2)
+    other = make_shard(images, other_backbone, images / "other_shard", "--shard", 1, "--shards", 2)
     write_json(images / "train.json", json.loads((images / "train.json").read_text())[:3])
-    fewer = extract(images, backbone_folder, images / "fewer", "--shard", 1, "--shards", 2)
+    fewer = make_shard(images, backbone_folder, images / "fewer", "--shard", 1, "--shards", 2)
     for shards, message in [
-        ([first], "shard 1 of 2 is missing"),
-        ([first, second, second], "shard 1 of 2 is given 2 times"),
+        ([first], r"found the shards \[0\], expected each of 2 once"),
+        ([first, second, second], r"found the shards \[0, 1, 1\], expected each of 2 once"),
         ([first, third], "number of shards 3, but 2"),
         ([first, pooled], "lengths"),
         ([first, other], "backbone_fingerprint"),
@@ -239,45 +222,59 @@ def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path,
         ([first, images / "train.json"], "not a readable safetensors file"),
     ]:
         with pytest.raises(RoutevlError, match=message):
-            run("index_features", "--shards", *shards, "--output", images / "index.json")
+            run(index, "--shards", *shards, "--output", images / "index.json")
     assert not (images / "index.json").exists()
 
 
 def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
-    folder = extract_all(images, backbone_folder)
+    folder = make_features(images, backbone_folder)
     index = json.loads((folder / "index.json").read_text())
     assert index["n"] == 11 and index["tokens"] == {"pooled": 1, "patches": 4} and index["width"] == 16
     assert [shard["file"] for shard in index["shards"]] == ["shard-0.safetensors", "shard-1.safetensors"]
-    assert features.Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint == backbone.fingerprint
+    assert Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint == backbone.fingerprint
     with pytest.raises(RoutevlError, match=f"{backbone.fingerprint}.*another"):
-        features.Features(folder, expected_fingerprint="another")
+        Features(folder, expected_fingerprint="another")
+    assert Features(folder).image_ids.tolist() == sorted(range(70, 101, 3)) and Features(folder).image_ids.dtype == torch.int64
     shard = folder / "shard-1.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-8])
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(backbone.fingerprint.encode(), b"0" * 64))
+    with pytest.raises(RoutevlError, match="shard-1.safetensors: of another backbone than its index says"):
+        Features(folder)
+    shard.write_bytes(whole[:-8])
     with pytest.raises(RoutevlError, match="shard-1.safetensors: not a readable safetensors file"):
-        features.Features(folder)
+        Features(folder)
     write_json(folder / "index.json", {**index, "tokens": {"pooled": 1}})
     with pytest.raises(RoutevlError, match="no 'patches' tokens stored"):
-        features.Features(folder, "patches")
+        Features(folder, "patches")
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"images": []}, "expected a list"),
-        ([{"id": "1", "file_name": "a.png"}], "entry 0"),
+        ({"images": []}, "not a list of images as routevl prepare writes it"),
+        ([{"id": 1}], "not a list of images as routevl prepare writes it"),
         ([{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}], "image id 1 names b.png"),
     ],
 )
 def test_malformed_image_lists(tmp_path: Path, entries: object, message: str) -> None:
     write_json(tmp_path / "images.json", entries)
     with pytest.raises(RoutevlError, match=message):
-        features.read_image_lists([tmp_path / "images.json"])
+        read_image_lists([tmp_path / "images.json"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--batch-size", 0), ("--threads", 0), ("--workers", -1), ("--shards", 0), ("--shard", "first")]
+)
+def test_options_out_of_range(images: Path, capsys: pytest.CaptureFixture[str], option: str, value: object) -> None:
+    with pytest.raises(SystemExit):
+        make_shard(images, images / "vit", images / "shard.safetensors", option, value)
+    assert f"argument {option}: {value} is no integer of" in capsys.readouterr().err
 
 
 def test_shards_cover_all_images_once() -> None:
-    listed = [features.ImageFile(image_id, "") for image_id in range(10)]
+    listed = [ImageFile(image_id, "") for image_id in range(10)]
     for shards in (1, 3, 10):
-        slices = [features.slice_of_shard(listed, shard, shards) for shard in range(shards)]
+        slices = [slice_of_shard(listed, shard, shards) for shard in range(shards)]
         assert sum(slices, []) == listed and max(map(len, slices)) - min(map(len, slices)) <= 1
     with pytest.raises(RoutevlError, match="--shard 3 of --shards 3"):
-        features.slice_of_shard(listed, 3, 3)
+        slice_of_shard(listed, 3, 3)

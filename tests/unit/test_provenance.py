@@ -79,8 +79,8 @@ def test_the_loaded_modules_of_a_stage_are_its_code(project: Path) -> None:
                "--test-images", "2", "--image-size", "24", "--questions-per-image", "1"]  # fmt: skip
     assert record("world", [], ["results/world"], *command).returncode == 0
     written = read("world")
-    assert {"cli.py", "data/world.py", "data/shapes.py"} <= set(written["code"]["files"])
-    assert "training.py" not in written["code"]["files"]
+    assert {"cli.py", "data/world.py", "data/scenes.py"} <= set(written["code"]["files"])
+    assert not any(name.startswith("training/") for name in written["code"]["files"])
     assert written["seed"] == 3 and written["config"]["image-size"] == ["24"]
 
 

@@ -9,7 +9,7 @@ from routevl.errors import RoutevlError
 from routevl.routing import ROUTING, routing_function
 
 B, L_T, R = 3, 5, 4
-ROUTED = [name for name, function in ROUTING.items() if function is not None]
+ROUTED = [name for name, row in ROUTING.items() if row.function is not None]
 
 
 def by_hand(name: str, x_t: torch.Tensor, x_v: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_formula(name: str, length: int) -> None:
     torch.manual_seed(0)
     x_t, x_v = torch.randn(B, L_T, R, dtype=torch.float64), torch.randn(B, length, R, dtype=torch.float64)
     expected = torch.stack([by_hand(name, text, image) for text, image in zip(x_t, x_v, strict=True)])
-    torch.testing.assert_close(ROUTING[name](x_t, x_v, None), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ROUTING[name].function(x_t, x_v, None), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -44,7 +44,7 @@ def test_masked_tokens_do_not_count(name: str) -> None:
     torch.manual_seed(0)
     x_t, x_v = torch.randn(2, L_T, R, dtype=torch.float64), torch.randn(2, 6, R, dtype=torch.float64)
     mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
-    routed = ROUTING[name](x_t, x_v, mask)
+    routed = ROUTING[name].function(x_t, x_v, mask)
     torch.testing.assert_close(routed[0], by_hand(name, x_t[0], x_v[0, :4]), rtol=0, atol=1e-12)
     torch.testing.assert_close(routed[1], by_hand(name, x_t[1], x_v[1]), rtol=0, atol=1e-12)
 
@@ -55,18 +55,18 @@ def test_examples_are_independent_and_gradients_right(name: str, length: int) ->
     torch.manual_seed(0)
     x_t = torch.randn(B, L_T, R, dtype=torch.float64, requires_grad=True)
     x_v = torch.randn(B, length, R, dtype=torch.float64, requires_grad=True)
-    gradient_t, gradient_v = torch.autograd.grad(ROUTING[name](x_t, x_v, None)[1].sum(), (x_t, x_v))
+    gradient_t, gradient_v = torch.autograd.grad(ROUTING[name].function(x_t, x_v, None)[1].sum(), (x_t, x_v))
     for example in (0, 2):
         assert not gradient_t[example].any() and not gradient_v[example].any()
     assert gradient_t[1].any() and gradient_v[1].any()
-    assert torch.autograd.gradcheck(lambda a, b: ROUTING[name](a, b, None), (x_t, x_v))
+    assert torch.autograd.gradcheck(lambda a, b: ROUTING[name].function(a, b, None), (x_t, x_v))
 
 
 def test_linear_in_the_text() -> None:
     torch.manual_seed(0)
     x_t, y_t, x_v = (torch.randn(B, L, R, dtype=torch.float64) for L in (L_T, L_T, 3))
     for name in ROUTED:
-        route = ROUTING[name]
+        route = ROUTING[name].function
         offset = route(torch.zeros_like(x_t), x_v, None)  # `add` is affine: x'_v itself
         combined = route(2 * x_t + y_t, x_v, None) - offset
         separate = 2 * (route(x_t, x_v, None) - offset) + route(y_t, x_v, None) - offset

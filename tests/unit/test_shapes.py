@@ -9,22 +9,35 @@ from collections import Counter, defaultdict
 import numpy
 import pytest
 
-from routevl.data import shapes, world
+from routevl.data import shapes_language, world
 from routevl.data.coco import images_in_folder, read_captions
+from routevl.data.scenes import (
+    ATTRIBUTES,
+    ATTRIBUTES_PER_CELL,
+    COLORS,
+    RADIUS,
+    RGB,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    attributes,
+    render,
+    sample_scene,
+)
 from routevl.data.vqav2 import read_pair
-from routevl.errors import RoutevlError
 from routevl.files import sha256_of
 
 SCENES = 1500
 QUESTIONS = 3
 
 
-def asked(seed: int, scenes: int = SCENES) -> list[tuple[shapes.Scene, shapes.Question]]:
+def asked(seed: int, scenes: int = SCENES) -> list[tuple[Scene, shapes_language.Question]]:
     generator = numpy.random.default_rng(seed)
     pairs = []
     for _ in range(scenes):
-        scene = shapes.sample_scene(generator)
-        pairs += [(scene, question) for question in shapes.questions(scene, generator, QUESTIONS)]
+        scene = sample_scene(generator)
+        pairs += [(scene, question) for question in shapes_language.questions(scene, generator, QUESTIONS)]
     return pairs
 
 
@@ -35,16 +48,16 @@ def train_questions():
 
 def test_scenes_are_symmetric_and_stay_in_their_cells():
     generator = numpy.random.default_rng(0)
-    scenes = [shapes.sample_scene(generator) for _ in range(2000)]
+    scenes = [sample_scene(generator) for _ in range(2000)]
     things = [thing for scene in scenes for thing in scene.things]
     assert {len(scene.things) for scene in scenes} == {1, 2, 3}
-    for field, values in shapes.VALUES.items():
+    for field, values in shapes_language.VALUES.items():
         counts = Counter(getattr(thing, field) for thing in things)
         assert set(counts) == set(values)
         assert max(counts.values()) < 1.2 * min(counts.values())
     for scene in scenes:
         assert len({(thing.row, thing.column) for thing in scene.things}) == len(scene.things)
-    reach = 1.08 * 1.05 * max(shapes.RADIUS.values())  # of the widest outline at its largest
+    reach = 1.08 * 1.05 * max(RADIUS.values())  # of the widest outline at its largest
     for thing in things:
         assert thing.column / 3 <= thing.x - reach and thing.x + reach <= (thing.column + 1) / 3
         assert thing.row / 3 <= thing.y - reach and thing.y + reach <= (thing.row + 1) / 3
@@ -54,38 +67,38 @@ def test_scenes_are_symmetric_and_stay_in_their_cells():
 def test_render_draws_every_thing_in_its_color(image_size):
     generator = numpy.random.default_rng(3)
     for _ in range(20):
-        scene = shapes.sample_scene(generator)
-        image = shapes.render(scene, image_size, generator)
+        scene = sample_scene(generator)
+        image = render(scene, image_size, generator)
         assert image.mode == "RGB" and image.size == (image_size, image_size)
         for thing in scene.things:
             pixel = numpy.array(image.getpixel((int(thing.x * image_size), int(thing.y * image_size))))
-            distance = {color: abs(pixel - rgb).sum() for color, rgb in shapes.RGB.items()}
+            distance = {color: abs(pixel - rgb).sum() for color, rgb in RGB.items()}
             assert min(distance, key=distance.get) == thing.color
 
 
 def test_attributes_tell_the_scene():
-    scene = shapes.Scene((shapes.Thing("cross", "blue", "big", 1, 2, 0.83, 0.5),))
-    targets = shapes.attributes(scene)
-    assert targets.shape == (shapes.ATTRIBUTES,) and targets.dtype == numpy.uint8
-    cells = targets.reshape(9, shapes.ATTRIBUTES_PER_CELL)
+    scene = Scene((Thing("cross", "blue", "big", 1, 2, 0.83, 0.5),))
+    targets = attributes(scene)
+    assert targets.shape == (ATTRIBUTES,) and targets.dtype == numpy.uint8
+    cells = targets.reshape(9, ATTRIBUTES_PER_CELL)
     assert cells.sum() == cells[5].sum() == 3
-    names = numpy.array(shapes.SHAPES + shapes.COLORS + shapes.SIZES)
+    names = numpy.array(SHAPES + COLORS + SIZES)
     assert names[cells[5] == 1].tolist() == ["cross", "blue", "big"]
 
 
 def test_captions_are_different_and_true():
     generator = numpy.random.default_rng(1)
     for _ in range(300):
-        scene = shapes.sample_scene(generator)
-        written = shapes.captions(scene, generator)
+        scene = sample_scene(generator)
+        written = shapes_language.captions(scene, generator)
         assert len(written) == len(set(written)) == 5
         shape_counts = Counter(thing.shape for thing in scene.things)
         colors = {thing.color for thing in scene.things}
         for caption in written:
             assert caption == caption.lower() and caption.endswith(".")
             words = re.findall(r"[a-z]+", caption)
-            assert {word for word in words if word in shapes.COLORS} == colors
-            mentioned = {shape for shape in shapes.SHAPES if any(word.startswith(shape) for word in words)}
+            assert {word for word in words if word in COLORS} == colors
+            mentioned = {shape for shape in SHAPES if any(word.startswith(shape) for word in words)}
             assert mentioned == set(shape_counts)
             assert " a orange" not in caption and " an red" not in caption
 
@@ -94,9 +107,9 @@ def test_relation_captions_hold():
     generator = numpy.random.default_rng(2)
     checked = 0
     for _ in range(500):
-        scene = shapes.sample_scene(generator)
-        for caption in shapes.captions(scene, generator):
-            noun_phrase = rf"an? ((?:\w+ )+(?:{'|'.join(shapes.SHAPES)}))"
+        scene = sample_scene(generator)
+        for caption in shapes_language.captions(scene, generator):
+            noun_phrase = rf"an? ((?:\w+ )+(?:{'|'.join(SHAPES)}))"
             match = re.match(rf"{noun_phrase} (?:is )?(left of|right of|above|below) {noun_phrase}[,.]", caption)
             if match:
                 firsts, seconds = (matching(scene, match[place]) for place in (1, 3))
@@ -108,22 +121,22 @@ def test_relation_captions_hold():
 # An answering machine, apart from the one that asks: it reads the words and looks at the scene.
 
 
-def matching(scene: shapes.Scene, phrase: str) -> list[shapes.Thing]:
+def matching(scene: Scene, phrase: str) -> list[Thing]:
     """The things of which every word of the phrase is true."""
     words = [re.sub(r"(?<=cross)es$|(?<!cros)s$", "", word) for word in phrase.removeprefix("the ").split()]
     words = [word for word in words if word != "thing"]
-    known = {*shapes.SHAPES, *shapes.COLORS, *shapes.SIZES}
+    known = {*SHAPES, *COLORS, *SIZES}
     assert set(words) <= known, phrase
     return [thing for thing in scene.things if set(words) <= {thing.shape, thing.color, thing.size}]
 
 
-def the_only(scene: shapes.Scene, phrase: str) -> shapes.Thing:
+def the_only(scene: Scene, phrase: str) -> Thing:
     things = matching(scene, phrase)
     assert len(things) == 1, f"{phrase} is ambiguous in {scene}"
     return things[0]
 
 
-def holds(first: shapes.Thing, relation: str, second: shapes.Thing) -> bool:
+def holds(first: Thing, relation: str, second: Thing) -> bool:
     """Whether the relation holds, by the exact centres."""
     return {
         "left of": first.x < second.x,
@@ -133,13 +146,13 @@ def holds(first: shapes.Thing, relation: str, second: shapes.Thing) -> bool:
     }[relation]
 
 
-def apart(first: shapes.Thing, relation: str, second: shapes.Thing) -> bool:
+def apart(first: Thing, relation: str, second: Thing) -> bool:
     """Whether the two are visibly apart in the direction of the relation."""
     distance = first.x - second.x if relation in ("left of", "right of") else first.y - second.y
     return abs(distance) > 0.2
 
 
-def related(scene: shapes.Scene, relation: str, phrase: str) -> shapes.Thing:
+def related(scene: Scene, relation: str, phrase: str) -> Thing:
     reference = the_only(scene, phrase)
     others = [thing for thing in scene.things if thing is not reference]
     found = [o for o in others if apart(o, relation, reference) and holds(o, relation, reference)]
@@ -151,7 +164,7 @@ def whether(truth: bool) -> str:
     return "yes" if truth else "no"
 
 
-def answer(scene: shapes.Scene, question: str) -> str:
+def answer(scene: Scene, question: str) -> str:
     if match := re.fullmatch(r"what (color|shape|size) is (the .+)\?", question):
         return getattr(the_only(scene, match[2]), match[1])
     if match := re.fullmatch(r"what (?:shape )?is (left of|right of|above|below) (the .+)\?", question):
@@ -184,7 +197,7 @@ def test_every_question_has_one_answer_and_it_is_the_given_one(train_questions):
 
 def test_every_kind_of_question_is_asked(train_questions):
     shares = Counter(question.question_type for _, question in train_questions)
-    assert set(shares) == set(shapes.QUESTION_TYPES)
+    assert set(shares) == set(shapes_language.QUESTION_TYPES)
     assert max(shares.values()) < 0.3 * len(train_questions)
 
 
@@ -211,14 +224,12 @@ def test_words_alone_answer_a_third_to_a_half(train_questions):
 def test_questions_of_a_scene_differ_even_when_many():
     generator = numpy.random.default_rng(4)
     for _ in range(50):
-        texts = [q.text for q in shapes.questions(shapes.sample_scene(generator), generator, 20)]
+        texts = [q.text for q in shapes_language.questions(sample_scene(generator), generator, 20)]
         assert len(set(texts)) == 20
-    with pytest.raises(ValueError, match="1 to 20"):
-        shapes.questions(shapes.sample_scene(generator), generator, 21)
 
 
 def test_sentences_are_reproducible_and_hold_no_answers():
-    first, second = (shapes.sentences(numpy.random.default_rng(7), 40) for _ in range(2))
+    first, second = (shapes_language.sentences(numpy.random.default_rng(7), 40) for _ in range(2))
     assert first == second and len(first) == 40
     assert all(sentence.endswith("?") for sentence in first[1::2])
     assert all(sentence.endswith(".") for sentence in first[::2])
@@ -307,10 +318,10 @@ def test_more_train_images_change_nothing_else(small_world, tmp_path):
         ("image-size", 8),
         ("questions-per-image", 21),
         ("seed", -1),
-        ("test-images", 10**6),
+        ("train-images", "many"),
     ],
 )
-def test_options_out_of_range(tmp_path, option, value):
-    with pytest.raises(RoutevlError, match=f"--{option}: expected .* got {value}"):
-        world.run(arguments(tmp_path / "world", **{option: value}))
-    assert not list(tmp_path.iterdir())
+def test_options_out_of_range(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit):
+        arguments(tmp_path / "world", **{option: value})
+    assert f"argument --{option}: " in capsys.readouterr().err

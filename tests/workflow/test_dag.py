@@ -16,18 +16,22 @@ from pathlib import Path
 import pytest
 import yaml
 from tampering import TAMPERINGS
-from tiny_project import BIN, PROJECT, environment, make_project
+from tiny_project import BIN, PROJECT, environment, make_project, row
 
 from routevl.provenance import audit
 from routevl.provenance.rerun import rerun
+from routevl.reporting import FIGURES, TABLES
 
 EXPERIMENTS = [
-    "vqa_none vqa roberta vit lora none 2 2 1 yes pooled 1 T0,T1,T6,F2,F3,F5,F6,F8",
-    "vqa_mul vqa roberta vit lora mul 2 2 1 yes pooled 1,2 T0,T1,T6,F2,F3,F5,F6,F8",
-    "caption_none caption gpt2 vit adapter none 2 2 1 yes pooled 1 T0,T2,T6,F2,F5,F8",
-    "caption_attn caption gpt2 vit adapter attn 2 2 1 no patches 1 T2,T6,F2,F5,F8",
-]
-TARGETS = 4 * 4 + 6 * 4  # tables and figures in four forms each
+    row("vqa_none", "vqa", feeds="T0,T1,T6,T7,F2,F3,F4,F5,F6,F8"),
+    row("vqa_mul", "vqa", "routing=mul", versus="vqa_none", seeds="1,2", feeds="T0,T1,T6,T7,F2,F3,F4,F5,F6,F8"),
+    row("vqa_chosen", "vqa", "share=0.1 batches=2", method="gradient_norm", versus="vqa_none", feeds="T6,T7,F4"),
+    row("vqa_pruned", "vqa", method="ia3", text_backbone="pruned", versus="vqa_none", feeds="T7,F4"),
+    row("caption_none", "caption", method="adapter", feeds="T0,T2,T6,F2,F5,F8"),
+    row("caption_attn", "caption", "routing=attn", method="adapter", versus="caption_none", prefix="no", visual_tokens="patches",
+        feeds="T2,T6,F2,F5,F8"),
+]  # fmt: skip
+TARGETS = len(TABLES) * 4 + len(FIGURES) * 4  # each in four forms
 
 pytestmark = pytest.mark.slow
 
@@ -89,11 +93,15 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
     with open(results / "tables/T1_vqa.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["routing"]: row["n_seeds"] for row in rows} == {"none": "1", "mul": "2"}
-    wanted = "method routing rank n_seeds trainable_params accuracy_mean accuracy_std gain_vs_none gain_ci_low gain_ci_high"
+    wanted = "method routing rank n_seeds trainable_params accuracy_mean accuracy_std gain gain_ci_low gain_ci_high"
     assert set(wanted.split()) <= set(rows[0])
     assert len({row["trainable_params"] for row in rows}) == 1
     with open(results / "tables/T2_caption.csv") as file:
         assert {row["routing"] for row in csv.DictReader(file)} == {"none", "attn"}
+    with open(results / "tables/T7_methods.csv") as file:
+        rows = {(row["method"], row["text_backbone"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {("lora", "roberta"), ("gradient_norm", "roberta"), ("ia3", "pruned")}
+    assert json.loads((results / "models/vqa_chosen_seed1/run.json").read_text())["settings"]["options"]["share"] == 0.1
     questions = json.loads((results / "data/test/questions.json").read_text())["questions"]
     answers = json.loads((results / "predictions/vqa_mul_seed2/results.json").read_text())
     assert {a["question_id"] for a in answers} == {q["question_id"] for q in questions}
@@ -114,7 +122,7 @@ def test_codecheck_lists_every_table_and_figure(project: Path, results: Path) ->
     assert written.returncode == 0, written.stderr
     listed = {entry["file"] for entry in yaml.safe_load((project / "codecheck.yml").read_text())["manifest"]}
     made = [*(results / "tables").glob("*.csv"), *(results / "figures").glob("*.pdf")]
-    assert listed == {str(path.relative_to(project)) for path in made} and len(made) == 10
+    assert listed == {str(path.relative_to(project)) for path in made} and len(made) == len(TABLES) + len(FIGURES)
 
 
 def test_figures_and_tables_are_redrawn_without_training(project: Path, results: Path) -> None:
@@ -133,7 +141,7 @@ def test_figures_and_tables_are_redrawn_without_training(project: Path, results:
 def test_a_new_line_in_the_sheet_runs_that_experiment_alone(project: Path, results: Path) -> None:
     sheet = project / "config/experiments/tiny.tsv"
     text = sheet.read_text()
-    sheet.write_text(text + "\t".join("vqa_add vqa roberta vit lora add 2 2 1 yes pooled 7 T1".split()) + "\n")
+    sheet.write_text(text + row("vqa_add", "vqa", "routing=add", versus="vqa_none", seeds="7", feeds="T1") + "\n")
     try:
         plan = snakemake(project, "--dry-run")
     finally:
@@ -197,8 +205,9 @@ def test_outputs_made_again_alone_are_bit_equal(copy: Path, monkeypatch: pytest.
     monkeypatch.chdir(copy)
     results = Path("results")
     records = audit.Records(results)
-    runs = ("models/vqa_none_seed1", "models/vqa_mul_seed1", "models/caption_none_seed1")
-    for path in (*runs, "scores/vqa_mul_seed1/metrics.json", "figures/F2_main.svg", "features/vit/index.json"):
+    runs = ("models/vqa_none_seed1", "models/vqa_mul_seed1", "models/vqa_chosen_seed1", "models/caption_none_seed1")
+    before = ("probes/vqa_chosen_seed1/prepared.safetensors", "backbones/pruned/config.json")
+    for path in (*runs, *before, "scores/vqa_mul_seed1/metrics.json", "figures/F2_main.svg", "features/vit/index.json"):
         found = rerun(records.job_of(results / path).manifest, results)
         assert (path, found["verdict"]) == (path, "bit-equal"), found
 
@@ -210,11 +219,14 @@ def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: P
     changed = routevl(copy, "audit", "results/models/caption_attn_seed1")
     assert changed.returncode == 1
     assert "stale: --learning-rate 0.003 then, 0.004 now" in changed.stdout
-    config.write_text(text)
+    config.write_text(text.replace("sparsity: 0.5", "sparsity: 0.6"))
     sheet = copy / "config/experiments/tiny.tsv"
-    sheet.write_text(sheet.read_text().replace("lora\tmul\t2", "lora\tmul\t3"))
+    sheet.write_text(sheet.read_text().replace("r=2 lora_alpha=2 routing=mul", "r=3 lora_alpha=2 routing=mul"))
     found = problems_of(copy, monkeypatch)
-    assert "stale: --rank 2 then, 3 now" in found["results/manifests/train/vqa_mul_seed2.json"]
+    [stale] = [problem for problem in found["results/manifests/train/vqa_mul_seed2.json"] if problem.startswith("stale")]
+    assert stale.startswith("stale: --options r=2 routing=mul ") and " then, r=3 routing=mul " in stale
+    pruned = found["results/manifests/derive_backbone/pruned.json"]
+    assert "stale: --options sparsity=0.5 then, sparsity=0.6 now" in pruned
     assert "config/experiments/tiny.tsv: changed" in found["results/manifests/table/T1_vqa.json"]
     code = copy / "code"
     shutil.copytree(audit.PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))

@@ -12,6 +12,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from conftest import run_stage
 from tiny_project import BIN, PROJECT, copy_project, environment
 
 from routevl.routing import ROUTING
+from routevl.sheet import Experiment, read_sheet
 
 PAPER = yaml.safe_load((PROJECT / "config/paper.yaml").read_text())
 MODELS = {  # what the toy run uses, as deep as in the paper but narrow, with a small vocabulary
@@ -69,27 +71,43 @@ def test_every_command_of_the_grid_is_complete(commands: str) -> None:
         assert not re.search(r"\{\w|None|<function|wildcards", line), line
         assert " &> " in line, line
     [train] = [line for line in lines if "--model results/paper/models/vqa_roberta-large_vit-large_lora_mul_seed2 " in line]
-    for option in ("--rank 128", "--alpha 128", "--epochs 20", "--batch-size 512", "--learning-rate 0.0003", "--warmup 0.05",
-                   "--max-text-tokens 20", "--precision bfloat16", "--seed 2", "--routing mul",
-                   "--text-backbone results/paper/backbones/roberta-large"):  # fmt: skip
+    for option in ("--method lora", "--options r=128 routing=mul visual_scale=none lora_alpha=128 lora_dropout=0", "--epochs 20",
+                   "--batch-size 512", "--learning-rate 0.0003", "--warmup 0.05", "--max-text-tokens 20", "--precision bfloat16",
+                   "--control none", "--seed 2", "--text-backbone results/paper/backbones/roberta-large"):  # fmt: skip
         assert f"{option} " in f"{train} ", option
 
 
 def test_the_grid_is_the_papers() -> None:
-    """Every pair of backbones, method and routing function with three seeds; every routing function at every rank."""
-    with open(PROJECT / "config/experiments/paper.tsv") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    """Every pair of backbones, method and routing function with three seeds, compared with no routing; every routing function at
+    every rank."""
+    rows = read_sheet(PROJECT / "config/experiments/paper.tsv")
+    by_name = {row.experiment: row for row in rows}
+    found = {}
+    for row in rows:
+        if row.prefix and row.epochs == 20 and row.seeds == (1, 2, 3):
+            found[row.task, row.text_backbone, row.vision_backbone, row.method, routing_of(row), row.options["r"]] = row
     for task, texts in {"vqa": ("roberta-base", "roberta-large"), "caption": ("gpt2", "gpt2-medium")}.items():
         for text in texts:
             for vision in ("vit-base", "vit-large"):
                 for method in ("lora", "adapter"):
-                    for routing in ROUTING:
-                        wanted = {"task": task, "text_backbone": text, "vision_backbone": vision, "method": method,
-                                  "routing": routing, "prefix": "yes", "epochs": "20", "seeds": "1,2,3",
-                                  "rank": "64" if (task, method) == ("vqa", "adapter") else "128"}  # fmt: skip
-                        assert any(wanted.items() <= row.items() for row in rows), wanted
-        ranks = {(row["routing"], row["rank"]) for row in rows if row["task"] == task and "F3" in row["feeds"].split(",")}
+                    rank = "64" if (task, method) == ("vqa", "adapter") else "128"
+                    grid = {routing: found[task, text, vision, method, routing, rank] for routing in ROUTING}
+                    assert grid["none"].versus == ""
+                    assert all(row.versus == grid["none"].experiment for name, row in grid.items() if name != "none")
+        ranks = {(routing_of(row), row.options["r"]) for row in rows if row.task == task and "F3" in row.feeds}
         assert {(r, k) for r in ROUTING for k in ("16", "32", "64", "128", "256")} <= ranks
+    for row in rows:
+        assert row.options.get("lora_alpha", row.options["r"]) == row.options["r"], row
+        if row.versus and row.prefix:
+            versus = by_name[row.versus]
+            assert replace(row, experiment="", options={}, versus="", feeds=()) == replace(
+                versus, experiment="", options={}, versus="", feeds=()
+            )
+            assert {**row.options, "routing": "none"} == {**versus.options, "routing": "none"}
+
+
+def routing_of(row: Experiment) -> str:
+    return row.options.get("routing", "none")
 
 
 def test_the_plan_tells_what_the_grid_costs(commands: str) -> None:
@@ -110,6 +128,19 @@ def test_the_plan_tells_what_the_grid_costs(commands: str) -> None:
     assert float(table["train"][1]) == pytest.approx(hours, abs=0.06)
     assert float(table["download"][2]) > 20  # the photographs alone
     assert int(table["total"][0]) == jobs + 1  # rule all has no command
+
+
+def test_the_plan_gives_a_derived_backbone_the_size_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.syspath_prepend(PROJECT / "workflow")
+    import plan
+
+    derived = {"derive": {"by": "magnitude", "from": "gpt2-medium", "options": {"sparsity": 0.5}}}
+    texts = PAPER["backbones"]["text"] | {"pruned": derived, "pruned again": {"derive": {**derived["derive"], "from": "pruned"}}}
+    costs = plan.Plan(PAPER | {"backbones": PAPER["backbones"] | {"text": texts}})
+    disk = costs.cost("fetch_backbone", {"name": "gpt2-medium"}).disk / 2  # there it is twice
+    for name in ("pruned", "pruned again"):
+        assert costs.cost("derive_backbone", {"derived": name}).disk == disk > 1e9
 
 
 # -------------------------------------------------------------------------------------------- at toy size
@@ -185,7 +216,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_model(name: str, shape: dict[str, int], folder: Path) -> None:
     import transformers
 
-    from routevl.pretraining import _byte_pairs
+    from routevl.backbones.pretrain_text import byte_pairs
 
     texts = ["what colour is the circle", "a red square left of a blue cross"]
     if name == "vit-large":
@@ -194,11 +225,11 @@ def save_model(name: str, shape: dict[str, int], folder: Path) -> None:
         return
     if name == "roberta-large":
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        tokenizer = transformers.RobertaTokenizer(**_byte_pairs(texts, 300, special), model_max_length=512)
+        tokenizer = transformers.RobertaTokenizer(**byte_pairs(texts, 300, special), model_max_length=512)
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 514, "type_vocab_size": 1}
         model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, **sizes))
     else:
-        tokenizer = transformers.GPT2Tokenizer(**_byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024)
+        tokenizer = transformers.GPT2Tokenizer(**byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024)
         sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **sizes))
     tokenizer.save_pretrained(folder)
@@ -226,8 +257,10 @@ def write_toy_config(folder: Path, sites: str) -> None:
     (folder / "config/paper.yaml").write_text(yaml.safe_dump(config))
     with open(folder / "config/experiments/paper.tsv") as file:
         reader = csv.DictReader(file, delimiter="\t")
-        small = {"rank": "4", "epochs": "1", "seeds": "1", "feeds": FEEDS}
-        rows = [row | small for row in reader if row["experiment"] in RUNS]
+        rows = [row | {"epochs": "1", "seeds": "1", "feeds": FEEDS} for row in reader if row["experiment"] in RUNS]
+        for row in rows:
+            row["options"] = re.sub(r"(r|lora_alpha)=\d+", r"\1=4", row["options"])
+            row["versus"] *= row["versus"] in RUNS
         write_table(folder / "config/experiments/paper.tsv", reader.fieldnames, rows)
     with open(folder / "config/datasets.tsv") as file:
         reader = csv.DictReader(file, delimiter="\t")

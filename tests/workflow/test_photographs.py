@@ -42,7 +42,7 @@ def features(data: Path, small_world: SmallWorld) -> Path:
 
 
 def test_every_photograph_has_features_of_its_own(data: Path, features: Path) -> None:
-    from routevl.features import Features
+    from routevl.features.store import Features
 
     ids = [entry["id"] for split in ("train", "val", "test") for entry in json.loads((data / split / "images.json").read_text())]
     photographs = [*REFERENCE.glob("coco/val2017/*.jpg"), *REFERENCE.glob("vqav2/images/*.jpg")]

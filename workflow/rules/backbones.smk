@@ -1,4 +1,5 @@
-# The frozen models: fetched from the hub, or the demo's own, pretrained on one modality each. A folder on disk needs no rule.
+# The frozen models: fetched from the hub, the demo's own, pretrained on one modality each, or derived from any other, such as a
+# pruned one. A folder on disk needs no rule.
 
 
 rule fetch_backbone:
@@ -61,3 +62,24 @@ rule pretrain_vision:
     shell:
         recorded("pretrain_vision", "vision")
         + "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
+
+
+rule derive_backbone:
+    input:
+        lambda wildcards: backbone(BACKBONES[wildcards.derived]["derive"]["from"]),
+    output:
+        directory(f"{R}/backbones/{{derived}}"),
+    log:
+        f"{R}/logs/derive_backbone/{{derived}}.log",
+    benchmark:
+        f"{R}/benchmarks/derive_backbone/{{derived}}.tsv"
+    wildcard_constraints:
+        derived=backbones_from("derive"),
+    resources:
+        mem_mb=growing(8000),
+        runtime=growing(60),
+    params:
+        options=lambda wildcards: derivation(BACKBONES[wildcards.derived]["derive"]),
+    shell:
+        recorded("derive_backbone", "derived")
+        + "routevl derive-backbone --source {input} {params.options} --output {output} &> {log}"

@@ -12,12 +12,14 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-import routevl
+from routevl import options as command_line_options
+from routevl.backbones.derivations import check_backbones
+from routevl.errors import RoutevlError
 from routevl.files import write_json
+from routevl.methods.table import method_class
 from routevl.provenance.record import LOCK
-from routevl.reporting.figures import FIGURES
-from routevl.reporting.tables import TABLES
-from routevl.routing import ROUTING
+from routevl.reporting import FIGURES, TABLES
+from routevl.sheet import check, read_sheet, runs_of, settings_of
 from routevl.startup import log_startup
 
 
@@ -32,21 +34,19 @@ def check_schema(value, schema, source):
 
 check_schema(config, "config.schema.yaml", "configuration")
 R = config["results"]
-METHODS = [path.parent.name for path in sorted(Path(routevl.__file__).parent.glob("methods/*/config.py"))]
-if not Path(config["experiments"]).is_file():
-    raise WorkflowError(f"{config['experiments']}: no such run sheet (config key experiments)")
-EXPERIMENTS = pd.read_csv(config["experiments"], sep="\t", dtype=str, keep_default_na=False).to_dict("records")
-for row in EXPERIMENTS:
-    check_schema(row, "experiments.schema.yaml", f"{config['experiments']}: experiment {row.get('experiment')!r}")
-    if [other["experiment"] for other in EXPERIMENTS].count(row["experiment"]) > 1:
-        raise WorkflowError(f"{config['experiments']}: two rows have the experiment name {row['experiment']!r}")
+try:
+    check_backbones(config["backbones"])
+    EXPERIMENTS = read_sheet(config["experiments"])
+    check(EXPERIMENTS, config)
+except RoutevlError as error:
+    raise WorkflowError(str(error)) from None
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated. Each rule's command takes the place of its
 # shell: SLURM sends stop signals to all processes of a job, a shell would die of them at once, and Snakemake would not wait until
 # training has written its checkpoint.
 shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; exec ')
 
-RUNS = {f"{row['experiment']}_seed{seed}": {**row, "seed": seed} for row in EXPERIMENTS for seed in row["seeds"].split(",")}
+RUNS = runs_of(EXPERIMENTS)  # name -> experiment, seed
 
 
 wildcard_constraints:
@@ -57,7 +57,7 @@ wildcard_constraints:
 def runs_feeding(name):
     """The runs that feed a table or figure, by its short name: F2_main is fed by rows whose `feeds` has F2."""
     short = name.split("_")[0]
-    return [run for run, row in RUNS.items() if short in row["feeds"].split(",")]
+    return [run for run, (experiment, _) in RUNS.items() if short in experiment.feeds]
 
 
 def targets(names, endings):
@@ -72,9 +72,9 @@ if clash := config["backbones"]["text"].keys() & config["backbones"]["vision"].k
 
 
 def comes_from(entry):
-    """Where a backbone comes from: its pretraining, a folder on disk, or the hub."""
-    if "pretrain" in entry:
-        return "pretrain"
+    """Where a backbone comes from: its pretraining, another backbone, a folder on disk, or the hub."""
+    if made := entry.keys() & {"pretrain", "derive"}:
+        return made.pop()
     return "folder" if Path(entry["path"]).is_dir() else "hub"
 
 
@@ -110,6 +110,9 @@ def gpus(n):
 
 
 PROCESSES = max(config["training"]["gpus"], 1)  # of a training job
+# torchrun starts them, each on a GPU of its own; the output of the first is shown, and stop signals are passed on to all
+TORCHRUN = "torchrun --standalone --local-ranks-filter 0 --signals-to-handle SIGTERM,SIGUSR1,SIGINT,SIGHUP,SIGQUIT --no-python"
+LAUNCH = f"{TORCHRUN} --nproc-per-node {PROCESSES} routevl" if PROCESSES > 1 else "routevl"
 
 
 def growing(amount):
@@ -130,33 +133,46 @@ def options(values):
     return " ".join(option(name, value) for name, value in values.items())
 
 
+def derivation(entry):
+    """How a backbone is derived, as options of the command line."""
+    words = command_line_options.words_of(entry.get("options", {}))
+    return options({"by": entry["by"], **({"options": words} if words else {})})
+
+
 def without(section, *keys):
     """A section of the configuration but for some of its keys."""
     return {key: value for key, value in section.items() if key not in keys}
 
 
 def run_settings(wildcards):
-    """A run's settings: its row of the sheet, its task's part of the configuration, and what all runs share."""
-    row = RUNS[wildcards.run]
-    columns = [
-        "task",
-        "method",
-        "routing",
-        "rank",
-        "alpha",
-        "prefix",
-        "visual_tokens",
-        "epochs",
-    ]
-    settings = {column: row[column] for column in columns}
-    return options(
-        {
-            **settings,
-            **config["tasks"][row["task"]],
-            **config["runs"],
-            "seed": row["seed"],
-        }
-    )
+    """A run's settings as options of the command line."""
+    experiment, seed = RUNS[wildcards.run]
+    settings = settings_of(experiment, seed, config).as_record()
+    words = command_line_options.words_of(settings.pop("options"))
+    return options({**settings, **({"options": words} if words else {})})
+
+
+def prepares(run):
+    """Whether the run's method has a phase before training."""
+    return method_class(RUNS[run][0].method).prepares()
+
+
+def reads_pixels(run):
+    """Whether the vision model runs in the training process, so that no stored features are needed."""
+    return "pixels" in method_class(RUNS[run][0].method).needs
+
+
+def run_inputs(wildcards):
+    """What a run is trained, and its method prepared, from."""
+    experiment, _ = RUNS[wildcards.run]
+    features = {} if reads_pixels(wildcards.run) else {"features": f"{R}/features/{experiment.vision_backbone}/index.json"}
+    backbones = {"text_backbone": backbone(experiment.text_backbone), "vision_backbone": backbone(experiment.vision_backbone)}
+    return {"data": f"{R}/data", **features, **backbones}
+
+
+def run_input_options(wildcards, input):
+    """The same as options of the command line; of the features their folder."""
+    return options({name: Path(input[name]).parent if name == "features" else input[name] for name in run_inputs(wildcards)})
 
 
 SOURCE_FILES = ("images", "questions", "annotations", "captions")
@@ -196,13 +212,15 @@ def scoring_batches():
     """(task, number, runs) of each scoring job, in the order of the run sheet."""
     size = config["scoring"]["runs_per_job"]
     for task in config["tasks"]:
-        runs = [run for run, row in RUNS.items() if row["task"] == task]
+        runs = [run for run, (experiment, _) in RUNS.items() if experiment.task == task]
         yield from ((task, start // size, runs[start : start + size]) for start in range(0, len(runs), size))
 
 
 def results_of_runs(wildcards):
-    """What a table or figure reads of its runs."""
+    """What a table or figure reads of its runs, and of those that they are compared with."""
     runs = runs_feeding(wildcards.name)
+    versus = {RUNS[run][0].versus for run in runs}
+    runs += [run for run, (experiment, _) in RUNS.items() if experiment.experiment in versus and run not in runs]
     return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
 
 
@@ -234,20 +252,3 @@ def command_line_config():
         "configfiles": [os.path.relpath(path) for path in settings.configfiles],
         "config": settings.config_args,
     }
-
-
-def check_choice(row, column, choices):
-    """Stop where a row of the run sheet names something that does not exist."""
-    if row[column] not in choices:
-        raise WorkflowError(
-            f"{config['experiments']}: {column} {row[column]!r} of experiment {row['experiment']!r} is not one of {', '.join(choices)}"
-        )
-
-
-for row in RUNS.values():
-    check_choice(row, "method", METHODS)
-    check_choice(row, "routing", ROUTING)
-    check_choice(row, "task", config["tasks"])
-    check_choice(row, "text_backbone", config["backbones"]["text"])
-    check_choice(row, "vision_backbone", config["backbones"]["vision"])
-    check_choice(row, "visual_tokens", config["features"]["tokens"])

@@ -1,13 +1,37 @@
-# One job per run: training, then the test split's predictions, in one process. A job that was stopped goes on from
-# its checkpoint, which is no output of the rule: Snakemake removes the outputs of unfinished jobs.
+# One job per run: training, then the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
+# which is no output of the rule: Snakemake removes the outputs of unfinished jobs.
+
+
+# Only for runs whose method looks at the model and the data before training.
+rule probe:
+    input:
+        unpack(run_inputs),
+    output:
+        f"{R}/probes/{{run}}/prepared.safetensors",
+    log:
+        f"{R}/logs/probe/{{run}}.log",
+    benchmark:
+        f"{R}/benchmarks/probe/{{run}}.tsv"
+    threads: config["training"]["threads"]
+    resources:
+        **gpus(min(config["training"]["gpus"], 1)),
+        cpus_per_task=config["training"]["threads"],
+        mem_mb=growing(config["training"]["mem_mb"]),
+        runtime=growing(config["training"]["runtime"]),
+    params:
+        inputs=run_input_options,
+        settings=run_settings,
+        threads=config["training"]["threads"],
+        workers=config["training"]["workers"],
+    shell:
+        recorded("probe", "run") + "routevl probe {params.inputs} --output {output} "
+        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log}"
 
 
 rule train:
     input:
-        data=f"{R}/data",
-        features=lambda wildcards: f"{R}/features/{RUNS[wildcards.run]['vision_backbone']}/index.json",
-        text_backbone=lambda wildcards: backbone(RUNS[wildcards.run]["text_backbone"]),
-        vision_backbone=lambda wildcards: backbone(RUNS[wildcards.run]["vision_backbone"]),
+        unpack(run_inputs),
+        prepared=lambda wildcards: [f"{R}/probes/{wildcards.run}/prepared.safetensors"] if prepares(wildcards.run) else [],
     output:
         model=directory(f"{R}/models/{{run}}"),
         predictions=directory(f"{R}/predictions/{{run}}"),
@@ -22,17 +46,17 @@ rule train:
         mem_mb=growing(config["training"]["mem_mb"]),
         runtime=growing(config["training"]["runtime"]),
     params:
-        features=lambda wildcards, input: Path(input.features).parent,
+        launch=LAUNCH,
+        inputs=run_input_options,
+        prepared=lambda wildcards, input: options({"prepared": input.prepared[0]}) if input.prepared else "",
         settings=run_settings,
         checkpoint=f"{R}/checkpoints/{{run}}",
-        processes=PROCESSES,
         threads=config["training"]["threads"],
         workers=config["training"]["workers"],
         checkpoint_every=config["training"]["checkpoint_every"],
         log_every=config["training"]["log_every"],
     shell:
-        recorded("train", "run") + "routevl train --data {input.data} --features {params.features} "
-        "--text-backbone {input.text_backbone} --vision-backbone {input.vision_backbone} "
+        recorded("train", "run") + "{params.launch} train {params.inputs} {params.prepared} "
         "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
-        "--processes {params.processes} --threads {params.threads} --workers {params.workers} {params.settings} &> {log}"
+        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log}"

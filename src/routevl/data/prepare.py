@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,23 @@ from typing import Any
 import numpy
 
 from routevl.data.coco import file_names, images_in_folder, read_captions, read_karpathy_splits
-from routevl.data.records import SPLITS, Record, json_name, write_records
+from routevl.data.records import INTEGER, SPLITS, STRING, Format, Record, check_unique, write_records
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, read_json
+from routevl.files import atomic_folder
+from routevl.metrics.vqa import normalize_answer
+from routevl.options import at_least
 
 QUESTION_FIELDS = ("image_id", "question", "question_id")
-ANNOTATION_FIELDS = (
-    "image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers"
+ANNOTATION_FIELDS = ("image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers")
+VOCABULARY = Format(
+    "a list of different answers, or an object of answer to index",
+    {
+        "type": ["array", "object"],
+        "minItems": 1, "uniqueItems": True, "items": STRING,
+        "minProperties": 1, "additionalProperties": INTEGER,
+    },
 )  # fmt: skip
-SOURCE_KEYS = ("images", "split", "questions", "annotations", "captions", "missing_images")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='JSON list of {"images": folder, "split": "train" | "val" | "test" | {"train": fraction, ..., '
         '"seed": n} | {"karpathy": dataset_coco.json}, "questions" and "annotations": VQAv2 files, "captions": COCO file, '
-        '"missing_images": "error" | "drop"}, or a file that holds it',
+        '"missing_images": "error" | "drop"}',
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the splits, replaced as a whole")
     answers = parser.add_mutually_exclusive_group()
     answers.add_argument("--vocabulary", type=Path, help="answers: a JSON list, or an object of answer to index")
     answers.add_argument(
         "--minimum-answer-count",
-        type=int,
+        type=at_least(1),
         default=9,
         help="without --vocabulary: keep the answers that occur this often in --answer-splits (default: 9)",
     )
@@ -71,99 +78,45 @@ def run(arguments: argparse.Namespace) -> None:
             _write_split(folder / name, name, split)
         write_records(folder / "answers.json", answers)
     for name, split in splits.items():
-        counts = f"{len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions"
-        print(f"{name}: {counts}")
+        print(f"{name}: {len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions")
     print(f"{len(answers)} answers")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `--sources`; `split` is a split's name, fractions by name with a "seed", or the file of Karpathy's splits."""
+    """One entry of `--sources`, with its keys."""
 
-    images: Path
-    split: str | dict[str, Any] | Path
-    questions: Path | None
-    annotations: Path | None
-    captions: Path | None
-    drop_missing_images: bool
+    images: str
+    split: str | dict[str, Any]
+    questions: str | None = None
+    annotations: str | None = None
+    captions: str | None = None
+    missing_images: str = "error"
+
+    def __post_init__(self) -> None:
+        if (self.questions is None) != (self.annotations is None) or (self.questions is None and self.captions is None):
+            raise ValueError("a source needs captions, or questions and annotations, or all three")
+        if isinstance(self.split, str):
+            known = self.split in SPLITS
+        else:
+            fractions = [self.split.get(name, 0) for name in SPLITS]
+            known = "karpathy" in self.split or ("seed" in self.split and abs(sum(fractions) - 1) < 1e-6)
+        if not known:
+            raise ValueError(f"split {self.split}: expected a split, fractions that sum to 1 and a seed, or a karpathy file")
 
 
 def parse_sources(text: str) -> list[Source]:
-    """Parse and check `--sources`: a JSON list, or the path of a file that holds one.
-
-    Raises:
-        RoutevlError: names the source's index and key.
-    """
-    entries = _parse_json(text) if text.lstrip().startswith(("[", "{")) else read_json(text)
-    if type(entries) is not list or not entries:
-        raise RoutevlError(f"--sources: expected a list of at least one source, found {text[:80]}")
-    return [_parse_source(f"--sources[{index}]", entry) for index, entry in enumerate(entries)]
-
-
-def _parse_json(text: str) -> Any:
+    """Parse `--sources`, or raise RoutevlError."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RoutevlError(f"--sources: not JSON ({error})") from None
+        return [Source(**entry) for entry in json.loads(text)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RoutevlError(f"--sources: not a list of sources as data.sources in the configuration ({error})") from None
 
 
-def _parse_source(place: str, entry: Any) -> Source:
-    if type(entry) is not dict:
-        raise RoutevlError(f"{place}: expected an object, found {json_name(type(entry))}")
-    unknown = sorted(set(entry) - set(SOURCE_KEYS))
-    if unknown:
-        raise RoutevlError(f"{place}: unknown key {unknown[0]!r}, expected one of {', '.join(SOURCE_KEYS)}")
-    paths = {key: _parse_path(place, entry, key) for key in ("images", "questions", "annotations", "captions")}
-    if paths["images"] is None:
-        raise RoutevlError(f"{place}: lacks the key 'images', the folder of its images")
-    if (paths["questions"] is None) != (paths["annotations"] is None):
-        raise RoutevlError(f"{place}: 'questions' and 'annotations' go together, found only one of them")
-    if paths["questions"] is None and paths["captions"] is None:
-        raise RoutevlError(f"{place}: expected 'captions', or 'questions' and 'annotations', or all three")
-    missing = entry.get("missing_images", "error")
-    if missing not in ("error", "drop"):
-        raise RoutevlError(f"{place}: 'missing_images' must be 'error' or 'drop', found {missing!r}")
-    return Source(**paths, split=_parse_split(place, entry), drop_missing_images=missing == "drop")
-
-
-def _parse_path(place: str, entry: Record, key: str) -> Path | None:
-    value = entry.get(key)
-    if value is None:
-        return None
-    if type(value) is not str or not value:
-        raise RoutevlError(f"{place}: {key!r} must be a path, found {value!r}")
-    return Path(value)
-
-
-def _parse_split(place: str, entry: Record) -> str | dict[str, Any] | Path:
-    split = entry.get("split")
-    if type(split) is str and split in SPLITS:
-        return split
-    if type(split) is not dict:
-        raise RoutevlError(f"{place}: 'split' must be one of {SPLITS}, fractions of them or a 'karpathy' file, found {split!r}")
-    if "karpathy" in split:
-        path = _parse_path(place, split, "karpathy")
-        if path is None or len(split) > 1:
-            raise RoutevlError(f"{place}: 'split' must be {{'karpathy': file}} alone where it names such a file, found {split}")
-        return path
-    unknown = sorted(set(split) - {*SPLITS, "seed"})
-    if unknown:
-        raise RoutevlError(f"{place}: unknown key {unknown[0]!r} in 'split', expected {SPLITS} and 'seed'")
-    if type(split.get("seed")) is not int or split["seed"] < 0:
-        raise RoutevlError(f"{place}: fractions in 'split' need a 'seed' of 0 or more, found {split}")
-    fractions = [split.get(name, 0) for name in SPLITS]
-    numbers = all(type(fraction) in (int, float) and fraction >= 0 for fraction in fractions)
-    if not numbers or abs(sum(fractions) - 1) > 1e-6:
-        raise RoutevlError(f"{place}: the fractions in 'split' must be 0 or more and sum to 1, found {split}")
-    return split
-
-
-# ----------------------------------------------------------------------------------------------------
-# Reading and merging
+# ------------------------------------------------------------------------------ reading and merging
 
 
 @dataclass
@@ -179,65 +132,63 @@ class Split:
 
 
 def merge_sources(sources: list[Source]) -> dict[str, Split]:
-    """Read all sources and put their items into "train", "val" and "test".
-
-    Raises:
-        RoutevlError: as `run`, but for the vocabulary.
-    """
+    """Read all sources and put their items into "train", "val" and "test"; errors as of `run`."""
     splits = {name: Split() for name in SPLITS}
     for source in sources:
         content = read_source(source)
-        place_of = assign_splits(sorted(content.images), source)
+        split_of = assign_splits(sorted(content.images), source)
         for name, split in splits.items():
-            _add(split, content, {image_id for image_id, place in place_of.items() if place == name})
+            _add(split, content, {image_id for image_id, place in split_of.items() if place == name})
     _check_disjoint(splits)
-    _check_unique_ids(splits)
-    _check_not_empty(splits)
+    check_unique("--sources", "question_id", [question for split in splits.values() for question in split.questions])
+    check_unique("--sources", "id", [caption for split in splits.values() for caption in split.captions])
+    for kind in ("images", "questions", "captions"):
+        empty = [name for name, split in splits.items() if not getattr(split, kind)]
+        if empty and (kind == "images" or len(empty) < len(splits)):
+            raise RoutevlError(f"--sources: the split {empty[0]!r} has no {kind}")
     return splits
 
 
 def read_source(source: Source) -> Split:
-    """Read a source's files, find its images and drop what is about missing ones, where the source says so.
+    """Read a source's files and find its images.
 
     Raises:
         RoutevlError: an official file is wrong, the folder of images is missing, or an image is.
     """
     content = Split()
-    referred: dict[int, Path] = {}  # image id to the file that refers to it
+    referred: dict[int, str] = {}  # image id to the file that refers to it
     if source.captions is not None:
         file = read_captions(source.captions)
         content.captions = file["annotations"]
         content.licenses = file.get("licenses", [])
         content.image_records = {image["id"]: image for image in file.get("images", [])}
-        referred.update((caption["image_id"], source.captions) for caption in content.captions)
+        referred = {caption["image_id"]: source.captions for caption in content.captions}
     if source.questions is not None and source.annotations is not None:
         content.questions, content.annotations = read_pair(source.questions, source.annotations)
-        for question in content.questions:
-            referred.setdefault(question["image_id"], source.questions)
-    _find_images(source, content, referred)
+        referred = {question["image_id"]: source.questions for question in content.questions} | referred
+    content.images = _find_images(source, content.image_records, referred)
     return content
 
 
-def _find_images(source: Source, content: Split, referred: dict[int, Path]) -> None:
-    present = set(file_names(source.images))
-    numbered: dict[int, str] = {}
-    if any(image_id not in content.image_records for image_id in referred):
-        numbered = images_in_folder(source.images)
-    missing = 0
+def _find_images(source: Source, image_records: dict[int, Record], referred: dict[int, str]) -> dict[int, Path]:
+    """The files of the images that are referred to, by their names in `image_records` or the numbers in these."""
+    folder = Path(source.images)
+    present = set(file_names(folder))
+    numbered = images_in_folder(folder) if referred.keys() - image_records.keys() else {}
+    found = {}
     for image_id, reference in referred.items():
-        name = content.image_records.get(image_id, {}).get("file_name") or numbered.get(image_id)
-        if name is not None and (name in present or (source.images / name).is_file()):
-            content.images[image_id] = source.images / name
-        elif source.drop_missing_images:
-            missing += 1
-        else:
-            file = source.images / (name or f"[..._]{image_id:012d}.[jpg|jpeg|png]")
+        name = image_records.get(image_id, {}).get("file_name") or numbered.get(image_id)
+        if name is not None and (name in present or (folder / name).is_file()):
+            found[image_id] = folder / name
+        elif source.missing_images != "drop":
             raise RoutevlError(
-                f"{file}: no such image, but {reference} refers to the image {image_id} "
-                "(put it there, or set the source's missing_images to 'drop')"
+                f"{folder / (name or f'[..._]{image_id:012d}.[jpg|jpeg|png]')}: no such image, but {reference} refers to the "
+                f"image {image_id} (put it there, or set the source's missing_images to 'drop')"
             )
-    if missing:
-        print(f"{source.images}: dropped what is about {missing} of {len(referred)} images, which are missing")
+    if len(found) < len(referred):
+        missing = len(referred) - len(found)
+        print(f"{folder}: dropped what is about {missing} of {len(referred)} images, which are missing")
+    return found
 
 
 def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:
@@ -250,19 +201,18 @@ def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:
     split = source.split
     if isinstance(split, str):
         return dict.fromkeys(image_ids, split)
-    if isinstance(split, Path):
-        return _karpathy_splits(image_ids, split, source)
+    if "karpathy" in split:
+        return _karpathy_splits(image_ids, split["karpathy"], source)
     order = numpy.random.default_rng(split["seed"]).permutation(len(image_ids))
-    edges = numpy.cumsum([split.get(name, 0) for name in SPLITS]) * len(image_ids)
-    first, second = (int(edge) for edge in numpy.rint(edges[:2]))
-    names = ["train"] * first + ["val"] * (second - first) + ["test"] * (len(image_ids) - second)
-    return {image_ids[place]: name for place, name in zip(order, names, strict=True)}
+    edges = numpy.rint(numpy.cumsum([split.get(name, 0) for name in SPLITS]) * len(image_ids)).astype(int)
+    places = numpy.split(order, edges[:2])
+    return {image_ids[place]: name for name, chosen in zip(SPLITS, places, strict=True) for place in chosen}
 
 
-def _karpathy_splits(image_ids: list[int], path: Path, source: Source) -> dict[int, str]:
+def _karpathy_splits(image_ids: list[int], path: str, source: Source) -> dict[int, str]:
     split_of = read_karpathy_splits(path)
     unnamed = [image_id for image_id in image_ids if image_id not in split_of]
-    if unnamed and not source.drop_missing_images:
+    if unnamed and source.missing_images != "drop":
         raise RoutevlError(
             f"{path}: does not name the image {unnamed[0]}, which is in {source.images} "
             "(set the source's missing_images to 'drop' to leave such images out)"
@@ -276,31 +226,21 @@ def _add(split: Split, content: Split, image_ids: set[int]) -> None:
     """Add what `content` says about `image_ids`; an id that is already there must be the same file."""
     for image_id in sorted(image_ids):
         path = content.images[image_id]
-        _check_same_file(image_id, split.images.setdefault(image_id, path), path)
-    for image_id in image_ids & content.image_records.keys():
-        split.image_records.setdefault(image_id, content.image_records[image_id])
-    split.captions += _about(content.captions, image_ids)
-    split.questions += _about(content.questions, image_ids)
-    split.annotations += _about(content.annotations, image_ids)
+        first = split.images.setdefault(image_id, path)
+        if first != path and first.resolve() != path.resolve():
+            raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another")
+        if image_id in content.image_records:
+            split.image_records.setdefault(image_id, content.image_records[image_id])
+    for kind in ("captions", "questions", "annotations"):
+        getattr(split, kind).extend(record for record in getattr(content, kind) if record["image_id"] in image_ids)
     split.licenses += [entry for entry in content.licenses if entry not in split.licenses]
-
-
-def _about(records: Iterable[Record], image_ids: set[int]) -> list[Record]:
-    return [record for record in records if record["image_id"] in image_ids]
-
-
-def _check_same_file(image_id: int, first: Path, second: Path) -> None:
-    if first != second and first.resolve() != second.resolve():
-        raise RoutevlError(f"the image id {image_id} is {first} in one source, but {second} in another")
 
 
 def _check_disjoint(splits: dict[str, Split]) -> None:
     """An image is in one split only, by its id and by its file."""
-    path_of: dict[int, Path] = {}
     split_of: dict[int | Path, str] = {}
     for name, split in splits.items():
         for image_id, path in split.images.items():
-            _check_same_file(image_id, path_of.setdefault(image_id, path), path)
             for key in (image_id, path.resolve()):
                 other = split_of.setdefault(key, name)
                 if other != name:
@@ -310,48 +250,20 @@ def _check_disjoint(splits: dict[str, Split]) -> None:
                     )
 
 
-def _check_unique_ids(splits: dict[str, Split]) -> None:
-    questions = (question["question_id"] for split in splits.values() for question in split.questions)
-    captions = (caption["id"] for split in splits.values() for caption in split.captions)
-    for kind, ids in (("question_id", questions), ("caption id", captions)):
-        seen: set[int] = set()
-        for number in ids:
-            if number in seen:
-                raise RoutevlError(f"--sources: the {kind} {number} is in two of the sources")
-            seen.add(number)
-
-
-def _check_not_empty(splits: dict[str, Split]) -> None:
-    kinds: tuple[tuple[str, Callable[[Split], Any]], ...] = (
-        ("images", lambda split: split.images),
-        ("questions", lambda split: split.questions),
-        ("captions", lambda split: split.captions),
-    )
-    for kind, items in kinds:
-        empty = [name for name, split in splits.items() if not items(split)]
-        if empty and (kind == "images" or len(empty) < len(splits)):
-            raise RoutevlError(f"--sources: the split {empty[0]!r} has no {kind}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def read_vocabulary(path: Path) -> list[str]:
     """Read an answer vocabulary: a JSON list of answers, or an object of answer to index (0 to n - 1).
 
     Raises:
-        RoutevlError: the file is missing or anything else.
+        RoutevlError: the file is missing or malformed.
     """
-    content = read_json(path)
-    if type(content) is dict:
-        if sorted(content.values(), key=repr) != sorted(range(len(content)), key=repr):
+    content = VOCABULARY.read(path)
+    if isinstance(content, dict):
+        if sorted(content.values()) != list(range(len(content))):
             raise RoutevlError(f"{path}: expected each index from 0 to {len(content) - 1} once")
         content = sorted(content, key=content.__getitem__)
-    if type(content) is not list or not content or not all(type(answer) is str for answer in content):
-        raise RoutevlError(f"{path}: expected a list of answers, or an object of answer to index")
-    if len(set(content)) < len(content):
-        raise RoutevlError(f"{path}: the answer {Counter(content).most_common(1)[0][0]!r} is there twice")
     return content
 
 
@@ -364,8 +276,6 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
     Raises:
         RoutevlError: no answer is that frequent.
     """
-    from routevl.metrics.vqa import normalize_answer
-
     counts: Counter[str] = Counter()
     annotations = (record for name in SPLITS if name in answer_splits for record in splits[name].annotations)
     for answer, count in Counter(record["multiple_choice_answer"] for record in annotations).items():
@@ -377,41 +287,24 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
     return sorted(frequent, key=lambda answer: (-counts[answer], answer))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def _write_split(folder: Path, name: str, split: Split) -> None:
     folder.mkdir()
     info = {"description": f"the {name} split of routevl's sources"}
-    header = {
-        "info": info,
-        "task_type": "Open-Ended",
-        "data_type": "mixed",
-        "data_subtype": name,
-        "license": {},
-    }
-    questions = [_select(question, QUESTION_FIELDS) for question in split.questions]
-    annotations = [_select(annotation, ANNOTATION_FIELDS) for annotation in split.annotations]
-    write_records(folder / "images.json", [_image(split, image_id) for image_id in sorted(split.images)])
-    write_records(folder / "questions.json", header | {"questions": questions})
-    write_records(folder / "annotations.json", header | {"annotations": annotations})
-    write_records(folder / "captions.json", _captions_file(split, info))
-
-
-def _image(split: Split, image_id: int) -> Record:
-    return {"id": image_id, "file_name": str(split.images[image_id])}
-
-
-def _captions_file(split: Split, info: Record) -> Record:
+    header = {"info": info, "task_type": "Open-Ended", "data_type": "mixed", "data_subtype": name, "license": {}}
+    questions = [{field: record[field] for field in QUESTION_FIELDS} for record in split.questions]
+    annotations = [{field: record[field] for field in ANNOTATION_FIELDS} for record in split.annotations]
+    images = {image_id: {"id": image_id, "file_name": str(split.images[image_id])} for image_id in sorted(split.images)}
     captioned = sorted({caption["image_id"] for caption in split.captions})
-    return {
+    captions = {
         "info": info,
         "licenses": split.licenses,
-        "images": [split.image_records.get(image_id) or _image(split, image_id) for image_id in captioned],
+        "images": [split.image_records.get(image_id) or images[image_id] for image_id in captioned],
         "annotations": split.captions,
     }
-
-
-def _select(record: Record, fields: tuple[str, ...]) -> Record:
-    return {name: record[name] for name in fields}
+    write_records(folder / "images.json", list(images.values()))
+    write_records(folder / "questions.json", header | {"questions": questions})
+    write_records(folder / "annotations.json", header | {"annotations": annotations})
+    write_records(folder / "captions.json", captions)

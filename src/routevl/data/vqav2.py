@@ -4,62 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routevl.data.records import Record, check_fields, check_unique, checked_records, read_object
+from routevl.data.records import INTEGER, STRING, Format, Record, check_unique, list_of, object_of
 from routevl.errors import RoutevlError
 
-ANSWER_TYPES = ("yes/no", "number", "other")
-
-
-def read_questions(path: str | Path) -> Record:
-    """Read and check a VQAv2 questions file, plain or gzip-compressed.
-
-    Returns:
-        the file's object; "questions" is a list of {"image_id": int, "question_id": int, "question": str,
-        ...}.
-
-    Raises:
-        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, or a
-            question_id is used twice.
-    """
-    content = read_object(path, "a VQAv2 questions file")
-    fields = {"image_id": int, "question_id": int, "question": str}
-    questions = checked_records(path, content, "questions", fields)
-    check_unique(path, "questions", "question_id", questions)
-    return content
-
-
-def read_annotations(path: str | Path) -> Record:
-    """Read and check a VQAv2 annotations file, plain or gzip-compressed.
-
-    Returns:
-        the file's object; "annotations" is a list of {"image_id": int, "question_id": int,
-        "question_type": str, "answer_type": "yes/no" | "number" | "other", "multiple_choice_answer": str,
-        "answers": [{"answer": str, ...}, ...], ...}.
-
-    Raises:
-        RoutevlError: the file is missing or not JSON, an entry lacks a key or has it with another type, a
-            question_id is used twice, or a question has no answers or an unknown answer_type.
-    """
-    content = read_object(path, "a VQAv2 annotations file")
-    fields = {
-        "image_id": int,
-        "question_id": int,
-        "question_type": str,
-        "answer_type": str,
-        "multiple_choice_answer": str,
-        "answers": list,
-    }
-    annotations = checked_records(path, content, "annotations", fields)
-    check_unique(path, "annotations", "question_id", annotations)
-    for index, annotation in enumerate(annotations):
-        place = f"annotations[{index}]"
-        if annotation["answer_type"] not in ANSWER_TYPES:
-            found = f"must be one of {ANSWER_TYPES}, found {annotation['answer_type']!r}"
-            raise RoutevlError(f"{path}: {place}['answer_type'] {found}")
-        if not annotation["answers"]:
-            raise RoutevlError(f"{path}: {place}['answers'] is empty, expected the annotators' answers")
-        check_fields(path, f"{place}['answers']", annotation["answers"], {"answer": str})
-    return content
+QUESTIONS = Format("a VQAv2 questions file", object_of(questions=list_of(image_id=INTEGER, question_id=INTEGER, question=STRING)))
+ANNOTATIONS = Format(
+    "a VQAv2 annotations file",
+    object_of(
+        annotations=list_of(
+            image_id=INTEGER,
+            question_id=INTEGER,
+            question_type=STRING,
+            answer_type={"enum": ["yes/no", "number", "other"]},
+            multiple_choice_answer=STRING,
+            answers=list_of(answer=STRING) | {"minItems": 1},
+        )
+    ),
+)
 
 
 def read_pair(questions_path: str | Path, annotations_path: str | Path) -> tuple[list[Record], list[Record]]:
@@ -69,11 +30,13 @@ def read_pair(questions_path: str | Path, annotations_path: str | Path) -> tuple
         the questions in the order of their file, and the annotations in the SAME order.
 
     Raises:
-        RoutevlError: as `read_questions` and `read_annotations`, or a question has no annotation, an
-            annotation no question, or the two name different images; the message gives the question_id.
+        RoutevlError: a file is missing or malformed, a question_id is there twice, a question has no annotation, an
+            annotation no question, or the two name different images.
     """
-    questions = read_questions(questions_path)["questions"]
-    records = read_annotations(annotations_path)["annotations"]
+    questions = QUESTIONS.read(questions_path)["questions"]
+    records = ANNOTATIONS.read(annotations_path)["annotations"]
+    check_unique(questions_path, "question_id", questions)
+    check_unique(annotations_path, "question_id", records)
     annotations = {annotation["question_id"]: annotation for annotation in records}
     matched = []
     for question in questions:

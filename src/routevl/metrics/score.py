@@ -12,26 +12,15 @@ from routevl.files import atomic_folder, write_json
 
 Scores = tuple[dict[str, Any], dict[str, Any]]  # what metrics.json and items.json hold
 
-# The evaluator's answer types, and what their accuracy is called in metrics.json.
-_ANSWER_TYPE_METRICS = {"yes_no": "yes/no", "number": "number", "other": "other"}
-
 
 def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
-    """Score VQA results against a prepared split.
-
-    Returns:
-        of each results file {"n", "metrics"}: accuracy, yes_no, number, other in percent (None for a type without questions) and
-        "by_question_type"; and {"ids": question ids, "accuracy": percent of each}.
-
-    Raises:
-        RoutevlError: as `routevl.metrics.vqa.score_files`.
-    """
+    """Score VQA results against a prepared split, in percent; None for an answer type without questions."""
     from routevl.metrics import vqa
 
     for path in results:
         scores = vqa.score_files(split / "questions.json", split / "annotations.json", path)
         metrics: dict[str, Any] = {"accuracy": scores.overall}
-        for metric, answer_type in _ANSWER_TYPE_METRICS.items():
+        for metric, answer_type in (("yes_no", "yes/no"), ("number", "number"), ("other", "other")):
             group = scores.by_answer_type.get(answer_type)
             metrics[metric] = group.accuracy if group else None
         metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
@@ -40,15 +29,7 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
 
 
 def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
-    """Score captions against a prepared split; METEOR is started once for all results.
-
-    Returns:
-        of each results file {"n", "metrics", "missing"}: fractions, None for a metric that is missing, and why it is; and
-        {"ids": image ids, "CIDEr": of each}, sorted by id.
-
-    Raises:
-        RoutevlError: as `routevl.metrics.captions.score_files`.
-    """
+    """Score captions against a prepared split, as fractions; METEOR is started once for all results."""
     from routevl.metrics import captions
 
     for scores in captions.score_files(split / "captions.json", results):

@@ -10,14 +10,13 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
-from routevl.metrics.results import check_complete, check_known, read_results
+from routevl.metrics.results import read_results
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = {
@@ -56,16 +55,8 @@ class GroupAccuracy(NamedTuple):
     n: int
 
 
-@dataclass(frozen=True)
-class Scores:
-    """VQA accuracy, in percent and not rounded.
-
-    Attributes:
-        overall: mean over all questions.
-        by_answer_type: mean over the questions of each answer type ("yes/no", "number", "other") that occurs.
-        by_question_type: the same of each question type ("what color is", ...), sorted by name.
-        by_question: question_id to accuracy, in the order of the annotations.
-    """
+class Scores(NamedTuple):
+    """VQA accuracy, in percent and not rounded: of all questions, of the types that occur, and by question_id."""
 
     overall: float
     by_answer_type: dict[str, GroupAccuracy]
@@ -108,9 +99,6 @@ def _leave_one_out_accuracy(matches: int, annotators: int) -> float:
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
     """The accuracy that each of the annotators' answers would get: the soft targets of training.
 
-    Args:
-        answers: the (ten) annotators' answers to one question, as they stand in the annotations file.
-
     Returns:
         normalised answer to accuracy in [0, 1], in the order of first occurrence. The evaluator leaves
         answers as they are where all annotators agree; here they are always normalised, as the vocabulary is.
@@ -130,12 +118,7 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score(annotations: Sequence[dict[str, Any]], predictions: Mapping[int, str]) -> Scores:
-    """Score predicted answers.
-
-    Args:
-        annotations: one or more entries of a VQAv2 annotations file.
-        predictions: question_id to predicted answer, for the question of every annotation.
-    """
+    """Score predicted answers by question_id against one or more entries of a VQAv2 annotations file."""
     by_question: dict[int, float] = {}
     by_answer_type: dict[str, list[float]] = defaultdict(list)
     by_question_type: dict[str, list[float]] = defaultdict(list)
@@ -162,17 +145,13 @@ def score_files(questions: str | Path, annotations: str | Path, results: str | P
     """Score a results file, which must answer exactly the questions of the official files.
 
     Raises:
-        RoutevlError: a file is missing or malformed, or the files are about
-            different questions or none.
+        RoutevlError: a file is missing or malformed, or the files are about different questions or none.
     """
     _, entries = read_pair(questions, annotations)
     if not entries:
         raise RoutevlError(f"{annotations}: holds no questions to score")
-    predictions = read_results(results, "question_id", "answer")
     question_ids = [entry["question_id"] for entry in entries]
-    check_known(results, "question_id", predictions, question_ids)
-    check_complete(results, "question_id", predictions, question_ids)
-    return score(entries, predictions)
+    return score(entries, read_results(results, "question_id", "answer", question_ids))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -187,12 +166,8 @@ def run(arguments: Namespace) -> None:
     scores = score_files(arguments.questions, arguments.annotations, arguments.results)
     report = {
         "overall": round(scores.overall, 2),
-        "perAnswerType": _rounded(scores.by_answer_type),
-        "perQuestionType": _rounded(scores.by_question_type),
+        "perAnswerType": {name: round(group.accuracy, 2) for name, group in scores.by_answer_type.items()},
+        "perQuestionType": {name: round(group.accuracy, 2) for name, group in scores.by_question_type.items()},
         "n": len(scores.by_question),
     }
     print(json.dumps(report, indent=1, ensure_ascii=False))
-
-
-def _rounded(groups: Mapping[str, GroupAccuracy]) -> dict[str, float]:
-    return {name: round(group.accuracy, 2) for name, group in groups.items()}

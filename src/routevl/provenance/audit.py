@@ -12,13 +12,14 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of
-from routevl.provenance.manifest import Manifest, describe, differing_files, manifest_paths, read_manifest
+from routevl.provenance.manifest import Entry, Manifest, describe, manifest_paths, read_manifest
 from routevl.provenance.record import LOCK, environment, options_of
 from routevl.provenance.rerun import rerun
 from routevl.startup import PACKAGE
@@ -35,12 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the lineage of a path with what is wrong with it.
-
-    Raises:
-        RoutevlError: the path is not there, or no manifest tells of it.
-        SystemExit: with status 1 where not everything stands, or the rerun differs.
-    """
+    """Print the lineage of a path with what is wrong with it; exit with status 1 where not everything stands or is made again."""
     results = results_folder(arguments.path)
     records = Records(results)
     jobs = records.jobs() if arguments.path.resolve() == results.resolve() else [records.job_of(arguments.path)]
@@ -49,14 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
         audit.check(job)
     reruns = [rerun(job.manifest, results) for job in jobs if job.manifest] if arguments.rerun else []
     if arguments.json:
-        print(json.dumps(audit.as_record() | {"reruns": reruns}, indent=1))
+        print(json.dumps({"stands": audit.stands, "jobs": audit.as_records(), "reruns": reruns}, indent=1))
     else:
         print("\n".join(audit.lines(jobs)))
         for again in reruns:
-            print(
-                f"made again: {', '.join(again['outputs'])}: {again['verdict']}"
-                + "".join(f"\n  {d}" for d in again["differences"])
-            )
+            print(f"made again: {', '.join(again['outputs'])}: {again['verdict']}", *again["differences"], sep="\n  ")
     if not audit.stands or any(again["verdict"].startswith("different") for again in reruns):
         raise SystemExit(1)
 
@@ -69,7 +62,7 @@ def results_folder(path: Path) -> Path:
     raise RoutevlError(f"{path}: not in a folder of results that has manifests")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """One manifest; `manifest` is None where it could not be read, and `error` says why."""
 
@@ -83,18 +76,12 @@ class Job:
 
 
 class Records:
-    """All manifests of a results folder."""
+    """All manifests of a results folder; `makers`: output -> the job that made it."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
-        self._jobs = [self._read(path) for path in manifest_paths(results)]
+        self._jobs = [_read(path) for path in manifest_paths(results)]
         self.makers = {output: job for job in self._jobs for output in _outputs_of(job)}
-
-    def _read(self, path: Path) -> Job:
-        try:
-            return Job(path, read_manifest(path))
-        except RoutevlError as error:
-            return Job(path, None, str(error))
 
     def jobs(self) -> list[Job]:
         """All jobs. Raises RoutevlError where there are none."""
@@ -112,124 +99,11 @@ class Records:
         raise RoutevlError(f"{path}: no manifest tells how it was made{broken}")
 
 
-@dataclass
-class Audit:
-    """What is wrong with the jobs that have been checked, by their manifests' paths."""
-
-    records: Records
-    problems: dict[Path, list[str]] = field(default_factory=dict)
-    order: list[Job] = field(default_factory=list)
-    missing_manifests: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._commands = planned_commands(self.records.results)
-        self._environment = environment()
-        self._code: dict[str, str | None] = {}
-
-    @property
-    def stands(self) -> bool:
-        """Whether nothing is wrong."""
-        return not any(self.problems.values())
-
-    def check(self, job: Job) -> None:
-        """Check a job and all that its inputs come from."""
-        if job.path in self.problems:
-            return
-        self.order.append(job)
-        if job.manifest is None:
-            self.problems[job.path] = [job.error]
-            return
-        problems = self.problems[job.path] = []
-        if job.manifest["config"] != options_of(job.manifest["command"]):
-            problems.append(f"{job.path}: its config is not what its command says")
-        for entry in job.manifest["outputs"]:
-            problems += _compare(entry)
-        for entry in job.manifest["inputs"]:
-            maker = self.records.makers.get(entry["path"])
-            if maker is None:
-                problems += self._unmade(entry)
-                continue
-            self.check(maker)
-            problems += _not_as_made(entry, maker)
-        problems += self._stale(job)
-
-    def _unmade(self, entry: dict[str, Any]) -> list[str]:
-        """An input without a maker is raw data, unless it lies among the results: then its manifest is gone or broken."""
-        problems = _compare(entry)
-        if self.records.results.resolve() in Path(entry["path"]).resolve().parents:
-            problems.append(f"{entry['path']}: no readable manifest tells how this input was made")
-        return problems
-
-    def _stale(self, job: Job) -> list[str]:
-        """What is not as it was when the job ran: its command, the code, the lock or the installed packages."""
-        then = job.manifest
-        assert then is not None
-        problems = []
-        now = self._commands.get(str(job.path))
-        if now is None:
-            problems.append("stale: the configuration has no such job now")
-        elif now != then["command"]:
-            problems += [f"stale: {change}" for change in _changed_options(then["command"], now)]
-        for name, sha256 in then["code"]["files"].items():
-            if self._sha256_of_module(name) != sha256:
-                problems.append(f"stale: the code of routevl/{name} is not what the job ran")
-        lock = sha256_of(LOCK) if LOCK.exists() else None
-        if lock != then["environment"]["lock"]:
-            problems.append(f"stale: {LOCK} is not what it was")
-        before, after = then["environment"]["packages"], self._environment["packages"]
-        changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
-        if changed:
-            first = changed[0]
-            more = f" and {len(changed) - 1} more packages" if len(changed) > 1 else ""
-            problems.append(f"stale: another environment: {first} {before.get(first)} then, {after.get(first)} now{more}")
-        if self._environment["python"] != then["environment"]["python"]:
-            problems.append(f"stale: Python {then['environment']['python']} then, {self._environment['python']} now")
-        return problems
-
-    def _sha256_of_module(self, name: str) -> str | None:
-        if name not in self._code:
-            path = PACKAGE / name
-            self._code[name] = sha256_of(path) if path.exists() else None
-        return self._code[name]
-
-    def as_record(self) -> dict[str, Any]:
-        """The audit as JSON: each job with its outputs and problems, and the verdict."""
-        jobs = [
-            {
-                "manifest": str(job.path),
-                "rule": job.path.parent.name,
-                "outputs": [entry["path"] for entry in job.manifest["outputs"]] if job.manifest else [],
-                "problems": self.problems[job.path],
-            }
-            for job in self.order
-        ]
-        return {"stands": self.stands, "jobs": jobs}
-
-    def lines(self, jobs: list[Job]) -> list[str]:
-        """The lineage as a tree, and the verdict."""
-        lines: list[str] = []
-        shown: set[Path] = set()
-        for job in jobs:
-            if job.path not in shown:
-                self._tree(job, "", shown, lines)
-        wrong = sum(map(bool, self.problems.values()))
-        verdict = "everything stands" if self.stands else f"{wrong} of {len(self.problems)} jobs do not stand"
-        return [*lines, f"{len(self.problems)} jobs checked: {verdict}"]
-
-    def _tree(self, job: Job, indent: str, shown: set[Path], lines: list[str]) -> None:
-        again = job.path in shown
-        shown.add(job.path)
-        problems = self.problems[job.path]
-        lines.append(f"{indent}{job.name}: " + ("as above" if again else "stands" if not problems else "DOES NOT STAND"))
-        if again:
-            return
-        lines += [f"{indent}  ! {problem}" for problem in problems]
-        if job.manifest is None:
-            return
-        makers = {entry["path"]: self.records.makers.get(entry["path"]) for entry in job.manifest["inputs"]}
-        lines += [f"{indent}  {path} (given)" for path, maker in makers.items() if maker is None]
-        for maker in {maker.path: maker for maker in makers.values() if maker}.values():
-            self._tree(maker, indent + "  ", shown, lines)
+def _read(path: Path) -> Job:
+    try:
+        return Job(path, read_manifest(path))
+    except RoutevlError as error:
+        return Job(path, None, str(error))
 
 
 def _outputs_of(job: Job) -> list[str]:
@@ -240,41 +114,144 @@ def _outputs_of(job: Job) -> list[str]:
         return []
 
 
-def _compare(entry: dict[str, Any]) -> list[str]:
-    """How what is on the disk now differs from an entry of a manifest."""
+class Audit:
+    """What is wrong with the jobs that have been checked: `problems`, by their manifests' paths."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+        self.problems: dict[Path, list[str]] = {}
+        self._commands = planned_commands(records.results)
+        self._environment = environment()
+        self._code = {path.relative_to(PACKAGE).as_posix(): sha256_of(path) for path in PACKAGE.rglob("*.py")}
+
+    @property
+    def stands(self) -> bool:
+        """Whether nothing is wrong."""
+        return not any(self.problems.values())
+
+    def check(self, job: Job) -> None:
+        """Check a job and all that its inputs come from."""
+        if job.path in self.problems:
+            return
+        if job.manifest is None:
+            self.problems[job.path] = [job.error]
+            return
+        problems = self.problems[job.path] = []
+        if job.manifest["config"] != options_of(job.manifest["command"]):
+            problems.append(f"{job.path}: its config is not what its command says")
+        for entry in job.manifest["outputs"]:
+            problems += _compare(entry)
+        for entry in job.manifest["inputs"]:
+            maker = self.records.makers.get(entry["path"])
+            if maker:
+                self.check(maker)
+                problems += _not_as_made(entry, maker)
+                continue
+            problems += _compare(entry)
+            if self.records.results.resolve() in Path(entry["path"]).resolve().parents:  # not raw data
+                problems.append(f"{entry['path']}: no readable manifest tells how this input was made")
+        problems += self._stale(job.path, job.manifest)
+
+    def _stale(self, path: Path, then: Manifest) -> list[str]:
+        """What is not as it was when the job ran: its command, the code, the lock or the installed packages."""
+        problems = []
+        command = self._commands.get(str(path))
+        if command is None:
+            problems.append("the configuration has no such job now")
+        elif command != then["command"]:
+            problems += _changed_options(then["command"], command)
+        for name, sha256 in then["code"]["files"].items():
+            if self._code.get(name) != sha256:
+                problems.append(f"the code of routevl/{name} is not what the job ran")
+        before, now = then["environment"], self._environment
+        if before["lock"] != now["lock"]:
+            problems.append(f"{LOCK} is not what it was")
+        versions = [environment["packages"] for environment in (before, now)]
+        changed = sorted({name for name, _ in versions[0].items() ^ versions[1].items()})
+        if changed:
+            first, *others = changed
+            more = f" and {len(others)} more packages" if others else ""
+            was, is_now = (packages.get(first) for packages in versions)
+            problems.append(f"another environment: {first} {was} then, {is_now} now{more}")
+        if before["python"] != now["python"]:
+            problems.append(f"Python {before['python']} then, {now['python']} now")
+        return [f"stale: {problem}" for problem in problems]
+
+    def as_records(self) -> list[dict[str, Any]]:
+        """The jobs that have been checked as JSON, each with its outputs and problems."""
+        return [
+            {
+                "manifest": str(job.path),
+                "rule": job.path.parent.name,
+                "outputs": [entry["path"] for entry in job.manifest["outputs"]] if job.manifest else [],
+                "problems": self.problems[job.path],
+            }
+            for job in self.records.jobs()
+            if job.path in self.problems
+        ]
+
+    def lines(self, jobs: list[Job]) -> list[str]:
+        """The lineage as a tree, and the verdict."""
+        shown: set[Path] = set()
+        lines = [line for job in jobs if job.path not in shown for line in self._tree(job, "", shown)]
+        wrong = sum(map(bool, self.problems.values()))
+        verdict = "everything stands" if self.stands else f"{wrong} of {len(self.problems)} jobs do not stand"
+        return [*lines, f"{len(self.problems)} jobs checked: {verdict}"]
+
+    def _tree(self, job: Job, indent: str, shown: set[Path]) -> Iterator[str]:
+        if job.path in shown:
+            yield f"{indent}{job.name}: as above"
+            return
+        shown.add(job.path)
+        problems = self.problems[job.path]
+        yield f"{indent}{job.name}: {'DOES NOT STAND' if problems else 'stands'}"
+        yield from (f"{indent}  ! {problem}" for problem in problems)
+        paths = [entry["path"] for entry in job.manifest["inputs"]] if job.manifest else []
+        yield from (f"{indent}  {path} (given)" for path in paths if path not in self.records.makers)
+        makers = [self.records.makers[path] for path in paths if path in self.records.makers]
+        for maker in {maker.path: maker for maker in makers}.values():
+            yield from self._tree(maker, indent + "  ", shown)
+
+
+def _compare(entry: Entry) -> list[str]:
+    """How what is on the disk now differs from an entry of a manifest: each file that is changed, missing or added."""
     path = Path(entry["path"])
     if not path.exists():
         return [f"{path}: missing"]
-    return differing_files(entry, describe(path))
-
-
-def _not_as_made(entry: dict[str, Any], maker: Job) -> list[str]:
-    """An input that its maker has made differently since."""
-    if maker.manifest is None:
+    now = describe(path)
+    if now["sha256"] == entry["sha256"]:
         return []
-    [made] = [output for output in maker.manifest["outputs"] if output["path"] == entry["path"]]
-    if made["sha256"] == entry["sha256"]:
+    if "files" not in entry or "files" not in now:
+        return [f"{path}: changed"]
+    problems = []
+    for name in sorted(entry["files"].keys() | now["files"].keys()):
+        before, after = entry["files"].get(name), now["files"].get(name)
+        if before != after:
+            what = "missing" if after is None else "added" if before is None else "changed"
+            problems.append(f"{path}/{name}: {what}")
+    return problems
+
+
+def _not_as_made(entry: Entry, maker: Job) -> list[str]:
+    """An input that its maker has made differently since."""
+    made = maker.manifest["outputs"] if maker.manifest else [entry]
+    if any(output["path"] == entry["path"] and output["sha256"] == entry["sha256"] for output in made):
         return []
     return [f"stale: {entry['path']} was read before {maker.name} made it as it is now"]
 
 
 def _changed_options(then: list[str], now: list[str]) -> list[str]:
     before, after = options_of(then), options_of(now)
-    names = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
-    changes = [f"--{name} {_value(before, name)} then, {_value(after, name)} now" for name in names]
+    changes = []
+    for name in dict.fromkeys([*before, *after]):
+        if before.get(name) != after.get(name):
+            was, is_now = (shlex.join(options[name]) if name in options else "was not given" for options in (before, after))
+            changes.append(f"--{name} {was} then, {is_now} now")
     return changes or ["the command is another one now"]
 
 
-def _value(options: dict[str, list[str]], name: str) -> str:
-    return shlex.join(options[name]) if name in options else "was not given"
-
-
 def planned_commands(results: Path) -> dict[str, list[str]]:
-    """Manifest -> command of every job of the configuration as it is now.
-
-    Raises:
-        RoutevlError: Snakemake cannot read the workflow or the configuration.
-    """
+    """Manifest -> command of every job of the configuration as it is now. Raises RoutevlError where Snakemake cannot tell."""
     used = read_json(results / "manifests" / CONFIG)
     snakemake = [str(Path(sys.executable).with_name("snakemake")), "--dry-run", "--forceall", "--printshellcmds", "--nocolor"]
     given = ["--configfile", *used["configfiles"]] if used["configfiles"] else []

@@ -15,11 +15,14 @@ import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from mimetypes import MimeTypes
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
+
+import yaml
+from rocrate.model import ContextEntity
+from rocrate.rocrate import ROCrate
 
 from routevl.cli import STAGES
 from routevl.errors import RoutevlError
@@ -27,9 +30,6 @@ from routevl.files import atomic_folder, sha256_of, write_json
 from routevl.provenance.manifest import PAST, Entry, Manifest, describe, digest_of, manifest_paths, read_manifest
 from routevl.provenance.record import LOCK
 from routevl.startup import PACKAGE
-
-if TYPE_CHECKING:
-    from rocrate.model import ContextEntity
 
 METADATA = "ro-crate-metadata.json"
 SNAKEFILE, WORKFLOW = "Snakefile", "workflow"  # of the project
@@ -46,21 +46,9 @@ SHA256_TERM = "https://w3id.org/ro/terms/workflow-run#sha256"  # RO-Crate 1.1 ha
 COMPLETED, FAILED = "http://schema.org/CompletedActionStatus", "http://schema.org/FailedActionStatus"
 # A path that leaves the folder that it is read from, at the beginning of a word or in the middle of JSON; no URL.
 OUTSIDE = re.compile(r"""(?<![^"'=:,\[(])(?:file://)?(?:~|\.\.(?=/)|/(?!/))[^"']*""")
-FORMATS = MimeTypes()  # the types that Python knows: those of the machine differ
-for _ending, _format in {
-    ".jsonl": "application/jsonl",
-    ".lock": "text/plain",
-    ".rst": "text/x-rst",
-    ".smk": "text/plain",
-    ".yaml": "text/yaml",
-}.items():
-    FORMATS.add_type(_format, _ending)
-
-
-def import_libraries() -> None:
-    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
-    import rocrate.rocrate  # noqa: F401
-    import yaml  # noqa: F401
+FORMATS = MimeTypes()  # the types that Python knows, and TEXTS: those of the machine differ
+TEXTS = {".jsonl": "application/jsonl", ".lock": "text/plain", ".rst": "text/x-rst", ".smk": "text/plain", ".yaml": "text/yaml"}
+FORMATS.types_map[True].update(TEXTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Copy the workflow to <results>/source, and write <results>/ro-crate-metadata.json.
-
-    Raises:
-        RoutevlError: there are no manifests, one of them cannot be read, or this is not the project's folder.
-    """
+    """Copy the workflow to <results>/source, and write <results>/ro-crate-metadata.json."""
     results = arguments.results
     jobs = read_jobs(results)
     for needed in (Path(SNAKEFILE), Path(WORKFLOW), CITATION):
@@ -88,36 +72,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Job:
-    """One execution of a job of the workflow.
-
-    Attributes:
-        name: rule and wildcards, which all executions of the job share.
-        current: whether the outputs on disk are this execution's; else it has failed, or has been superseded.
-    """
+    """One execution of a job of the workflow, all executions of which share its `name`, of rule and wildcards."""
 
     name: str
     manifest: Manifest
-    current: bool
+    current: bool  # the outputs on disk are this execution's; else it has failed, or has been superseded
 
     @property
     def identifier(self) -> str:
         return quote(f"{self.name}/{self.manifest['started']}", safe="/:+")
 
     @property
-    def failed(self) -> bool:
-        return self.manifest["exit_status"] != 0
-
-    @property
     def error(self) -> str | None:
-        return f"{self.name}: exit status {self.manifest['exit_status']}" if self.failed else None
+        status = self.manifest["exit_status"]
+        return f"{self.name}: exit status {status}" if status else None
 
 
 def read_jobs(results: Path) -> list[Job]:
-    """All executions that have manifests, by the time at which they started.
-
-    Raises:
-        RoutevlError: there are none, or a manifest is damaged.
-    """
+    """All executions that have manifests, by the time at which they started. Raises RoutevlError where there are none."""
     jobs = [Job(f"{path.parent.name}/{path.stem}", read_manifest(path), True) for path in manifest_paths(results)]
     for path in (results / "manifests" / PAST).glob("*/*.json"):
         stem, _, _ = path.stem.rpartition(".")  # <name>.<when it started>.json
@@ -128,21 +100,16 @@ def read_jobs(results: Path) -> list[Job]:
 
 
 class Crate:
-    """The description of a folder of results, from the manifests of its jobs.
-
-    Args:
-        source: the copy of the workflow in the results, as a manifest would describe it.
-    """
+    """The description of a folder of results, from the manifests of its jobs and its copy of the workflow, `source`."""
 
     def __init__(self, results: Path, jobs: list[Job], source: Entry) -> None:
-        from rocrate.rocrate import ROCrate
-
         self.crate = ROCrate(version="1.1")
         self.crate.metadata.extra_terms["sha256"] = SHA256_TERM
         self.results = Path(os.path.abspath(results))
         self.jobs = jobs
+        self.citation = yaml.safe_load(CITATION.read_text(encoding="utf-8"))
         self.outputs = [entry for job in jobs if job.current for entry in job.manifest["outputs"]]
-        self.present = {_key(entry) for entry in [source, *self.outputs]}
+        self.present = {(entry["path"], entry["sha256"]) for entry in [source, *self.outputs]}
         self.workflow = self._workflow(source["files"][SNAKEFILE])
         self.source = self._data(source)
 
@@ -192,12 +159,11 @@ class Crate:
         used: dict[str, list[ContextEntity]] = {}
         for job, tool in zip(self.jobs, tools, strict=True):
             used.setdefault(job.manifest["rule"], []).append(tool)
-        return {
-            rule: self._add(
-                f"#rule/{quote(rule)}", "HowToStep", name=rule, position=str(position), workExample=_unique(its_tools)
-            )
-            for position, (rule, its_tools) in enumerate(used.items(), start=1)
-        }
+        steps = {}
+        for position, (rule, tools_of_rule) in enumerate(used.items(), start=1):
+            known = {"name": rule, "position": str(position), "workExample": _unique(tools_of_rule)}
+            steps[rule] = self._add(f"#rule/{quote(rule)}", "HowToStep", **known)
+        return steps
 
     def _tool(self, manifest: Manifest) -> ContextEntity:
         """The stage of the command line that a job ran, in one state of its code and environment."""
@@ -244,7 +210,7 @@ class Crate:
             result=_unique(map(self._data, manifest["outputs"])),
             startTime=manifest["started"],
             endTime=manifest["ended"],
-            actionStatus=FAILED if job.failed else COMPLETED,
+            actionStatus=FAILED if job.error else COMPLETED,
             error=job.error,
         )
 
@@ -252,7 +218,7 @@ class Crate:
         """All jobs as one execution of the workflow, from what was given to what is on disk."""
         current = [job for job in self.jobs if job.current]
         done = {job.name for job in current}
-        errors = {job.name: job.error for job in self.jobs if job.failed and job.name not in done}
+        errors = {job.name: job.error for job in self.jobs if job.error and job.name not in done}
         made = {entry["path"] for job in self.jobs for entry in job.manifest["outputs"]}
         given = [entry for job in current for entry in job.manifest["inputs"] if entry["path"] not in made]
         return self._add(
@@ -266,15 +232,13 @@ class Crate:
             startTime=self.jobs[0].manifest["started"],
             endTime=max(job.manifest["ended"] for job in self.jobs),
             actionStatus=FAILED if errors else COMPLETED,
-            error="; ".join(filter(None, errors.values())) or None,
+            error="; ".join(errors.values()) or None,
         )
 
     def _control(self, job: Job, action: ContextEntity, steps: dict[str, ContextEntity]) -> ContextEntity:
         """That a job was an execution of its rule: rules share tools."""
-        step = steps[job.manifest["rule"]]
-        return self._add(
-            f"#control/{job.identifier}", "ControlAction", name=f"control of {job.name}", instrument=step, object=action
-        )
+        known = {"name": f"control of {job.name}", "instrument": steps[job.manifest["rule"]], "object": action}
+        return self._add(f"#control/{job.identifier}", "ControlAction", **known)
 
     def _organisation(self, run: ContextEntity, controls: list[ContextEntity]) -> None:
         versions = {job.manifest["environment"]["packages"].get("snakemake") for job in self.jobs}
@@ -292,7 +256,7 @@ class Crate:
     def _data(self, entry: Entry) -> ContextEntity:
         """A file or folder that a job read or wrote."""
         name, place = self._public_path(entry["path"]), Path(os.path.abspath(entry["path"]))
-        if _key(entry) in self.present and self.results in place.parents:
+        if (entry["path"], entry["sha256"]) in self.present and self.results in place.parents:
             identifier = quote(place.relative_to(self.results).as_posix())
         else:
             identifier = f"#{entry['sha256'][:16]}/{quote(name)}"
@@ -323,12 +287,6 @@ class Crate:
 
     # ------------------------------------------------------------------------------------ licence and paper
 
-    @cached_property
-    def citation(self) -> dict[str, Any]:
-        import yaml
-
-        return yaml.safe_load(CITATION.read_text(encoding="utf-8"))
-
     def _license(self) -> ContextEntity:
         name = self.citation["license"]
         return self._add(f"https://spdx.org/licenses/{name}", "CreativeWork", name=name)
@@ -348,17 +306,15 @@ class Crate:
         """Persons, or the groups that CITATION.cff knows by one name."""
         entities = []
         for author in authors:
+            kind = "Organization" if "name" in author else "Person"
             name = author.get("name") or f"{author['given-names']} {author['family-names']}"
-            identifier = author.get("orcid", f"#{quote(name)}")
-            entities.append(self._add(identifier, "Organization" if "name" in author else "Person", name=name))
+            entities.append(self._add(author.get("orcid", f"#{quote(name)}"), kind, name=name))
         return entities
 
     # ------------------------------------------------------------------------------------ entities and names
 
     def _add(self, identifier: str, kind: str, /, **properties: Any) -> ContextEntity:
         """The entity of that identifier; it is added where the crate has none."""
-        from rocrate.model import ContextEntity
-
         known = self.crate.get(identifier)
         if known is not None:
             return known
@@ -379,10 +335,6 @@ class Crate:
             if place.is_relative_to(self.results):
                 return place.relative_to(self.results.parent).as_posix()
         return Path(path).name
-
-
-def _key(entry: Entry) -> tuple[str, str]:
-    return entry["path"], entry["sha256"]
 
 
 def _unique(entities: Iterable[ContextEntity]) -> list[ContextEntity]:

@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -37,26 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; write its manifest when it has succeeded, and one under manifests/.past when it has failed.
 
-    Raises:
-        RoutevlError: an input is not there, or an output has not been written.
-        SystemExit: with the command's exit status, where it failed.
+    Exits with the command's status where it failed. Raises RoutevlError where it has not written an output.
     """
     path = arguments.manifest
-    manifests = path.parents[1]
-    _set_aside(path, manifests)
-    inputs = [describe(entry, manifests / HASHES) for entry in arguments.inputs]
+    hashes = path.parents[1] / HASHES
+    if path.exists():  # of an earlier execution of the same job
+        superseded = _past(path, str(read_json(path).get("started", "")))
+        superseded.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(superseded)
+    inputs = [describe(entry, hashes) for entry in arguments.inputs]
     started, clock = datetime.now(UTC), time.monotonic()
     status, usage, modules = _run_command(arguments.command)
     ended, wall_seconds = datetime.now(UTC), time.monotonic() - clock
+    options = options_of(arguments.command)
     record: Manifest = {
         "rule": path.parent.name,
         "wildcards": dict(wildcard.split("=", 1) for wildcard in arguments.wildcards),
         "command": arguments.command,
-        "config": options_of(arguments.command),
-        "seed": _seed(arguments.command),
+        "config": options,
+        "seed": int(options["seed"][0]) if "seed" in options else None,
         "inputs": inputs,
         "outputs": [],
-        "code": code(modules),
+        "code": _code(modules),
         "environment": environment(),
         "machine": _machine(),
         "started": started.isoformat(timespec="milliseconds"),
@@ -67,23 +68,16 @@ def run(arguments: argparse.Namespace) -> None:
         "exit_status": status,
     }
     if status != 0:
-        write_manifest(_past(path, manifests, record["started"]), record)
+        write_manifest(_past(path, record["started"]), record)
         raise SystemExit(status)
-    record["outputs"] = [describe(output, manifests / HASHES) for output in arguments.outputs]
+    record["outputs"] = [describe(output, hashes) for output in arguments.outputs]
     write_manifest(path, record)
 
 
-def _set_aside(path: Path, manifests: Path) -> None:
-    """Move the manifest of an earlier run of the same job to the past."""
-    if path.exists():
-        target = _past(path, manifests, str(read_json(path).get("started", "")))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-
-
-def _past(path: Path, manifests: Path, started: str) -> Path:
+def _past(path: Path, started: str) -> Path:
+    """Where the manifest of a failed or superseded execution goes."""
     stamp = re.sub(r"[^0-9T]", "", started.split("+")[0])
-    return manifests / PAST / path.parent.name / f"{path.stem}.{stamp}.json"
+    return path.parents[1] / PAST / path.parent.name / f"{path.stem}.{stamp}.json"
 
 
 def _run_command(command: list[str]) -> tuple[int, Any, list[str]]:
@@ -110,19 +104,13 @@ def options_of(command: list[str]) -> dict[str, list[str]]:
     return options
 
 
-def _seed(command: list[str]) -> int | None:
-    [*seed] = options_of(command).get("seed", [])
-    return int(seed[0]) if seed else None
-
-
-def code(modules: list[str]) -> dict[str, Any]:
+def _code(modules: list[str]) -> dict[str, Any]:
     """The package's version and state, and the sha256 of the modules of it that were loaded."""
-    repository = PACKAGE.parents[1]
-    commit = _output_of(["git", "-C", str(repository), "rev-parse", "HEAD"])
-    changed = _output_of(["git", "-C", str(repository), "status", "--porcelain", "--untracked-files=no"])
+    git = ["git", "-C", str(PACKAGE.parents[1])]
+    changed = _output_of([*git, "status", "--porcelain", "--untracked-files=no"])
     return {
         "version": version("routevl"),
-        "commit": commit,
+        "commit": _output_of([*git, "rev-parse", "HEAD"]),
         "dirty": None if changed is None else bool(changed),
         "files": {name: sha256_of(PACKAGE / name) for name in sorted(modules)},
     }
@@ -141,25 +129,17 @@ def environment() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    gpus = None
-    if shutil.which("nvidia-smi"):
-        gpus = _output_of(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    gpus = _output_of(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "", re.MULTILINE)
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu[1] if cpu else None,
         "cores": os.cpu_count() or 1,
         "gpus": gpus.splitlines() if gpus else [],
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-def _cpu() -> str | None:
-    try:
-        names = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return None
-    return names[1] if names else None
 
 
 def _output_of(command: list[str]) -> str | None:

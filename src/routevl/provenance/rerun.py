@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
 
 from routevl.errors import RoutevlError
 from routevl.provenance.manifest import Manifest, describe
 
 RELATIVE_TOLERANCE = 1e-3  # other hardware sums in another order
 ABSOLUTE_TOLERANCE = 1e-5
+VERDICTS = {
+    "bit-equal": "bit-equal",
+    "close": f"equal within {RELATIVE_TOLERANCE:g} relative or {ABSOLUTE_TOLERANCE:g} absolute",
+    "different": "different",
+}
 MEASUREMENTS = ("timing.json",)  # how long it took is different every time
 
 
@@ -25,37 +36,29 @@ def rerun(manifest: Manifest, results: Path) -> dict[str, Any]:
         outputs: their paths; verdict: "bit-equal", "equal within ..." or "different"; differences: the first of each output.
     """
     outputs = [Path(entry["path"]) for entry in manifest["outputs"]]
+    found = {"outputs": list(map(str, outputs))}
     with tempfile.TemporaryDirectory(prefix="routevl-rerun-") as scratch:
         overlay(Path(scratch), _written(manifest, results))
         search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"  # where `routevl` lies
         done = subprocess.run(manifest["command"], cwd=scratch, env=os.environ | {"PATH": search}, capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            return {"outputs": list(map(str, outputs)), "verdict": "different: it failed", "differences": [last]}
+            return found | {"verdict": "different: it failed", "differences": [last]}
         compared = [compare(output, Path(scratch) / output) for output in outputs]
-    differences = [difference for _, difference in compared if difference]
-    within = f"equal within {RELATIVE_TOLERANCE:g} relative or {ABSOLUTE_TOLERANCE:g} absolute"
-    verdicts = {"different": "different", "close": within, "bit-equal": "bit-equal"}
-    verdict = next(words for equal, words in verdicts.items() if any(equal == found for found, _ in compared))
-    return {"outputs": list(map(str, outputs)), "verdict": verdict, "differences": differences}
+    worst = max((equal for equal, _ in compared), key=list(VERDICTS).index)
+    return found | {"verdict": VERDICTS[worst], "differences": [difference for _, difference in compared if difference]}
 
 
 def _written(manifest: Manifest, results: Path) -> list[Path]:
     """The paths that a job writes: its outputs, and what else of the results its command names but does not read."""
-    inputs = [Path(entry["path"]) for entry in manifest["inputs"]]
-    words = [Path(word) for word in manifest["command"] if results in Path(word).parents]
-    read = [word for word in words for entry in inputs if word == entry or word in entry.parents or entry in word.parents]
-    return list(
-        dict.fromkeys([Path(entry["path"]) for entry in manifest["outputs"]] + [word for word in words if word not in read])
-    )
+    inputs, outputs = ([Path(entry["path"]) for entry in manifest[part]] for part in ("inputs", "outputs"))
+    named = [Path(word) for word in manifest["command"] if results in Path(word).parents]
+    read = [path for path in named for entry in inputs if path in (entry, *entry.parents) or entry in path.parents]
+    return [*outputs, *(path for path in named if path not in read)]
 
 
 def overlay(scratch: Path, written: list[Path]) -> None:
-    """Make `scratch` look like the working folder, by links, but for the paths that will be written: they are not there.
-
-    Raises:
-        RoutevlError: one of them lies outside of the working folder.
-    """
+    """Make `scratch` look like the working folder, by links, but for the paths that will be written: they are not there."""
     for path in written:
         if path.is_absolute() or ".." in path.parts:
             raise RoutevlError(f"{path}: was written outside of the project, so it cannot be made again in a scratch folder")
@@ -68,96 +71,69 @@ def overlay(scratch: Path, written: list[Path]) -> None:
 
 
 def compare(first: Path, again: Path) -> tuple[str, str]:
-    """("bit-equal" | "close" | "different", the first difference in words or "") of two files or folders."""
+    """(a key of VERDICTS, the first difference of that kind in words or "") of two files or folders."""
+    found = [("bit-equal", ""), *_differences(first, again)]
+    worst = max((equal for equal, _ in found), key=list(VERDICTS).index)
+    return worst, next((words for equal, words in found if equal == worst and words), "")
+
+
+def _differences(first: Path, again: Path) -> Iterator[tuple[str, str]]:
     if not again.exists():
-        return "different", f"{first}: was not made again"
-    then, now = describe(first), describe(again)
-    if "files" not in then:
-        return ("bit-equal", "") if then["sha256"] == now["sha256"] else _compare_files(first, again)
-    worst, difference = "bit-equal", ""
-    for name in sorted(then["files"].keys() | now["files"].keys()):
+        yield "different", f"{first}: was not made again"
+        return
+    then, now = (describe(path).get("files", {"": None}) for path in (first, again))
+    for name in sorted(then.keys() | now.keys()):
         if Path(name).name in MEASUREMENTS:
             continue
-        if name not in then["files"] or name not in now["files"]:
-            return "different", f"{first / name}: only in one of both"
-        if then["files"][name] != now["files"][name]:
-            equal, found = _compare_files(first / name, again / name)
-            if equal == "different":
-                return equal, found
-            worst, difference = equal, difference or found
-    return worst, difference
+        if name not in then or name not in now:
+            yield "different", f"{first / name}: only in one of both"
+        elif not filecmp.cmp(first / name, again / name, shallow=False):
+            yield from _differences_of_files(first / name, again / name)
 
 
-def _compare_files(first: Path, again: Path) -> tuple[str, str]:
-    readers = {".json": _json_values, ".jsonl": _json_values, ".csv": _csv_values, ".safetensors": _tensors}
-    reader = readers.get(first.suffix)
-    if reader is None:
-        return "different", f"{first}: other bytes"
-    then, now = reader(first), reader(again)
-    if then.keys() != now.keys():
-        return "different", f"{first}: {sorted(then.keys() ^ now.keys())[0]} is only in one of both"
-    difference = ""
-    for key, value in then.items():
-        found = _difference(value, now[key])
-        if found is not None:
-            equal, words = found
-            difference = difference or f"{first}: {key}: {words}"
-            if equal == "different":
-                return equal, f"{first}: {key}: {words}"
-    return "close", difference
+def _differences_of_files(first: Path, again: Path) -> Iterator[tuple[str, str]]:
+    readers = {".json": _json_values, ".jsonl": _json_values, ".csv": _csv_values, ".safetensors": load_file}
+    if first.suffix not in readers:
+        yield "different", f"{first}: other bytes"
+        return
+    then, now = (readers[first.suffix](path) for path in (first, again))
+    yield "close", ""  # as the bytes are not equal
+    for key in sorted(then.keys() ^ now.keys()):
+        yield "different", f"{first}: {key} is only in one of both"
+    for key in [key for key in then if key in now]:
+        for equal, words in _differences_of_values(np.asarray(then[key]), np.asarray(now[key])):
+            yield equal, f"{first}: {key}: {words}"
 
 
-def _difference(then: Any, now: Any) -> tuple[str, str] | None:
-    """("close" | "different", the first difference in words) of two values or arrays; None where they are equal."""
-    import numpy as np
-
-    then, now = np.asarray(then), np.asarray(now)
+def _differences_of_values(then: np.ndarray, now: np.ndarray) -> Iterator[tuple[str, str]]:
     if then.shape != now.shape:
-        return "different", f"shape {then.shape} then, {now.shape} now"
-    if np.array_equal(then, now):
-        return None
-    place = np.unravel_index(int(np.argmax(then != now)), then.shape)
-    words = f"{then[place]} then, {now[place]} now" + (f" at {list(map(int, place))}" if place else "")
-    numbers = then.dtype.kind in "fiu" and now.dtype.kind in "fiu"
-    close = numbers and np.allclose(then, now, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)
-    return ("close" if close else "different"), words
+        yield "different", f"shape {then.shape} then, {now.shape} now"
+    elif not np.array_equal(then, now):
+        place = np.unravel_index(int(np.argmax(then != now)), then.shape)
+        words = f"{then[place]} then, {now[place]} now" + (f" at {list(map(int, place))}" if place else "")
+        numbers = then.dtype.kind in "fiu" and now.dtype.kind in "fiu"
+        close = numbers and np.allclose(then, now, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)
+        yield "close" if close else "different", words
 
 
 def _json_values(path: Path) -> dict[str, Any]:
-    """The values of a JSON (lines) file by their places in it, numbers as floats."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]
-    values: dict[str, Any] = {}
-    for number, line in enumerate(lines, start=1):
-        _flatten(json.loads(line), f"line {number}" if path.suffix == ".jsonl" else "", values)
-    return values
-
-
-def _flatten(value: Any, place: str, values: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _flatten(child, f"{place}/{key}", values)
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            _flatten(child, f"{place}[{index}]", values)
-    else:
-        values[place] = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """The values of a JSON (lines) file by their places in it."""
+    text = path.read_text(encoding="utf-8")
+    lines = {f"line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
+    return _flat({name: json.loads(line) for name, line in lines.items()} if path.suffix == ".jsonl" else json.loads(text), "")
 
 
 def _csv_values(path: Path) -> dict[str, Any]:
-    import csv
-
-    values: dict[str, Any] = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=1):
-            for column, text in row.items():
-                try:
-                    values[f"row {number}, {column}"] = float(text)
-                except ValueError:
-                    values[f"row {number}, {column}"] = text
-    return values
+    rows = pd.read_csv(path).astype(object).fillna("").to_dict("records")
+    return _flat({f"row {number}": row for number, row in enumerate(rows, start=1)}, "")
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
+def _flat(value: Any, place: str) -> dict[str, Any]:
+    """All values in nested objects and lists by their places, numbers as floats."""
+    if isinstance(value, dict):
+        children = {f"{place}/{key}": child for key, child in value.items()}
+    elif isinstance(value, list):
+        children = {f"{place}[{index}]": child for index, child in enumerate(value)}
+    else:
+        return {place: float(value) if isinstance(value, int) and not isinstance(value, bool) else value}
+    return {where: leaf for at, child in children.items() for where, leaf in _flat(child, at).items()}

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file
 from routevl.provenance.audit import Records
 from routevl.provenance.manifest import Manifest
 from routevl.reporting.formats import html_page, markdown_table
-from routevl.reporting.style import plural
+from routevl.reporting.names import plural
 
 TITLE = "What made the results"
 SHA256_SHOWN = 12  # of 64 hexadecimal digits; the manifests have all
-
-
-def import_libraries() -> None:
-    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
-    import fastjsonschema  # noqa: F401
-    import markdown_it  # noqa: F401
-    import yaml  # noqa: F401
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page.
-
-    Raises:
-        RoutevlError: there are no manifests, or the sheet or the configuration cannot be read.
-    """
+    """Write the page."""
     records = Records(arguments.results)
     broken = [job.error for job in records.jobs() if job.error]
-    text = _page(lineage(records), broken, _configuration(arguments.configuration), arguments.experiments)
+    try:
+        configuration = json.loads(arguments.configuration)
+    except ValueError as error:
+        raise RoutevlError(f"--configuration is not JSON: {error}") from None
+    text = _page(lineage(records), broken, configuration, arguments.experiments)
     with atomic_file(arguments.output) as temporary:
         temporary.write_text(html_page(TITLE, text), encoding="utf-8")
 
@@ -61,18 +57,7 @@ def lineage(records: Records) -> list[Manifest]:
     return sorted(found.values(), key=lambda manifest: manifest["started"])
 
 
-def _configuration(text: str) -> str:
-    import yaml
-
-    try:
-        return yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True, width=120)
-    except ValueError as error:
-        raise RoutevlError(f"--configuration is not JSON: {error}") from None
-
-
-def _page(manifests: Sequence[Manifest], broken: Sequence[str], configuration: str, experiments: Path) -> str:
-    with open(experiments, encoding="utf-8", newline="") as file:
-        header, *runs = csv.reader(file, delimiter="\t")
+def _page(manifests: Sequence[Manifest], broken: Sequence[str], configuration: Any, experiments: Path) -> str:
     hours = sum(manifest["wall_seconds"] for manifest in manifests) / 3600
     parts = [
         f"# {TITLE}",
@@ -81,20 +66,21 @@ def _page(manifests: Sequence[Manifest], broken: Sequence[str], configuration: s
         "still agree with what is on the disk, and makes any output again.",
         *(f"**Not readable:** {error}" for error in broken),
         "## Code, environment and machines",
-        markdown_table(["", "", "Jobs"], _circumstances(manifests)),
+        _table(["", "", "Jobs"], _circumstances(manifests)),
         "## Jobs",
         f"{plural(len(manifests), 'job')} that the tables and figures come from, {hours:.2f} hours in all:",
-        markdown_table(
-            ["Rule", "Job", "Started (UTC)", "Seconds", "Peak memory (MB)", "Output", "sha256"],
-            [_job_row(manifest) for manifest in manifests],
-        ),
+        _table(["Rule", "Job", "Started (UTC)", "Seconds", "Peak memory (MB)", "Output", "sha256"], map(_job_row, manifests)),
         "## Runs",
         f"The run sheet, `{experiments}`:",
-        markdown_table(header, runs),
+        markdown_table(pd.read_csv(experiments, sep="\t", dtype=str, keep_default_na=False), tablefmt="github"),
         "## Configuration",
-        f"```yaml\n{configuration}```",
+        f"```yaml\n{yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True, width=120)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return markdown_table(pd.DataFrame(rows, columns=header), tablefmt="github")
 
 
 def _circumstances(manifests: Sequence[Manifest]) -> list[list[str]]:
@@ -104,24 +90,19 @@ def _circumstances(manifests: Sequence[Manifest]) -> list[list[str]]:
         code, environment, machine = manifest["code"], manifest["environment"], manifest["machine"]
         changed = " with uncommitted changes" if code["dirty"] else ""
         gpus = ", ".join(machine["gpus"]) or "no GPU"
-        found.update(
-            {
-                ("Code", f"routevl {code['version']}, commit {code['commit'] or 'unknown'}{changed}"): 1,
-                ("Python", environment["python"]): 1,
-                ("Lock file's sha256", environment["lock"] or "none"): 1,
-                ("Machine", f"{machine['cpu'] or 'unknown CPU'}, {machine['cores']} cores, {gpus}, {machine['system']}"): 1,
-            }
-        )
+        found["Code", f"routevl {code['version']}, commit {code['commit'] or 'unknown'}{changed}"] += 1
+        found["Python", environment["python"]] += 1
+        found["Lock file's sha256", environment["lock"] or "none"] += 1
+        found["Machine", f"{machine['cpu'] or 'unknown CPU'}, {machine['cores']} cores, {gpus}, {machine['system']}"] += 1
     return [[what, value, str(count)] for (what, value), count in sorted(found.items())]
 
 
 def _job_row(manifest: Manifest) -> list[str]:
-    started = datetime.fromisoformat(manifest["started"]).strftime("%Y-%m-%d %H:%M:%S")
     outputs = manifest["outputs"]
     return [
         manifest["rule"],
         " ".join(manifest["wildcards"].values()),
-        started,
+        f"{datetime.fromisoformat(manifest['started']):%Y-%m-%d %H:%M:%S}",
         f"{manifest['wall_seconds']:.1f}",
         f"{manifest['peak_memory_mb']:.0f}",
         " ".join(f"`{entry['path']}`" for entry in outputs),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import pandas as pd
+from markdown_it import MarkdownIt
 
 from routevl.files import atomic_file
+from routevl.reporting.statistics import Interval
 
-if TYPE_CHECKING:
-    import pandas
-
-    from routevl.reporting.statistics import Interval
-
-_LEFT_COLUMNS = {"Claim", "Published", "Task", "Backbones", "Method", "Routing", "Prefix", "Device", "Scale", "Verdict"}
 _STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; margin: 1.5rem; }
 h1 { font-size: 1.3rem; }
@@ -26,24 +26,35 @@ td { white-space: nowrap; }
 p, li { max-width: 60rem; }
 pre { background: #f5f5f5; padding: 0.8rem; overflow: auto; }
 """
+_TEX = r"""%% Needs the booktabs and graphicx packages.
+\begin{table}
+\centering
+\caption{%s}
+\resizebox{\linewidth}{!}{%%
+%s}
+\end{table}
+"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table in both forms: `data` is the csv; `header` and `rows` are for readers, `notes` (Markdown) go below."""
+    """A table in both forms: `data` is the csv; `shown`, all of it text, is for readers, `notes` (Markdown) go below it."""
 
     title: str
-    data: pandas.DataFrame
-    header: list[str]
-    rows: list[list[str]]
+    data: pd.DataFrame
+    shown: pd.DataFrame
     notes: list[str]
 
 
 def write_table(output: Path, name: str, table: Table) -> None:
     """Write the .md, .tex and .html beside `output`, then the .csv, each whole or not at all."""
     heading = f"{name}: {table.title}"
-    text = f"# {heading}\n\n{markdown_table(table.header, table.rows)}\n\n" + "\n".join(table.notes) + "\n"
-    for suffix, content in ((".md", text), (".tex", _latex(heading, table)), (".html", html_page(heading, text))):
+    numeric = table.shown.apply(lambda cells: cells.str.match(r"[+-]?\d|$").all())
+    alignment = ["right" if right else "left" for right in numeric]
+    markdown = markdown_table(table.shown, tablefmt="pipe", colalign=alignment)
+    text = f"# {heading}\n\n{markdown}\n\n" + "\n".join(table.notes) + "\n"
+    tex = _latex(heading, table.shown, "".join(side[0] for side in alignment))
+    for suffix, content in ((".md", text), (".tex", tex), (".html", html_page(heading, text))):
         with atomic_file(output.with_suffix(suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")
     with atomic_file(output) as temporary:
@@ -55,62 +66,28 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else ""
 
 
-def plus_minus(mean: float, std: float, digits: int = 2) -> str:
-    """Mean ± standard deviation; the mean alone where the deviation is unknown."""
-    if not math.isfinite(std):
-        return number(mean, digits)
-    return f"{number(mean, digits)} ± {number(std, digits)}"
-
-
-def signed(interval: Interval, scale: float = 1.0) -> str:
+def signed(interval: Interval) -> str:
     """An estimate and its interval with their signs; "" where they are unknown."""
-    estimate, low, high = (value * scale for value in (interval.estimate, interval.low, interval.high))
-    return f"{estimate:+.2f} [{low:+.2f}, {high:+.2f}]" if math.isfinite(estimate) else ""
+    known = math.isfinite(interval.estimate)
+    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]" if known else ""
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, without a newline at its end."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def markdown_table(shown: pd.DataFrame, **options: Any) -> str:
+    """A table of texts in Markdown, without a newline at its end; `options` are tabulate's."""
+    cells = shown.map(lambda cell: cell.replace("|", "\\|"))
+    return cells.to_markdown(index=False, disable_numparse=True, **options)
 
 
 def html_page(title: str, markdown: str) -> str:
     """Markdown with tables as a whole HTML page, which runs no script and loads nothing."""
-    from html import escape
-
-    from markdown_it import MarkdownIt
-
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 
-def _latex(heading: str, table: Table) -> str:
-    """A booktabs table; the notes stand in the .md and .html only."""
-    alignment = "".join("l" if name in _LEFT_COLUMNS else "r" for name in table.header)
-    lines = [" & ".join(_escaped(cell) for cell in line) + r" \\" for line in [table.header, *table.rows]]
-    lines.insert(1, r"\midrule")
-    return "\n".join(
-        [
-            "% Needs the booktabs and graphicx packages.",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_escaped(heading)}}}",
-            r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{{alignment}}}",
-            r"\toprule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def _escaped(text: str) -> str:
-    """Text as LaTeX sets it: special characters escaped, ± and signed numbers in maths."""
-    import re
-
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text).replace("±", r"$\pm$")
-    return re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", text)
+def _latex(heading: str, shown: pd.DataFrame, alignment: str) -> str:
+    """A booktabs table, with ± and signed numbers in maths; the notes stand in the .md and .html only."""
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", heading)
+    styler = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    text = _TEX % (caption, styler.to_latex(hrules=True, column_format=alignment))
+    return re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", text.replace("±", r"$\pm$"))

@@ -1,171 +1,179 @@
-"""One look for every figure: sizes, fonts, and a fixed colour, marker and hatch for each routing function.
+"""One look for every figure: sizes, fonts, and a colour, marker, line style and hatch for each row.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers can tell apart; markers, line styles and
-hatches carry the same information for readers in grey.
+The colour is that of the method's family, lighter or darker by the routing function, which also gives marker, line style and
+hatch, so that readers in grey can tell them apart. All of it comes from `routevl.methods.table` and `routevl.routing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from routevl.files import atomic_file
-
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from routevl.methods.table import FAMILIES, METHODS, method_class
+from routevl.reporting.names import differing, in_words, plural
+from routevl.reporting.results import INTERNAL
+from routevl.routing import ROUTING
+from routevl.tasks.table import TASKS
 
 TEXT_WIDTH = 7.0  # inches, the width at which figures are printed
 INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
-METHOD_LABELS = {"lora": "LoRA", "adapter": "Adapter"}
-TASK_LABELS = {"vqa": "VQA", "caption": "Captioning"}
-SCORE_LABELS = {"vqa": "VQA accuracy (%)", "caption": "CIDEr (×100)"}
-SCORE_SCALE = {"vqa": 1.0, "caption": 100.0}  # captioning metrics are stored as fractions
+BLIND_LABEL = "no image (blind)"
+BLIND_LINE = {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.0, "zorder": 1.5}
+BLIND_TICK = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 7, "markeredgewidth": 1.4}
+MARKERS = ("p", "<", ">", "h", "P", "d", "X", "*")  # of methods without routing functions, by their place in the family
+HATCHES = ("", "xxxx", "----", "oooo", "++++", "||||", "\\\\//", "**")
 
 _RC = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "hatch.linewidth": 0.6,
-    "mathtext.fontset": "dejavusans",
-    "svg.hashsalt": "routevl",
-    "pdf.fonttype": 3,
-    "figure.dpi": 100,
-}
+    "font.family": "DejaVu Sans", "font.size": 8, "mathtext.fontset": "dejavusans", "text.color": INK,
+    "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 8,
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.linewidth": 0.7, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": FAINT, "grid.linewidth": 0.5,
+    "xtick.color": MUTED, "xtick.labelcolor": INK, "xtick.labelsize": 7.5,
+    "ytick.color": MUTED, "ytick.labelcolor": INK, "ytick.labelsize": 7.5,
+    "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4.5, "hatch.linewidth": 0.6,
+    "svg.hashsalt": "routevl", "pdf.fonttype": 3, "figure.dpi": 100,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RoutingStyle:
-    """How one routing function is drawn in every figure."""
+class Look:
+    """How a row is drawn in every figure. `open`: white with a coloured edge, for a variant of a row that stands beside it."""
 
     label: str
     color: str
     marker: str
     hatch: str
     line: str
+    open: bool = False
+
+    def bar(self) -> dict[str, Any]:
+        """Keywords of a bar or patch."""
+        if self.open:
+            return {"facecolor": "white", "hatch": self.hatch, "edgecolor": self.color, "linewidth": 0.9}
+        return {"facecolor": self.color, "hatch": self.hatch, "edgecolor": "white", "linewidth": 0}
+
+    def points(self, line: bool = False) -> dict[str, Any]:
+        """Keywords of a plot of markers, with or without the line through them."""
+        edges = ("white", self.color, 1.1) if self.open else (self.color, "white", 0.5)
+        style = dict(zip(("markerfacecolor", "markeredgecolor", "markeredgewidth"), edges, strict=True))
+        return {"color": self.color, "marker": self.marker, "linestyle": self.line if line else "none", **style}
 
 
-_ROUTING_STYLES = {
-    "none": RoutingStyle("no routing", "#8A8A8A", "s", "", "-"),
-    "mul": RoutingStyle("mul", "#E69F00", "o", "////", "--"),
-    "add": RoutingStyle("add", "#56B4E9", "^", "....", "-."),
-    "attn": RoutingStyle("attn", "#0072B2", "D", "", "-"),
-    "expand": RoutingStyle("expand", "#009E73", "v", "\\\\\\\\", ":"),
-    "self_attn": RoutingStyle("self_attn", "#CC79A7", "P", "xxxx", "--"),
-    "attn_relu": RoutingStyle("attn_relu", "#D55E00", "X", "----", "-."),
-    "attn_ones": RoutingStyle("attn_ones", "#F0E442", "*", "++++", ":"),
-}
-BLIND_LABEL = "no image (blind)"
-BLIND_LINE = {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.0, "zorder": 1.5}
-BLIND_TICK = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 7, "markeredgewidth": 1.4}
+def has_routing(method: str) -> bool:
+    """Whether a method has the option of a routing function."""
+    return "routing" in (f.name for f in fields(method_class(method).Options))
 
 
-def routing_style(routing: str) -> RoutingStyle:
-    """The style of a routing function; one without a style of its own is drawn in mid-grey under its name."""
-    return _ROUTING_STYLES.get(routing, RoutingStyle(routing, "#999999", "h", "||||", "--"))
+def look(row: Any, color: str | None = None) -> Look:
+    """The look of a row of `results.collect`, read by attributes; `color`: in place of the method's family's."""
+    method = METHODS[row.method]
+    color = color or FAMILIES[method.family]
+    if has_routing(row.method):
+        routing = ROUTING[row.routing]
+        own = Look(routing.label, mixed(color, routing.shade), routing.marker, routing.hatch, routing.line)
+    else:
+        place = [name for name in METHODS if METHODS[name].family == method.family].index(row.method)
+        line = list(ROUTING.values())[place % len(ROUTING)].line
+        own = Look(method.label, color, MARKERS[place % len(MARKERS)], HATCHES[place % len(HATCHES)], line)
+    if row.variant:
+        number = row.variant_number % len(MARKERS)
+        own = replace(own, label=f"{own.label}, {row.variant}", marker=MARKERS[number], hatch=HATCHES[number], open=True)
+    return own
 
 
-def in_order(routings: Iterable[str]) -> list[str]:
-    """Each routing function once, in the order of legends and bars: known ones, then others by name."""
-    known = list(_ROUTING_STYLES)
-    return sorted(set(routings), key=lambda name: (known.index(name) if name in known else len(known), name))
+def mixed(color: str, shade: float) -> str:
+    """A colour with white (`shade` from 0 to 1) or black (from 0 to -1) mixed in."""
+    return to_hex([channel * (1 - abs(shade)) + max(shade, 0) for channel in to_rgb(color)])
 
 
-@contextmanager
-def house_style() -> Iterator[None]:
+def apart(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows that are compared, and the blind ones, which are drawn as a line; where all are blind, they are the former."""
+    blind = data["blind"] & ~data["blind"].all()
+    return data[~blind], data[blind]
+
+
+def setting_label(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> str:
+    """What a figure writes at a group of rows: its method, rank, epochs, and what varies among the groups.
+
+    `row` is the group's first one, which is its baseline where that is shown; `others` are the first ones of all groups.
+    """
+    parts = [
+        METHODS[row["method"]].label,
+        f"rank {row['details']['r']}" if "r" in row["details"] else "",
+        plural(row["epochs"], "epoch"),
+        "" if row["prefix"] else "no prefix",
+        in_words(differing(row, others, but=("r", "epochs", "prefix"))),
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def house_style() -> AbstractContextManager[None]:
     """Draw and save inside this context; the caller's matplotlib settings are untouched afterwards."""
-    import matplotlib
-
-    with matplotlib.rc_context(_RC):
-        yield
+    return matplotlib.rc_context(_RC)
 
 
-def save(figure: Figure, data: pandas.DataFrame, output: Path) -> None:
-    """Write `output` (.svg), and beside it the .pdf, the .png (200 dpi) and the .csv of the data drawn.
+def save(figure: Figure, data: pd.DataFrame, output: Path) -> None:
+    """Write `output` (.svg), and before it the .pdf, the .png (200 dpi) and the .csv of the data drawn.
 
-    Equal figures give equal bytes: no dates, fixed ids. The SVG is written last, so it never stands alone.
+    Equal figures give equal bytes: no dates, fixed ids.
     """
     with atomic_file(output.with_suffix(".csv")) as temporary:
-        data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-    without_date = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    for file_format, metadata in without_date.items():
+        shown = data.drop(columns=INTERNAL, errors="ignore")
+        shown.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    for file_format, metadata in (("png", {}), ("pdf", {"CreationDate": None}), ("svg", {"Date": None})):
         with atomic_file(output.with_suffix(f".{file_format}")) as temporary:
             figure.savefig(temporary, format=file_format, dpi=200, metadata=metadata)
 
 
-def setting_label(setting: tuple, others: Collection[tuple]) -> str:
-    """What sets `setting` apart for a reader: method, rank, epochs, and what varies among `others`."""
-    task = dict(setting)["task"]
-    others = [dict(other) for other in others if dict(other)["task"] == task]
-    parts = []
-    for column, value in setting:
-        varies = len({other[column] for other in others}) > 1
-        if column == "method":
-            parts.append(METHOD_LABELS.get(value, value))
-        elif column in ("rank", "epochs"):
-            parts.append(f"rank {value}" if column == "rank" else plural(value, "epoch"))
-        elif column == "prefix":
-            if not value:
-                parts.append("no prefix")
-        elif column != "task" and varies:
-            parts.append(f"{column.replace('_', ' ')} {value}")
-    return ", ".join(parts)
+def figure_legend(figure: Figure, data: pd.DataFrame, kind: str) -> None:
+    """One legend for all rows of a figure. `kind` is "bar", "line" or "marker".
 
+    A routing function that occurs with several families is shown in grey, as its look in each of them differs in hue alone.
+    """
+    shown, blind = apart(data)
+    routings, methods = list(ROUTING), list(METHODS)
 
-def plural(count: int, noun: str) -> str:
-    """ "1 epoch", "2 epochs"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    def place(row: Any) -> tuple:
+        return not has_routing(row.method), routings.index(row.routing), methods.index(row.method), row.variant_number
 
-
-def figure_legend(figure: Figure, routings: Collection[str], kind: str, blind: bool) -> None:
-    """One legend for the figure. `kind` is "bar", "line" or "marker"; `blind` adds the blind baseline."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = []
-    for routing in routings:
-        style = routing_style(routing)
-        if kind == "bar":
-            handle = Patch(facecolor=style.color, hatch=style.hatch, edgecolor="white", label=style.label)
-        else:
-            line = style.line if kind == "line" else "none"
-            handle = Line2D(
-                [], [], color=style.color, marker=style.marker, linestyle=line, label=style.label,
-                markeredgecolor="white", markeredgewidth=0.5,
-            )  # fmt: skip
-        handles.append(handle)
-    if blind:
+    rows = sorted(shown.drop_duplicates(["method", "routing", "variant"]).itertuples(), key=place)
+    grey = MUTED if len({METHODS[row.method].family for row in rows if has_routing(row.method)}) > 1 else None
+    looks = {own.label: own for own in (look(row, grey if has_routing(row.method) else None) for row in rows)}
+    if kind == "bar":
+        handles = [Patch(label=label, **own.bar()) for label, own in looks.items()]
+    else:
+        handles = [Line2D([], [], label=label, **own.points(kind == "line")) for label, own in looks.items()]
+    if len(blind):
         handles.append(Line2D([], [], label=BLIND_LABEL, **(BLIND_TICK if kind == "marker" else BLIND_LINE)))
+    length = {"bar": 1.8, "line": 2.8, "marker": 1.0}[kind]
+    room = figure.get_figwidth() / 0.111  # in units of the font's size, as are the lengths
+    widths = [length + 1.9 + 0.6 * len(handle.get_label()) for handle in handles]
+    columns = len(handles) if sum(widths) < room else max(1, int(room / max(widths)))
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4, handletextpad=0.5,
-        handlelength={"bar": 1.8, "line": 2.8, "marker": 1.0}[kind],
-    )  # fmt: skip
+        handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.4, handletextpad=0.5, handlelength=length
+    )
+
+
+def task_panels(data: pd.DataFrame, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each task of the data, by task."""
+    tasks = list(dict.fromkeys(data["task"]))
+    figure = Figure(figsize=(TEXT_WIDTH if len(tasks) > 1 else 0.6 * TEXT_WIDTH, height), layout="constrained")
+    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    for task, axes in panels.items():
+        axes.set(title=TASKS[task].label, ylabel=TASKS[task].score)
+    return figure, panels
 
 
 def horizontal_grid(axes: Axes) -> None:

@@ -6,303 +6,268 @@ forms show captioning metrics times 100, as papers print them.
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from routevl.errors import RoutevlError
+from routevl.methods.base import WEIGHTS
+from routevl.methods.table import METHODS
+from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
-from routevl.reporting.formats import Table, number, plus_minus, signed, write_table
+from routevl.reporting.formats import Table, number, signed, write_table
+from routevl.reporting.names import backbones, full_name, options_text, plural
 from routevl.reporting.published import published_score, read_claims, read_published
-from routevl.reporting.results import MAIN_METRIC, backbones, collect, gains_over_none
-from routevl.reporting.statistics import RESAMPLES, Gain, Interval, mean_and_std
-from routevl.reporting.style import METHOD_LABELS, SCORE_SCALE, TASK_LABELS, plural
+from routevl.reporting.results import collect, gains
+from routevl.reporting.statistics import RESAMPLES, Gain
+from routevl.tasks.table import TASKS
 
-if TYPE_CHECKING:
-    import argparse
-
-    import pandas
-
-TABLES = ("T0_claims", "T1_vqa", "T2_caption", "T6_cost")
-_TASK_OF = {"T1_vqa": "vqa", "T2_caption": "caption"}
-_METRICS = {
-    "vqa": ("accuracy", "yes_no", "number", "other"),
-    "caption": ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE"),
-}
-_TASK_WORDS = {"vqa": "VQA", "caption": "captioning"}
-_SHOWN_METRICS = {
-    "vqa": {"accuracy": "Accuracy", "yes_no": "Yes/no", "number": "Number", "other": "Other"},
-    "caption": {"Bleu_4": "B@4", "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"},
-}
-_IDENTITY = (
+_IDENTITY = [
     "experiment", "task", "method", "routing", "prefix", "rank", "epochs",
-    "text_backbone", "vision_backbone", "visual_tokens",
-)  # fmt: skip
-_PARTS = ("bottleneck", "layer_norm", "head", "visual_projection")
-_TIMINGS = ("step_ms_median", "samples_per_second", "peak_memory_mb", "train_seconds")
-
-
-def import_libraries() -> None:
-    """Import at one point what the stage needs, so that start-up can be measured apart from work."""
-    import markdown_it  # noqa: F401
-    import pandas  # noqa: F401
+    "text_backbone", "vision_backbone", "visual_tokens", "versus", "options",
+]  # fmt: skip
+_PARTS = ("method", "layer_norm", "head", "visual_projection")  # of the trainable parameters; a method may have others
+_TIMINGS = {"step_ms_median": 1, "samples_per_second": 0, "peak_memory_mb": 0, "train_seconds": 0}  # column -> digits shown
+_SAVED = ("adapter_model.safetensors", WEIGHTS)  # where a run has its method's own tensors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl table`."""
     parser.add_argument("--name", required=True, metavar="TABLE", help=f"which table: {', '.join(TABLES)}")
     parser.add_argument("--experiments", required=True, type=Path, metavar="TSV", help="experiments sheet")
     parser.add_argument("--results", required=True, type=Path, metavar="FOLDER", help="results folder to read")
     parser.add_argument("--published", required=True, type=Path, metavar="CSV", help="published figures")
     parser.add_argument("--claims", required=True, type=Path, metavar="TSV", help="the paper's claims")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="CSV",
-        help="the .csv; .md, .tex and .html are written beside it",
-    )
+    parser.add_argument("--output", required=True, type=Path, metavar="CSV", help="beside it: .md, .tex and .html")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make one table and write its four files.
-
-    Raises:
-        RoutevlError: an unknown table, or an input that is missing or malformed.
-    """
+    """Make one table and write its four files."""
     if arguments.name not in TABLES:
         raise RoutevlError(f"unknown table {arguments.name!r}, expected one of {', '.join(TABLES)}")
     if arguments.output.suffix != ".csv":
         raise RoutevlError(f"--output {arguments.output}: expected a name that ends in .csv")
-    published, claims = read_published(arguments.published), read_claims(arguments.claims)
-    if arguments.name == "T0_claims":
-        table = claims_table(arguments.experiments, arguments.results, claims)
-    elif arguments.name == "T6_cost":
-        table = cost_table(arguments.experiments, arguments.results)
-    else:
-        task = _TASK_OF[arguments.name]
-        table = score_table(arguments.experiments, arguments.results, published, claims, task, arguments.name)
+    makers = {"T0_claims": claims_table, "T6_cost": cost_table, "T7_methods": methods_table}
+    table = makers.get(arguments.name, score_table)(arguments)
     write_table(arguments.output, arguments.name, table)
 
 
-# Scores --------------------------------------------------------------------------------------------
+def _identity(group: pd.DataFrame, options: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the csv and what readers see of an experiment's rows of `collect`, beside what was measured.
+
+    `options`: of each experiment, what its columns do not show; where nothing is left to show, there is no column for it.
+    """
+    first, percent = group.iloc[0], 100 * group["trainable_params"].iloc[0] / group["total_params"].iloc[0]
+    record = first[_IDENTITY].to_dict() | {
+        "prefix": "yes" if first["prefix"] else "no",
+        "n_seeds": len(group),
+        "trainable_params": first["trainable_params"],
+        "trainable_params_percent": percent,
+    }
+    return record, {
+        "Backbones": backbones(first),
+        "Method": METHODS[first["method"]].label,
+        "Routing": "none (blind: no image)" if first["blind"] else first["routing"],
+        **({"Options": options[first["experiment"]]} if any(options.values()) else {}),
+        "Prefix": record["prefix"],
+        "Rank": "" if pd.isna(first["rank"]) else str(first["rank"]),
+        "Epochs": str(first["epochs"]),
+        "Seeds": str(len(group)),
+        "Params (M)": f"{first['trainable_params'] / 1e6:.3f}",
+        "%": f"{percent:.2f}",
+    }
 
 
-def score_table(
-    experiments_sheet: Path,
-    results_folder: Path,
-    published: pandas.DataFrame,
-    claims: pandas.DataFrame,
-    task: str,
-    name: str,
-) -> Table:
-    """T1 or T2: one row per experiment, with its gain over the same experiment without routing."""
-    import pandas as pd
+def _options(runs: pd.DataFrame) -> dict[str, str]:
+    rows = runs.drop_duplicates("experiment").to_dict("records")
+    return {row["experiment"]: options_text(row, rows) for row in rows}
 
-    runs = collect(experiments_sheet, results_folder, name.split("_")[0])
+
+def _over_seeds(group: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
+    """<column>_mean and <column>_std; NaN for a column that the task does not have, and for the deviation of one seed."""
+    found = group.reindex(columns=list(columns)).astype(float).agg(["mean", "std"])
+    return {f"{column}_{part}": found.loc[part, column] for column in found for part in ("mean", "std")}
+
+
+def _plus_minus(record: Mapping[str, float], column: str, scale: float = 1.0, digits: int = 2) -> str:
+    """A column of `_over_seeds` for readers; the mean alone where the deviation is unknown."""
+    mean, std = (number(record[f"{column}_{part}"] * scale, digits) for part in ("mean", "std"))
+    return f"{mean} ± {std}" if std else mean
+
+
+def _single_seed_note(runs: pd.DataFrame) -> str:
+    counts = runs.groupby("experiment").size()
+    return " (with one seed the deviation is unknown and left out)" if (counts == 1).any() else ""
+
+
+def score_table(arguments: argparse.Namespace) -> Table:
+    """T1 or T2: one row per experiment, with its gain over the experiment that its `versus` names."""
+    feeds, task = arguments.name.split("_")
+    published, claims = read_published(arguments.published), read_claims(arguments.claims)
+    runs = collect(arguments.experiments, arguments.results, feeds)
     runs = runs[runs["task"] == task]
     if runs.empty:
-        raise RoutevlError(f"{experiments_sheet}: no {task} experiment feeds {name.split('_')[0]}")
-    gains = gains_over_none(runs, results_folder, MAIN_METRIC[task])
-    records, rows, sentences, verdicts = [], [], [], []
+        raise RoutevlError(f"{arguments.experiments}: no {task} experiment feeds {feeds}")
+    found, options, row, scale = gains(runs, arguments.results), _options(runs), TASKS[task], TASKS[task].scale
+    records, shown, sentences = [], [], []
     for experiment, group in runs.groupby("experiment", sort=False):
-        record = _score_record(group, gains.get(experiment), published)
+        gain = found.get(experiment, Gain())
+        record, for_readers = _identity(group, options)
+        record |= _over_seeds(group, row.metrics)
+        record |= gain.absolute.columns("gain", "gain_ci") | gain.relative.columns("gain_relative", "gain_relative_ci")
+        record["n_items"] = group["n"].iloc[0]
+        record["published"] = published_score(published, group.iloc[0], row.metric) / scale
         records.append(record)
-        rows.append(_score_row(record, gains.get(experiment), task))
-        if experiment in gains:
-            sentences.append(_sentence(record, gains[experiment], task))
-            verdicts.append(gains[experiment].absolute.verdict)
-    data = pd.DataFrame(records)
-    header = [
-        "Backbones", "Method", "Routing", "Prefix", "Rank", "Epochs", "Seeds", "Params (M)", "%",
-        *_SHOWN_METRICS[task].values(),
-        f"Gain in {_SHOWN_METRICS[task][MAIN_METRIC[task]]} [95% CI]", "Relative gain % [95% CI]",
-        "Published",
-    ]  # fmt: skip
-    title = {"vqa": "VQA accuracy (%) on the test split", "caption": "Captioning on the test split"}[task]
+        shown.append(
+            for_readers
+            | {title: _plus_minus(record, metric, scale) for metric, title in row.shown.items()}
+            | {f"Gain in {row.shown[row.metric]} [95% CI]": signed(gain.absolute.times(scale))}
+            | {"Relative gain % [95% CI]": signed(gain.relative), "Published": number(record["published"] * scale)}
+        )
+        if experiment in found:
+            sentences.append(f"- {_sentence(record, gain, group['variant'].iloc[0])}")
     notes = [
-        *_summary(verdicts, claims[(claims["task"] == task) & (claims["kind"] == "gain")]),
-        *(f"- {sentence}" for sentence in sentences),
+        *_summary(list(found.values()), claims[(claims["task"] == task) & (claims["kind"] == "gain")]),
+        *sentences,
         "",
         *_score_notes(runs, task),
-        *_published_notes(published, task),
+        *_published_notes(published[published["task"] == task]),
     ]
-    return Table(title, data, header, rows, notes)
+    return Table(row.title, pd.DataFrame(records), pd.DataFrame(shown), notes)
 
 
-def _score_record(group: pandas.DataFrame, gain: Gain | None, published: pandas.DataFrame) -> dict[str, Any]:
-    first = group.iloc[0]
-    record = _identity_record(group)
-    for metric in _METRICS[first["task"]]:
-        values = group.get(metric, [math.nan])
-        record[f"{metric}_mean"], record[f"{metric}_std"] = mean_and_std(list(values))
-    unknown = Interval(math.nan, math.nan, math.nan)
-    gain = gain or Gain(unknown, unknown)
-    main = MAIN_METRIC[first["task"]]
-    return record | {
-        "gain_vs_none": gain.absolute.estimate,
-        "gain_ci_low": gain.absolute.low,
-        "gain_ci_high": gain.absolute.high,
-        "gain_vs_none_relative": gain.relative.estimate,
-        "gain_relative_ci_low": gain.relative.low,
-        "gain_relative_ci_high": gain.relative.high,
-        "n_items": int(first["n"]),
-        "published": published_score(published, first, main) / SCORE_SCALE[first["task"]],
-    }
-
-
-def _identity_record(group: pandas.DataFrame) -> dict[str, Any]:
-    first = group.iloc[0]
-    if group["trainable_params"].nunique() != 1:
-        raise RoutevlError(f"models/{first['run']}/run.json: trainable_params differs from another seed of the experiment")
-    record = {column: first[column] for column in _IDENTITY}
-    record["prefix"] = "yes" if first["prefix"] else "no"
-    return record | {
-        "n_seeds": len(group),
-        "trainable_params": int(first["trainable_params"]),
-        "trainable_params_percent": 100 * first["trainable_params"] / first["total_params"],
-    }
-
-
-def _score_row(record: dict[str, Any], gain: Gain | None, task: str) -> list[str]:
-    scale = SCORE_SCALE[task]
-    scores = [plus_minus(record[f"{metric}_mean"] * scale, record[f"{metric}_std"] * scale) for metric in _SHOWN_METRICS[task]]
-    gains = ["", ""] if gain is None else [signed(gain.absolute, scale), signed(gain.relative)]
-    return [*_identity_row(record), *scores, *gains, number(record["published"] * scale)]
-
-
-def _identity_row(record: dict[str, Any]) -> list[str]:
-    blind = record["routing"] == "none" and record["prefix"] == "no"
-    return [
-        backbones(record),
-        METHOD_LABELS.get(record["method"], record["method"]),
-        "none (blind: no image)" if blind else record["routing"],
-        record["prefix"],
-        str(record["rank"]),
-        str(record["epochs"]),
-        str(record["n_seeds"]),
-        f"{record['trainable_params'] / 1e6:.3f}",
-        f"{record['trainable_params_percent']:.2f}",
-    ]
-
-
-def _sentence(record: dict[str, Any], gain: Gain, task: str) -> str:
-    """The comparison in words, positive, negative or undecided by whether its interval contains 0."""
-    method = METHOD_LABELS.get(record["method"], record["method"])
-    where = f"At rank {record['rank']} after {plural(record['epochs'], 'epoch')}"
-    size = gain.relative if math.isfinite(gain.relative.estimate) else gain.absolute
-    unit = "%" if size is gain.relative else ""
-    scale = 1.0 if size is gain.relative else SCORE_SCALE[task]
-    interval = f"[{size.low * scale:+.1f}, {size.high * scale:+.1f}]"
-    routing = f"routing (`{record['routing']}`)"
-    on_task = f"on {_TASK_WORDS[task]} with {backbones(record)} (n={plural(record['n_seeds'], 'seed')})"
+def _sentence(record: dict[str, Any], gain: Gain, variant: str) -> str:
+    """The comparison in words, positive, negative or undecided by whether its interval contains 0; `variant` as in `collect`."""
+    method, task = METHODS[record["method"]].label, TASKS[record["task"]]
+    when = f"after {plural(record['epochs'], 'epoch')}"
+    where = when.capitalize() if pd.isna(record["rank"]) else f"At rank {record['rank']} {when}"
+    relative = math.isfinite(gain.relative.estimate)
+    size, unit = (gain.relative, "%") if relative else (gain.absolute.times(task.scale), "")
+    on_task = f"[{size.low:+.1f}, {size.high:+.1f}] on {task.word} with {backbones(record)}"
+    on_task += f" (n={plural(record['n_seeds'], 'seed')})"
     if record["prefix"] == "no":
         on_task += " without a visual prefix, where the baseline sees no image"
-    estimate = size.estimate * scale
-    if gain.absolute.verdict > 0:
-        return f"{where} {routing} improves {method} by {estimate:.1f}{unit} {interval} {on_task}."
-    if gain.absolute.verdict < 0:
-        return f"{where} {routing} harms {method} by {-estimate:.1f}{unit} {interval} {on_task}."
-    return (
-        f"{where} there is no significant difference between {routing} and plain {method}: "
-        f"{estimate:+.1f}{unit} {interval} {on_task}."
-    )
+    if record["routing"] == "none":
+        what, of, better, worse = method, f"`{record['versus']}`", "improves on", "falls behind"
+    else:
+        what = f"routing (`{record['routing']}`{variant and ', '}{variant})"
+        of, better, worse = method, "improves", "harms"
+    if gain.absolute.verdict:
+        verb = better if gain.absolute.verdict > 0 else worse
+        return f"{where} {what} {verb} {of} by {abs(size.estimate):.1f}{unit} {on_task}."
+    plain = of if record["routing"] == "none" else f"plain {of}"
+    return f"{where} there is no significant difference between {what} and {plain}: {size.estimate:+.1f}{unit} {on_task}."
 
 
-def _summary(verdicts: Sequence[int], claims: pandas.DataFrame) -> list[str]:
-    if not verdicts:
-        return ["No experiment here has a baseline (`none`) at the same setting, so no gain is computed."]
-    better, worse = verdicts.count(1), verdicts.count(-1)
+def _summary(found: Sequence[Gain], claims: pd.DataFrame) -> list[str]:
+    if not found:
+        return ["No experiment here names a baseline in the run sheet's column `versus`, so no gain is computed."]
+    better, worse, same = ([gain.absolute.verdict for gain in found].count(sign) for sign in (1, -1, 0))
     lines = [
-        f"Of {plural(len(verdicts), 'comparison')} with the same method without routing, routing improves "
-        f"{better}, harms {worse}, and makes no significant difference in {verdicts.count(0)}.",
+        f"Of {plural(len(found), 'comparison')} with the baseline that the run sheet names, {better} show an improvement, "
+        f"{worse} show harm, and {same} show no significant difference.",
         "",
     ]
     lines += [f"The paper claims {claim.text} ({claim.where}). Measured here:" for claim in claims.itertuples()]
     return [*lines, ""]
 
 
-def _score_notes(runs: pandas.DataFrame, task: str) -> list[str]:
+def _score_notes(runs: pd.DataFrame, task: str) -> list[str]:
     notes = [
-        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over `none` with the same "
-        "backbones, method, rank, epochs and prefix; intervals are 95% percentile intervals of a paired bootstrap over "
-        f"the test items ({int(runs['n'].max()):,} items, {RESAMPLES:,} resamples, scores averaged over "
-        "seeds). They cover the choice of test items, not of seeds, and are not corrected for the number of "
-        "comparisons.",
+        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over the experiment that the run sheet names in "
+        "its column `versus` (also in the csv); intervals are 95% percentile intervals of a paired bootstrap over the test items "
+        f"({runs['n'].max():,} items, {RESAMPLES:,} resamples, scores averaged over seeds). They cover the choice of test items, "
+        "not of seeds, and are not corrected for the number of comparisons.",
         "",
-        "Params: all trainable parameters, with the layer norms, task head and visual projection; %: of all "
-        "parameters of the adapted model, frozen ones included.",
+        "Params: all trainable parameters, with the layer norms, task head and visual projection; %: of all parameters of the "
+        "adapted model, frozen ones included.",
     ]
-    if task == "caption":
-        notes += ["", "Captioning metrics are shown times 100; the csv holds fractions."]
-        reasons = sorted({f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()})
-        if reasons:
-            notes += ["", f"Missing, hence blank in the csv: {'; '.join(reasons)}."]
+    if TASKS[task].scale != 1:
+        notes += ["", f"Metrics are shown times {TASKS[task].scale:g}; the csv holds fractions."]
+    if reasons := sorted({f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()}):
+        notes += ["", f"Missing, hence blank in the csv: {'; '.join(reasons)}."]
     return notes
 
 
-def _single_seed_note(runs: pandas.DataFrame) -> str:
-    counts = runs.groupby("experiment").size()
-    return " (with one seed the deviation is unknown and left out)" if (counts == 1).any() else ""
-
-
-def _published_notes(published: pandas.DataFrame, task: str) -> list[str]:
-    figures = published[published["task"] == task]
-    if figures.empty:
-        return []
+def _published_notes(published: pd.DataFrame) -> list[str]:
     lines = ["", "Published figures of other systems on this task at full scale, for orientation only:", ""]
-    for keys, group in figures.groupby(["source", "setting", "method"], sort=False):
+    for (source, setting, method), group in published.groupby(["source", "setting", "method"], sort=False):
         scores = ", ".join(f"{row.metric} {row.value:g}" for row in group.itertuples())
-        lines.append(f"- {keys[2]} ({keys[0]}; {keys[1]}): {scores}")
-    return lines
+        lines.append(f"- {method} ({source}; {setting}): {scores}")
+    return lines if len(published) else []
 
 
-# Cost ----------------------------------------------------------------------------------------------
-
-
-def cost_table(experiments_sheet: Path, results_folder: Path) -> Table:
-    """T6: trainable parameters by part, time, memory and adapter size of every experiment."""
-    import pandas as pd
-
-    runs = collect(experiments_sheet, results_folder, "T6", files=("run", "timing"))
-    records = [_cost_record(group, results_folder) for _, group in runs.groupby("experiment", sort=False)]
-    header = [
-        "Task", "Backbones", "Method", "Routing", "Prefix", "Rank", "Epochs", "Runs", "Params (M)", "%", "Bottleneck (M)",
-        "Layer norms (M)", "Head (M)", "Visual projection (M)", "Step (ms)", "Samples/s", "Peak memory (MB)",
-        "Adapter (MB)", "Training (s)", "Device",
-    ]  # fmt: skip
+def cost_table(arguments: argparse.Namespace) -> Table:
+    """T6: trainable parameters by part, time, memory and size of the saved tensors of every experiment."""
+    runs = collect(arguments.experiments, arguments.results, "T6")
+    options = _options(runs)
+    parts = list(dict.fromkeys([*_PARTS, *(part for by in runs["trainable_params_by_part"] for part in by)]))
+    records, shown = [], []
+    for _, group in runs.groupby("experiment", sort=False):
+        first = group.iloc[0]
+        record, for_readers = _identity(group, options)
+        record |= {f"{part}_params": first["trainable_params_by_part"].get(part, 0) for part in parts}
+        record |= _over_seeds(group, _TIMINGS)
+        model = arguments.results / "models" / first["run"]
+        saved = [path for path in map(model.joinpath, _SAVED) if path.is_file()]
+        if not saved:
+            raise RoutevlError(f"{model}: holds neither {' nor '.join(_SAVED)}")
+        record["saved_bytes"] = sum(path.stat().st_size for path in saved)
+        record["device"] = "; ".join(sorted(set(group["device"])))
+        step, samples, memory, train = (_plus_minus(record, timing, digits=digits) for timing, digits in _TIMINGS.items())
+        records.append(record)
+        shown.append(
+            {"Task": TASKS[record["task"]].label}
+            | {"Runs" if title == "Seeds" else title: cell for title, cell in for_readers.items()}
+            | {f"{part.replace('_', ' ').capitalize()} (M)": f"{record[f'{part}_params'] / 1e6:.3f}" for part in parts}
+            | {"Step (ms)": step, "Samples/s": samples, "Peak memory (MB)": memory}
+            | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Training (s)": train, "Device": record["device"]}
+        )
     notes = [
         f"Means ± standard deviation over seeds{_single_seed_note(runs)}; step: median within a run. Timings "
-        "compare only within one device and an otherwise idle machine. Adapter: size of "
-        "adapter_model.safetensors, without the task head. %: of all parameters of the adapted model, frozen "
-        "ones included.",
+        "compare only within one device and an otherwise idle machine. Saved: size of the method's own tensors, without the task "
+        "head. %: of all parameters of the adapted model, frozen ones included. The columns in millions (M) after it: the parts "
+        "of Params.",
     ]
-    return Table("Cost of training", pd.DataFrame(records), header, [_cost_row(record) for record in records], notes)
+    return Table("Cost of training", pd.DataFrame(records), pd.DataFrame(shown), notes)
 
 
-def _cost_record(group: pandas.DataFrame, results_folder: Path) -> dict[str, Any]:
-    first = group.iloc[0]
-    record = _identity_record(group)
-    for part in _PARTS:
-        record[f"{part}_params"] = int(first["trainable_params_by_part"].get(part, 0))
-    for timing in _TIMINGS:
-        values = [math.nan if value is None else value for value in group[timing]]
-        record[f"{timing}_mean"], record[f"{timing}_std"] = mean_and_std(values)
-    adapter = results_folder / "models" / first["run"] / "adapter_model.safetensors"
-    try:
-        record["adapter_bytes"] = adapter.stat().st_size
-    except OSError:
-        raise RoutevlError(f"{adapter}: no such file") from None
-    return record | {"device": "; ".join(sorted({str(device) for device in group["device"]}))}
-
-
-def _cost_row(record: dict[str, Any]) -> list[str]:
-    millions = [f"{record[f'{part}_params'] / 1e6:.3f}" for part in _PARTS]
-    step, samples, memory, train = (
-        plus_minus(record[f"{timing}_mean"], record[f"{timing}_std"], digits)
-        for timing, digits in zip(_TIMINGS, (1, 0, 0, 0), strict=True)
-    )
-    return [
-        TASK_LABELS[record["task"]], *_identity_row(record), *millions, step, samples, memory,
-        f"{record['adapter_bytes'] / 1e6:.2f}", train, record["device"],
-    ]  # fmt: skip
+def methods_table(arguments: argparse.Namespace) -> Table:
+    """T7: what each method trains, scores and costs, task by task in the order of the list of methods."""
+    runs = collect(arguments.experiments, arguments.results, "T7")
+    order, found = [*TASKS, *METHODS], gains(runs, arguments.results)
+    runs = runs.sort_values(["task", "method"], key=lambda names: names.map(order.index), kind="stable")
+    tasks = [TASKS[task] for task in runs["task"].unique()]
+    groups = [group for _, group in runs.groupby("experiment", sort=False)]
+    rows = [group.iloc[0].to_dict() for group in groups]
+    records, shown = [], []
+    for group, row in zip(groups, rows, strict=True):
+        gain, task, method = found.get(row["experiment"], Gain()).absolute, TASKS[row["task"]], METHODS[row["method"]]
+        means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
+        scores = _over_seeds(group, [of.metric for of in tasks])
+        records.append(
+            {"method": row["method"], "label": method.label, "family": method.family}
+            | {column: row[column] for column in ("task", "text_backbone", "trainable_params")}
+            | {"learning_rate": row["details"]["learning_rate"], **scores, "n_seeds": len(group)}
+            | gain.columns("gain", "gain_ci")
+            | {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
+        )
+        shown.append(
+            {"Task": task.label, "Backbone": row["text_backbone"], "Method": full_name(row, rows)}
+            | {"Params (M)": f"{row['trainable_params'] / 1e6:.3f}", "Learning rate": f"{row['details']['learning_rate']:g}"}
+            | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
+            | {"Seeds": str(len(group)), "Gain [95% CI]": signed(gain.times(task.scale))}
+            | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}
+        )
+    scaled = [f"{of.word} are shown times {of.scale:g}" for of in tasks if of.scale != 1]
+    notes = [
+        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: in the task's score over the experiment that the "
+        "run sheet names in its column `versus`, with a 95% paired bootstrap interval over the test items. Params: all trainable "
+        "parameters, with the layer norms, task head and visual projection. Timings compare only within one device."
+        + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+    ]
+    return Table("Methods", pd.DataFrame(records), pd.DataFrame(shown), notes)

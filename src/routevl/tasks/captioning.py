@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
 from routevl.files import read_json
-from routevl.methods.routed import RoutedConfig
 from routevl.tasks.base import Task, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -24,13 +23,13 @@ IGNORED = -100  # torch's cross_entropy skips these targets
 class CaptionModel(VisionLanguageModel):
     """A causal language model that reads [visual prefix] <bos> caption <eos>."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, visual_features: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
         """Next-token cross-entropy over every caption token, the first and <eos> included, padding excluded.
 
         Shapes: input_ids, attention_mask (B, L_t); loss a scalar, mean over `count` tokens; losses and tokens (B,), their sum and
         number per example.
         """
-        inputs = self.text_inputs(input_ids, attention_mask, visual_features)
+        inputs = self.text_inputs(input_ids, attention_mask, image)
         logits = self.text_model(**inputs, use_cache=False).logits[:, -input_ids.shape[1] :]  # (B, L_t, vocabulary)
         targets = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]  # <bos> predicts the first token
         losses = nn.functional.cross_entropy(
@@ -40,22 +39,21 @@ class CaptionModel(VisionLanguageModel):
         return {"loss": losses.sum() / tokens.sum(), "count": tokens.sum(), "losses": losses.detach(), "tokens": tokens}
 
     @torch.inference_mode()
-    def generate(self, bos: int, visual_features: Tensor, **options: Any) -> Tensor:
+    def generate(self, bos: int, image: Tensor, **options: Any) -> Tensor:
         """Token ids (B, new tokens) that follow [visual prefix] <bos>; `options` are those of transformers' generate."""
-        input_ids = torch.full((visual_features.shape[0], 1), bos, device=visual_features.device)
-        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), visual_features)
+        input_ids = torch.full((image.shape[0], 1), bos, device=image.device)
+        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), image)
         return self.text_model.generate(**inputs, **options)
 
 
 class CaptionTask(Task):
     """An image in, a caption out; each of an image's reference captions is one training example."""
 
-    text_task = "caption"
     files = ("captions.json",)
     selection = ("val_loss", False)
 
-    def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> CaptionModel:
-        return CaptionModel(text_model, adapter, self.features.width, self.settings.prefix)
+    def build(self, text_model: PreTrainedModel, *arguments: Any) -> CaptionModel:
+        return CaptionModel(text_model, *arguments)
 
     def longest_text(self) -> tuple[str, int]:
         """The longer of a caption to learn and one to generate, which starts with <bos>."""
@@ -90,10 +88,10 @@ class CaptionTask(Task):
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         image_ids = [example["image_id"] for example in examples]
-        visual = {"visual_features": self.features.features(image_ids)}
+        image = self.visual.of(image_ids)
         if "token_ids" not in examples[0]:
-            return {"ids": torch.tensor(image_ids), **visual}
-        return {**self.text_batch([example["token_ids"] for example in examples]), **visual}
+            return {"ids": torch.tensor(image_ids), "image": image}
+        return {**self.text_batch([example["token_ids"] for example in examples]), "image": image}
 
     def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         outputs = list(outputs)
@@ -104,7 +102,7 @@ class CaptionTask(Task):
     def predict(self, model: CaptionModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         sequences = model.generate(
             self.bos,
-            batch["visual_features"],
+            batch["image"],
             num_beams=self.settings.beams,
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,

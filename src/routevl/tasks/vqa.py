@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of
-from routevl.methods.routed import RoutedConfig
 from routevl.metrics.vqa import soft_scores
 from routevl.tasks.base import Task, VisionLanguageModel
 
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
 class VqaModel(VisionLanguageModel):
     """An encoder whose hidden state at the first text position ([CLS]) is classified; no pooler, for RoBERTa ships none."""
 
-    def __init__(
-        self, text_model: PreTrainedModel, adapter: RoutedConfig, visual_width: int, prefix: bool, n_answers: int
-    ) -> None:
-        super().__init__(text_model, adapter, visual_width, prefix)
+    def __init__(self, n_answers: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
         d = self.width
         self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.LayerNorm(2 * d), nn.GELU(), nn.Linear(2 * d, n_answers))
 
@@ -34,7 +31,7 @@ class VqaModel(VisionLanguageModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        visual_features: Tensor,
+        image: Tensor,
         answer_scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits (B, n_answers); with answer_scores (B, n_answers) in [0, 1] the loss and each answer's score too.
@@ -42,10 +39,9 @@ class VqaModel(VisionLanguageModel):
         The loss is binary cross-entropy on the soft scores, summed over answers and averaged over examples, whose number is
         `count`.
         """
-        inputs = self.text_inputs(input_ids, attention_mask, visual_features)
-        hidden_states = self.text_model(**inputs).last_hidden_state  # (B, P + L_t, d)
-        first_text_position = inputs["inputs_embeds"].shape[1] - input_ids.shape[1]
-        logits = self.head(hidden_states[:, first_text_position]).float()
+        inputs = self.text_inputs(input_ids, attention_mask, image)
+        hidden_states = self.text_model(**inputs).last_hidden_state  # (B, ... + L_t, d): a prompt's positions stand first
+        logits = self.head(hidden_states[:, -input_ids.shape[1]]).float()
         if answer_scores is None:
             return {"logits": logits}
         losses = nn.functional.binary_cross_entropy_with_logits(logits, answer_scores, reduction="none").sum(-1)
@@ -57,16 +53,15 @@ class VqaModel(VisionLanguageModel):
 class VqaTask(Task):
     """Questions and ten annotators' answers in, one answer of the vocabulary out."""
 
-    text_task = "vqa"
     files = ("questions.json", "annotations.json")
     selection = ("val_accuracy", True)
 
-    def build(self, text_model: PreTrainedModel, adapter: RoutedConfig) -> VqaModel:
+    def build(self, text_model: PreTrainedModel, *arguments: Any) -> VqaModel:
         self.answers: list[str] = read_json(self.data / "answers.json")
         if not (type(self.answers) is list and self.answers and all(type(answer) is str for answer in self.answers)):
             raise RoutevlError(f"{self.data / 'answers.json'}: expected the answer vocabulary, a list of at least one answer")
         self.answer_index = {answer: index for index, answer in enumerate(self.answers)}
-        return VqaModel(text_model, adapter, self.features.width, self.settings.prefix, len(self.answers))
+        return VqaModel(len(self.answers), text_model, *arguments)
 
     def inputs(self) -> dict[str, str]:
         """The answer vocabulary, to whose order the head's outputs belong."""
@@ -101,7 +96,7 @@ class VqaTask(Task):
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.text_batch([example["token_ids"] for example in examples])
-        batch["visual_features"] = self.features.features([example["image_id"] for example in examples])
+        batch["image"] = self.visual.of([example["image_id"] for example in examples])
         if "answer_index" not in examples[0]:
             batch["ids"] = torch.tensor([example["question_id"] for example in examples])
         else:

@@ -1,9 +1,29 @@
-"""Bottleneck adapters with a routing function between their two projections."""
+"""Bottleneck adapters with a routing function between their two projections (paper, equation 5)."""
 
-from routevl.methods.adapter.config import RoutedAdapterConfig
-from routevl.methods.adapter.model import RoutedAdapterModel
-from routevl.methods.registration import register
+from __future__ import annotations
 
-__all__ = ["RoutedAdapterConfig", "RoutedAdapterModel"]
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-register(RoutedAdapterConfig.PEFT_TYPE, RoutedAdapterConfig, RoutedAdapterModel)
+from routevl.methods.routed import RoutedMethod, RoutedOptions
+from routevl.options import as_record, option
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+class Adapter(RoutedMethod):
+    """h = [x_H +] act(route(x_t, x_v)) W_up, after the attention and the feed-forward output of every layer."""
+
+    @dataclass(frozen=True)
+    class Options(RoutedOptions):
+        """Options of the Adapter."""
+
+        activation: str = option("non-linearity in the bottleneck, by its name in transformers", "gelu")
+        residual: bool = option("add x_H to the adapter's output, so that it starts as the identity", True)
+
+    def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
+        from routevl.methods.adapter.model import RoutedAdapterConfig
+
+        return RoutedAdapterConfig(**as_record(self.options), modules_to_save=train_also or None)

@@ -8,7 +8,8 @@ from typing import ClassVar
 from transformers.activations import ACT2FN
 
 from routevl.errors import RoutevlError
-from routevl.methods.routed import RoutedConfig
+from routevl.methods.adapter import Adapter
+from routevl.methods.routed.config import RoutedConfig
 
 
 @dataclass
@@ -23,6 +24,7 @@ class RoutedAdapterConfig(RoutedConfig):
     """
 
     PEFT_TYPE: ClassVar[str] = "ROUTED_ADAPTER"
+    options_class: ClassVar[type] = Adapter.Options
 
     activation: str = field(
         default="gelu", metadata={"help": "The non-linearity in the bottleneck, by its name in transformers."}

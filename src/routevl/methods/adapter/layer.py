@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from routevl.conditioning import Conditioning
 from routevl.methods.adapter.config import RoutedAdapterConfig
-from routevl.methods.routed import RoutedLayer, VisualFeatures
+from routevl.methods.routed.layer import RoutedLayer
 from routevl.routing import routing_function
 
 
@@ -19,8 +20,8 @@ class RoutedAdapterLayer(RoutedLayer):
     adapter_layer_names = ("adapter_down", "adapter_up")
     other_param_names = ("activation", "residual", "route")
 
-    def __init__(self, base_layer: nn.Linear | Conv1D, visual: VisualFeatures) -> None:
-        super().__init__(base_layer, visual)
+    def __init__(self, base_layer: nn.Linear | Conv1D, conditioning: Conditioning) -> None:
+        super().__init__(base_layer, conditioning)
         self.width = base_layer.nf if isinstance(base_layer, Conv1D) else base_layer.out_features
         self.adapter_down = nn.ModuleDict()
         self.adapter_up = nn.ModuleDict()

@@ -6,8 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from routevl.errors import RoutevlError
+from routevl.methods.adapter.config import RoutedAdapterConfig
 from routevl.methods.adapter.layer import RoutedAdapterLayer
-from routevl.methods.routed import RoutedTuner
+from routevl.methods.routed.tuner import RoutedTuner, register
 
 # model type -> the attention output and the feed-forward output of every layer
 TARGET_MODULES = {
@@ -30,4 +31,7 @@ class RoutedAdapterModel(RoutedTuner):
             raise RoutevlError(
                 f"target module {name} is a {type(target).__name__}: routed adapters follow Linear and Conv1D modules"
             )
-        return RoutedAdapterLayer(target, self.visual)
+        return RoutedAdapterLayer(target, self.conditioning)
+
+
+register(RoutedAdapterConfig.PEFT_TYPE, RoutedAdapterConfig, RoutedAdapterModel)

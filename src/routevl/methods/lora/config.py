@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from routevl.errors import RoutevlError
-from routevl.methods.routed import RoutedConfig
+from routevl.methods.lora import Lora
+from routevl.methods.routed.config import RoutedConfig
 
 
 @dataclass
@@ -21,6 +21,7 @@ class RoutedLoraConfig(RoutedConfig):
     """
 
     PEFT_TYPE: ClassVar[str] = "ROUTED_LORA"
+    options_class: ClassVar[type] = Lora.Options
 
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the text hidden states before the down-projection."})
@@ -35,5 +36,3 @@ class RoutedLoraConfig(RoutedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.PEFT_TYPE
-        if not 0 <= self.lora_dropout < 1:
-            raise RoutevlError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from routevl.conditioning import Conditioning
 from routevl.errors import RoutevlError
 from routevl.methods.lora.config import RoutedLoraConfig
-from routevl.methods.routed import RoutedLayer, VisualFeatures
+from routevl.methods.routed.layer import RoutedLayer
 from routevl.routing import routing_function
 
 
@@ -25,8 +26,8 @@ class RoutedLoraLayer(RoutedLayer):
     adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("lora_dropout", "scaling", "fused", "route")
 
-    def __init__(self, base_layer: nn.Linear | Conv1D, visual: VisualFeatures) -> None:
-        super().__init__(base_layer, visual)
+    def __init__(self, base_layer: nn.Linear | Conv1D, conditioning: Conditioning) -> None:
+        super().__init__(base_layer, conditioning)
         if isinstance(base_layer, Conv1D):
             self.width, self.out_features = base_layer.nx, base_layer.nf
         else:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from routevl.errors import RoutevlError
 from routevl.methods.lora.config import RoutedLoraConfig
 from routevl.methods.lora.layer import RoutedLoraLayer
-from routevl.methods.routed import RoutedTuner
+from routevl.methods.routed.tuner import RoutedTuner, register
 
 # model type -> modules whose output is several projections side by side, and which of them LoRA adapts
 FUSED_PROJECTIONS = {"gpt2": {"c_attn": [True, False, True]}}  # query, key, value
@@ -30,4 +30,7 @@ class RoutedLoraModel(RoutedTuner):
     def _new_layer(self, target: nn.Module, name: str) -> RoutedLoraLayer:
         if not isinstance(target, (nn.Linear, Conv1D)):
             raise RoutevlError(f"target module {name} is a {type(target).__name__}: routed LoRA adapts Linear and Conv1D modules")
-        return RoutedLoraLayer(target, self.visual)
+        return RoutedLoraLayer(target, self.conditioning)
+
+
+register(RoutedLoraConfig.PEFT_TYPE, RoutedLoraConfig, RoutedLoraModel)

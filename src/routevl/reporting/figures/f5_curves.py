@@ -2,152 +2,101 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
 
-from routevl.reporting.figures.inputs import FigureInputs
-from routevl.reporting.results import MAIN_METRIC, is_blind, read_training
-from routevl.reporting.style import (
-    BLIND_LINE,
-    SCORE_LABELS,
-    SCORE_SCALE,
-    TASK_LABELS,
-    TEXT_WIDTH,
-    figure_legend,
-    horizontal_grid,
-    in_order,
-    routing_style,
-    setting_label,
-)
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from routevl.errors import RoutevlError
+from routevl.reporting.figures.inputs import FigureInputs, identity
+from routevl.reporting.style import BLIND_LINE, TEXT_WIDTH, apart, figure_legend, horizontal_grid, look, setting_label
+from routevl.tasks.table import TASKS
 
 _COLUMNS = 4
 _LOSS_POINTS = 25  # the training loss is averaged within this many equal stretches of a run
+_MARKERS = 5  # along a curve of many points, and at other points than those of the next curve
 
 
-def draw(inputs: FigureInputs) -> tuple[Figure, pandas.DataFrame]:
-    """For each setting a pair of panels: the validation score above, the training loss below.
+def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
+    """For each baseline, with what is compared with it, a pair of panels: the validation score above, the training loss below.
 
     Lines are means over seeds, bands run from the lowest to the highest seed.
     """
-    from matplotlib.figure import Figure
-
     data = curves(inputs)
-    settings = list(dict.fromkeys(data.loc[~data["blind"], "setting"])) or list(dict.fromkeys(data["setting"]))
-    columns = min(_COLUMNS, len(settings))
-    pairs = -(-len(settings) // columns)
+    shown, blind = apart(data)
+    groups = shown.drop_duplicates("root").to_dict("records")
+    columns = min(_COLUMNS, len(groups))
+    pairs = -(-len(groups) // columns)
     figure = Figure(figsize=(min(TEXT_WIDTH, 1.2 + 2.4 * columns), 0.4 + 3.4 * pairs), layout="constrained")
-    panels = figure.subplots(2 * pairs, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.set_visible(False)
-    first_of_task: dict[str, tuple[Axes, Axes]] = {}
-    for index, setting in enumerate(settings):
+    grid = figure.add_gridspec(2 * pairs, columns)
+    first: dict[tuple[str, bool], Axes] = {}  # of each task and quantity, whose scale the others share
+    for index, group in enumerate(groups):
         row, column = 2 * (index // columns), index % columns
-        pair = panels[row, column], panels[row + 1, column]
-        _draw_setting(*pair, data, setting, settings)
-        task = dict(setting)["task"]
-        for axes, first in zip(pair, first_of_task.setdefault(task, pair), strict=True):
-            if axes is not first:
-                axes.sharey(first)
-                first.autoscale_view()
-                if column > 0:
-                    axes.set_ylabel("")
-    figure_legend(figure, in_order(data.loc[~data["blind"], "routing"]), "line", bool(data["blind"].any()))
-    return figure, data.drop(columns=["setting", "blind"])
+        task = TASKS[group["task"]]
+        here = pd.concat([shown[shown["root"] == group["root"]], blind[blind["task"] == group["task"]]])
+        for of_loss in (False, True):
+            model = first.get((group["task"], of_loss))
+            axes = figure.add_subplot(grid[row + of_loss, column], sharey=model)
+            first.setdefault((group["task"], of_loss), axes)
+            chosen = here[(here["quantity"] == "loss") == of_loss]
+            _draw_panel(axes, chosen)
+            axes.set_xlim(0, 1.06 * here["step"].max())
+            if of_loss:
+                axes.set(xlabel="optimiser step", ylabel="training loss")
+            else:
+                title = f"{task.label}, {setting_label(group, groups)}"
+                axes.set_title(title.replace(", rank", "\nrank", 1), fontsize=7.5)
+                of_score = (chosen["quantity"] != "val_loss").any()
+                axes.set_ylabel(f"validation\n{task.score}" if of_score else "validation loss")
+                axes.tick_params(labelbottom=False)
+            if model and column > 0:
+                axes.set_ylabel("")
+    figure_legend(figure, data, "line")
+    return figure, data
 
 
-def curves(inputs: FigureInputs) -> pandas.DataFrame:
+def curves(inputs: FigureInputs) -> pd.DataFrame:
     """One row per experiment, quantity and step: mean, lowest and highest over seeds."""
-    import pandas as pd
-
-    parts = []
-    for experiment, group in inputs.runs(files=()).groupby("experiment", sort=False):
-        first = group.iloc[0]
-        logs = [read_training(inputs.need("results"), run) for run in group["run"]]
-        quantity, scale = _validation_quantity(logs[0].columns, first["task"])
-        validation = _over_seeds([_validation(log, quantity) * scale for log in logs])
-        loss = _over_seeds([_training_loss(log) for log in logs])
-        for name, curve in ((quantity, validation), ("loss", loss)):
-            part = curve.reset_index(names="step")
-            part.insert(0, "quantity", name)
-            part.insert(0, "n_seeds", len(group))
-            for column in ("routing", "method", "task", "experiment"):
-                part.insert(0, column, experiment if column == "experiment" else first[column])
-            parts.append(part.assign(setting=[first["setting"]] * len(part), blind=is_blind(first)))
-    return pd.concat(parts, ignore_index=True)
+    rows = []
+    for _, group in inputs.runs().groupby("experiment", sort=False):
+        task = TASKS[group["task"].iloc[0]]
+        logs = [_read_log(inputs.need("results") / "models" / run / "training.jsonl") for run in group["run"]]
+        metric = f"val_{task.metric}"
+        quantity, scale = (metric, task.scale) if metric in logs[0] else ("val_loss", 1.0)
+        validation = [log.set_index("step")[quantity].dropna() * scale for log in logs]
+        for name, of_seeds in ((quantity, validation), ("loss", [_training_loss(log) for log in logs])):
+            together = pd.concat(of_seeds, axis=1).sort_index()
+            curve = together.agg(["mean", "min", "max"], axis=1).set_axis(["mean", "low", "high"], axis=1)
+            known = identity(group) | {"quantity": name}
+            rows += [known | {"step": step} | values for step, values in curve.to_dict("index").items()]
+    return pd.DataFrame(rows)
 
 
-def _validation_quantity(columns: pandas.Index, task: str) -> tuple[str, float]:
-    """The validated quantity to show and its scale: the task's main metric where logged, else the loss."""
-    metric = f"val_{MAIN_METRIC[task]}"
-    return (metric, SCORE_SCALE[task]) if metric in columns else ("val_loss", 1.0)
+def _read_log(path: Path) -> pd.DataFrame:
+    """One row per line, absent values NaN."""
+    try:
+        return pd.DataFrame(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    except ValueError as error:
+        raise RoutevlError(f"{path}: not a readable training log ({error})") from None
 
 
-def _validation(log: pandas.DataFrame, quantity: str) -> pandas.Series:
-    import pandas as pd
-
-    if quantity not in log:
-        return pd.Series(dtype="float64")
-    return log.dropna(subset=[quantity]).set_index("step")[quantity].astype("float64")
-
-
-def _training_loss(log: pandas.DataFrame) -> pandas.Series:
-    import pandas as pd
-
-    if "loss" not in log:
-        return pd.Series(dtype="float64")
+def _training_loss(log: pd.DataFrame) -> pd.Series:
     log = log.dropna(subset=["loss"])
     stretch = (log["step"] * _LOSS_POINTS / log["step"].max()).round()
     means = log.groupby(stretch)[["step", "loss"]].mean()
     return means.set_index(means["step"].round())["loss"]
 
 
-def _over_seeds(curves_of_seeds: list[pandas.Series]) -> pandas.DataFrame:
-    import pandas as pd
-
-    together = pd.concat(curves_of_seeds, axis=1).sort_index()
-    return pd.DataFrame({"mean": together.mean(axis=1), "low": together.min(axis=1), "high": together.max(axis=1)})
-
-
-def _draw_setting(above: Axes, below: Axes, data: pandas.DataFrame, setting: tuple, settings: list[tuple]) -> None:
-    task = dict(setting)["task"]
-    here = data[(data["setting"] == setting) | (data["blind"] & _blind_of(data, setting))]
-    for axes, of_loss in ((above, False), (below, True)):
-        axes.set_visible(True)
-        chosen = here[(here["quantity"] == "loss") == of_loss]
-        for (_, routing, blind), curve in chosen.groupby(["experiment", "routing", "blind"], sort=False):
-            _draw_curve(axes, curve, routing, blind)
-        axes.set_xlim(0, 1.06 * here["step"].max())
-        horizontal_grid(axes)
-    quantity = next((name for name in here["quantity"] if name != "loss"), "val_loss")
-    validated = "validation loss" if quantity == "val_loss" else f"validation\n{SCORE_LABELS[task]}"
-    above.set(ylabel=validated)
-    above.tick_params(labelbottom=False)
-    below.set(xlabel="optimiser step", ylabel="training loss")
-    above.set_title(
-        f"{TASK_LABELS[task]}, {setting_label(setting, settings)}".replace(", rank", "\nrank", 1),
-        fontsize=7.5,
-    )
-
-
-def _blind_of(data: pandas.DataFrame, setting: tuple) -> pandas.Series:
-    """Which rows share everything with `setting` but the prefix, which the blind baseline lacks."""
-    rest = [pair for pair in setting if pair[0] != "prefix"]
-    return data["setting"].map(lambda other: [pair for pair in other if pair[0] != "prefix"] == rest)
-
-
-def _draw_curve(axes: Axes, curve: pandas.DataFrame, routing: str, blind: bool) -> None:
-    if blind:
+def _draw_panel(axes: Axes, data: pd.DataFrame) -> None:
+    shown, blind = apart(data)
+    for index, (_, curve) in enumerate(shown.groupby("experiment", sort=False)):
+        own = look(next(curve.itertuples()))
+        every = max(1, len(curve) // _MARKERS)
+        axes.plot(curve["step"], curve["mean"], markevery=(index % every, every), **own.points(line=True))
+        if curve["n_seeds"].iloc[0] > 1:
+            axes.fill_between(curve["step"], curve["low"], curve["high"], color=own.color, alpha=0.18, linewidth=0)
+    for _, curve in blind.groupby("experiment", sort=False):
         axes.plot(curve["step"], curve["mean"], **BLIND_LINE)
-        return
-    style = routing_style(routing)
-    marker = style.marker if len(curve) <= 12 else None
-    axes.plot(
-        curve["step"], curve["mean"], color=style.color, linestyle=style.line, marker=marker,
-        markeredgecolor="white", markeredgewidth=0.5,
-    )  # fmt: skip
-    if curve["n_seeds"].iloc[0] > 1:
-        axes.fill_between(curve["step"], curve["low"], curve["high"], color=style.color, alpha=0.18, linewidth=0)
+    horizontal_grid(axes)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import pandas as pd
 
 from routevl.errors import RoutevlError
-from routevl.reporting.results import collect
+from routevl.reporting.results import INTERNAL, collect, read_items
+from routevl.reporting.statistics import BOOTSTRAP_SEED, bootstrap_mean
+from routevl.tasks.table import TASKS
 
-if TYPE_CHECKING:
-    import pandas
+_IDENTITY = ["experiment", "task", "method", "routing", "versus", "prefix", "rank", "epochs", *INTERNAL]
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,24 @@ class FigureInputs:
     results: Path | None = None
     data: Path | None = None
 
-    def runs(self, files: Collection[str]) -> pandas.DataFrame:
-        """The runs that feed this figure, one a row; `files` as in `results.collect`."""
-        return collect(self.need("experiments"), self.need("results"), self.name.split("_")[0], files)
+    def runs(self) -> pd.DataFrame:
+        """The runs that feed this figure, one a row."""
+        return collect(self.need("experiments"), self.need("results"), self.name.split("_")[0])
+
+    def scores(self) -> pd.DataFrame:
+        """One row per experiment: its score for readers, the 95% bootstrap interval over test items, and each seed."""
+        rows = []
+        for _, group in self.runs().groupby("experiment", sort=False):
+            task = TASKS[group["task"].iloc[0]]
+            items = read_items(self.need("results"), list(group["run"]), task.metric).mean(axis=1)
+            measured = {
+                "trainable_params": group["trainable_params"].iloc[0],
+                "metric": task.score,
+                **bootstrap_mean(items.to_numpy(), BOOTSTRAP_SEED).times(task.scale).columns("score", "ci"),
+                "seed_scores": " ".join(f"{value * task.scale:.6g}" for value in group[task.metric]),
+            }
+            rows.append(identity(group) | measured)
+        return pd.DataFrame(rows)
 
     def need(self, option: str) -> Path:
         """A path of the command line, or a RoutevlError that says which option is missing."""
@@ -33,3 +50,8 @@ class FigureInputs:
         if path is None:
             raise RoutevlError(f"figure {self.name} needs --{option}")
         return path
+
+
+def identity(group: pd.DataFrame) -> dict[str, Any]:
+    """What every figure's data say of an experiment, from its rows of `results.collect`."""
+    return group.iloc[0][_IDENTITY].to_dict() | {"n_seeds": len(group)}

@@ -1,69 +1,19 @@
-"""The demo world: images of one to three coloured shapes, with captions and questions that are true of them.
+"""What is said of the demo world's scenes: captions and questions that are true of them.
 
-A scene is drawn at random and symmetrically: no shape, colour, size or place is more likely than another, and
-a yes/no question is built after its answer has been tossed. So the words of a question say little about its
-answer, and a model has to look at the image. All randomness comes from the generators that the caller passes.
+A yes/no question is built after its answer has been tossed. So the words of a question say little about its answer, and a model
+has to look at the image. All randomness comes from the generators that the caller passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations, product
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Option = TypeVar("Option")
-
-SHAPES = ("circle", "square", "triangle", "cross")
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
-SIZES = ("small", "big")
-GRID = 3  # rows and columns
-
-ATTRIBUTES_PER_CELL = len(SHAPES) + len(COLORS) + len(SIZES)
-ATTRIBUTES = GRID * GRID * ATTRIBUTES_PER_CELL
-
-SHARED_SHAPE, SHARED_COLOR = (
-    0.3,
-    0.3,
-)  # chances to repeat an earlier thing's, so that counts above one are common
-THINGS_PER_SCENE = (1, 2, 2, 3, 3)  # each equally likely
-
-RGB = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 90, 200),
-    "yellow": (240, 215, 30),
-    "purple": (148, 60, 190),
-    "orange": (245, 135, 15),
-}
-RADIUS = {"small": 0.078, "big": 0.125}  # of a circle, as a fraction of the image's side
-POSITION_JITTER = 0.022  # at most, as a fraction of the side: no thing leaves its cell
-SUPERSAMPLING = 3  # draws at three times the size and averages, for smooth edges
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One shape; `x` (rightwards) and `y` (downwards) are its centre as fractions of the image's side."""
-
-    shape: str
-    color: str
-    size: str
-    row: int
-    column: int
-    x: float
-    y: float
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One to three things in different cells of the grid."""
-
-    things: tuple[Thing, ...]
+from routevl.data.scenes import COLORS, SHAPES, SIZES, Scene, Thing, pick, sample_scene, toss
 
 
 @dataclass(frozen=True)
@@ -95,13 +45,8 @@ class Description(NamedTuple):
         """The noun phrase without an article: "small red circle", "blue things"."""
         noun = self.shape or "thing"
         if plural:
-            noun = plural_of(noun)
+            noun += "es" if noun.endswith("s") else "s"
         return " ".join(word for word in (self.size, self.color, noun) if word)
-
-
-def plural_of(noun: str) -> str:
-    """The plural of "thing" or of a shape."""
-    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def with_article(words: str) -> str:
@@ -109,105 +54,7 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def pick(generator: numpy.random.Generator, options: Sequence[Option]) -> Option:
-    """One of the options, each equally likely."""
-    return options[int(generator.integers(len(options)))]
-
-
-def toss(generator: numpy.random.Generator, chance: float = 0.5) -> bool:
-    """True with the given chance."""
-    return bool(generator.random() < chance)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Scenes and images
-
-
-def sample_scene(generator: numpy.random.Generator) -> Scene:
-    """A random scene of one to three things in different cells."""
-    things: list[Thing] = []
-    cells = generator.permutation(GRID * GRID)
-    for cell in cells[: pick(generator, THINGS_PER_SCENE)]:
-        things.append(_sample_thing(generator, things, *divmod(int(cell), GRID)))
-    return Scene(tuple(things))
-
-
-def _sample_thing(generator: numpy.random.Generator, earlier: list[Thing], row: int, column: int) -> Thing:
-    shape, color = pick(generator, SHAPES), pick(generator, COLORS)
-    if earlier and toss(generator, SHARED_SHAPE):
-        shape = pick(generator, earlier).shape
-    if earlier and toss(generator, SHARED_COLOR):
-        color = pick(generator, earlier).color
-    shift_x, shift_y = generator.uniform(-POSITION_JITTER, POSITION_JITTER, 2)
-    x, y = (column + 0.5) / GRID + shift_x, (row + 0.5) / GRID + shift_y
-    return Thing(shape, color, pick(generator, SIZES), row, column, float(x), float(y))
-
-
-def render(scene: Scene, image_size: int, generator: numpy.random.Generator) -> Image:
-    """Draw a scene on a light grey, slightly noisy background, each thing in a slightly varied colour.
-
-    Returns:
-        an RGB image of `image_size` x `image_size` pixels.
-    """
-    from PIL import Image, ImageDraw
-
-    background = int(generator.integers(205, 246))
-    canvas = Image.new("RGB", (image_size * SUPERSAMPLING,) * 2, (background,) * 3)
-    draw = ImageDraw.Draw(canvas)
-    for thing in scene.things:
-        _draw_thing(draw, thing, image_size * SUPERSAMPLING, generator)
-    pixels = numpy.asarray(canvas.reduce(SUPERSAMPLING), dtype=numpy.int16)
-    noise = generator.integers(-8, 9, pixels.shape, dtype=numpy.int16)
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(numpy.uint8))
-
-
-def _draw_thing(draw, thing: Thing, side: int, generator: numpy.random.Generator) -> None:
-    shift = generator.integers(-14, 15, 3)
-    fill = tuple(int(value) for value in (numpy.array(RGB[thing.color]) + shift).clip(0, 255))
-    radius = RADIUS[thing.size] * side * float(generator.uniform(0.95, 1.05))
-    x, y = thing.x * side, thing.y * side
-    for outline in _OUTLINES[thing.shape]:
-        draw.polygon([(x + radius * right, y + radius * down) for right, down in outline], fill=fill)
-
-
-def _rectangle(half_width: float, half_height: float) -> list[tuple[float, float]]:
-    return [
-        (-half_width, -half_height),
-        (half_width, -half_height),
-        (half_width, half_height),
-        (-half_width, half_height),
-    ]
-
-
-# Outlines in units of the radius, right and down of the centre. All shapes are about as wide, so that a shape
-# does not blur its size.
-_ANGLES = numpy.linspace(0, 2 * numpy.pi, 40, endpoint=False)
-_OUTLINES = {
-    "circle": [list(zip(numpy.cos(_ANGLES).tolist(), numpy.sin(_ANGLES).tolist(), strict=True))],
-    "square": [_rectangle(0.9, 0.9)],
-    "triangle": [[(0, -1.0), (1.08, 0.85), (-1.08, 0.85)]],
-    "cross": [_rectangle(1.05, 0.36), _rectangle(0.36, 1.05)],
-}
-
-
-def attributes(scene: Scene) -> numpy.ndarray:
-    """What stands in every cell of the grid, as targets for pretraining a vision model on images alone.
-
-    Returns:
-        uint8 of shape (ATTRIBUTES,): for each cell in reading order a one-hot shape, colour and size in the
-        order of SHAPES, COLORS and SIZES; all zero where the cell is empty.
-    """
-    targets = numpy.zeros((GRID, GRID, ATTRIBUTES_PER_CELL), dtype=numpy.uint8)
-    for thing in scene.things:
-        cell = targets[thing.row, thing.column]
-        cell[SHAPES.index(thing.shape)] = 1
-        cell[len(SHAPES) + COLORS.index(thing.color)] = 1
-        cell[len(SHAPES) + len(COLORS) + SIZES.index(thing.size)] = 1
-    return targets.reshape(-1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Captions
+# ----------------------------------------------------------------------------------------- captions
 
 PLACES = (
     ("in the top left corner", "at the top", "in the top right corner"),
@@ -279,17 +126,12 @@ def _join(phrases: list[str]) -> str:
 
 def relations_between(first: Thing, second: Thing) -> list[str]:
     """The words of RELATIONS that hold of `first` to `second`, by their columns and rows."""
-    holds = (
-        first.column < second.column,
-        first.column > second.column,
-        first.row < second.row,
-        first.row > second.row,
-    )
+    right, down = first.column - second.column, first.row - second.row
+    holds = (right < 0, right > 0, down < 0, down > 0)
     return [relation for relation, true in zip(RELATIONS, holds, strict=True) if true]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Questions
+# ---------------------------------------------------------------------------------------- questions
 
 Pattern = tuple[str, ...]
 
@@ -310,13 +152,7 @@ COUNT_PATTERNS: tuple[Pattern, ...] = ((), ("shape",), ("shape",), ("color",), (
 
 
 def questions(scene: Scene, generator: numpy.random.Generator, n: int) -> list[Question]:
-    """`n` different questions about a scene, none of them ambiguous.
-
-    Raises:
-        ValueError: `n` is not between 1 and MOST_QUESTIONS.
-    """
-    if not 1 <= n <= MOST_QUESTIONS:
-        raise ValueError(f"questions for a scene: expected 1 to {MOST_QUESTIONS}, got {n}")
+    """`n` different questions about a scene, none of them ambiguous; `n` is MOST_QUESTIONS at most."""
     asked: dict[str, Question] = {}
     while len(asked) < n:
         family = FAMILIES[int(numpy.searchsorted(FAMILY_EDGES, generator.random(), side="right"))][0]
@@ -339,11 +175,8 @@ def _said(thing: Thing, pattern: Pattern) -> Description:
 
 def _referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator) -> str | None:
     """Words that are true of `thing` alone and leave out its `hidden` attribute, or None."""
-    unique = [
-        description
-        for description in (_said(thing, pattern) for pattern in PATTERNS if hidden not in pattern)
-        if description.count(scene) == 1
-    ]
+    descriptions = [_said(thing, pattern) for pattern in PATTERNS if hidden not in pattern]
+    unique = [description for description in descriptions if description.count(scene) == 1]
     return "the " + pick(generator, unique).words() if unique else None
 
 
@@ -370,14 +203,10 @@ def _ask_existence(scene: Scene, generator: numpy.random.Generator) -> Question:
     description = _said(pick(generator, scene.things), pattern)
     answer = pick(generator, ("yes", "no"))
     if answer == "no":
-        description = pick(generator, _absent_neighbors(scene, description, pattern))
+        # one that differs in one word and matches nothing: a "no" that needs a close look
+        changed = [description._replace(**{field: value}) for field in pattern for value in VALUES[field]]
+        description = pick(generator, [candidate for candidate in changed if candidate.count(scene) == 0])
     return make_question(f"is there {with_article(description.words())}?", answer)
-
-
-def _absent_neighbors(scene: Scene, description: Description, pattern: Pattern) -> list[Description]:
-    """Descriptions that differ in one word and match nothing: a "no" that needs a close look."""
-    changed = [description._replace(**{field: value}) for field in pattern for value in VALUES[field]]
-    return [candidate for candidate in changed if candidate.count(scene) == 0]
 
 
 def _ask_relation(scene: Scene, generator: numpy.random.Generator) -> Question | None:
@@ -387,22 +216,16 @@ def _ask_relation(scene: Scene, generator: numpy.random.Generator) -> Question |
 
 
 def _ask_whether_related(scene: Scene, generator: numpy.random.Generator) -> Question | None:
-    first, second = pick(generator, list(permutations(scene.things, 2)))
+    pair = pick(generator, list(permutations(scene.things, 2)))
     answer = pick(generator, ("yes", "no"))
-    relation = pick(generator, relations_between(*((first, second) if answer == "yes" else (second, first))))
-    return _ask_about_pair(scene, first, second, relation, None, answer, generator)
+    relation = pick(generator, relations_between(*(pair if answer == "yes" else pair[::-1])))
+    return _ask_about_pair(scene, pair, relation, None, answer, generator)
 
 
 def _ask_about_pair(
-    scene: Scene,
-    first: Thing,
-    second: Thing,
-    comparison: str,
-    hidden: str | None,
-    answer: str,
-    generator: numpy.random.Generator,
+    scene: Scene, pair: tuple[Thing, Thing], comparison: str, hidden: str | None, answer: str, generator: numpy.random.Generator
 ) -> Question | None:
-    names = [_referring(scene, thing, hidden, generator) for thing in (first, second)]
+    names = [_referring(scene, thing, hidden, generator) for thing in pair]
     return make_question(f"is {names[0]} {comparison} {names[1]}?", answer) if all(names) else None
 
 
@@ -440,10 +263,10 @@ def _ask_which_is_bigger(scene: Scene, generator: numpy.random.Generator) -> Que
     pairs = [(first, second) for first, second in permutations(scene.things, 2) if first.size != second.size]
     if not pairs:
         return None
-    first, second = pick(generator, pairs)
+    pair = pick(generator, pairs)
     comparative = pick(generator, ("bigger", "smaller"))
-    answer = "yes" if (first.size == "big") == (comparative == "bigger") else "no"
-    return _ask_about_pair(scene, first, second, f"{comparative} than", "size", answer, generator)
+    answer = "yes" if (pair[0].size == "big") == (comparative == "bigger") else "no"
+    return _ask_about_pair(scene, pair, f"{comparative} than", "size", answer, generator)
 
 
 FAMILIES: tuple[tuple[Callable[[Scene, numpy.random.Generator], Question | None], float], ...] = (
@@ -461,8 +284,5 @@ def sentences(generator: numpy.random.Generator, n: int) -> list[str]:
     written = []
     for index in range(n):
         scene = sample_scene(generator)
-        if index % 2:
-            written.append(questions(scene, generator, 1)[0].text)
-        else:
-            written.append(_caption(scene, generator))
+        written.append(questions(scene, generator, 1)[0].text if index % 2 else _caption(scene, generator))
     return written

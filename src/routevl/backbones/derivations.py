@@ -1,0 +1,64 @@
+"""The list of derivations, free of torch: how a backbone is made of another one, before anything is trained on it.
+
+A derived backbone is an ordinary model folder, which extraction and training read like any other. To add a derivation: a module
+beside this one with a function of (source folder, options, output folder), and one row in DERIVATIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from routevl.errors import RoutevlError
+from routevl.options import option, read
+
+
+@dataclass(frozen=True)
+class MagnitudeOptions:
+    """Options of pruning by magnitude."""
+
+    sparsity: float = option("share of the entries of all linear weights that become zero", above=0, below=1)
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """One way of deriving a backbone; `implementation` is "<module>:<function>" under routevl.backbones."""
+
+    label: str
+    source: str
+    implementation: str
+    options: type
+
+
+DERIVATIONS = {
+    "magnitude": Derivation("Pruned by magnitude", "Han et al., 2015 (arXiv 1506.02626)", "magnitude:prune", MagnitudeOptions),
+}
+
+
+def read_options(by: str, values: Mapping[str, Any], where: str) -> Any:
+    """The options of a derivation. Raises RoutevlError where there is none of that name, or an option is wrong."""
+    if by not in DERIVATIONS:
+        raise RoutevlError(f"{where}: by {by!r} is not a derivation: choose one of {', '.join(DERIVATIONS)}")
+    return read(DERIVATIONS[by].options, values, f"{where}: {by}")
+
+
+def check_backbones(backbones: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the configuration's derived backbones.
+
+    Raises:
+        RoutevlError: an unknown derivation or source, wrong options, or backbones that are derived from each other in a circle.
+    """
+    for modality, entries in backbones.items():
+        for name, entry in entries.items():
+            if "derive" not in entry:
+                continue
+            where = f"configuration: backbones.{modality}.{name}.derive"
+            read_options(entry["derive"]["by"], entry["derive"].get("options", {}), where)
+            seen, source = [name], entry["derive"]["from"]
+            while source in entries and "derive" in entries[source] and source not in seen:
+                seen.append(source)
+                source = entries[source]["derive"]["from"]
+            if source in seen or source not in entries:
+                reason = "leads back to itself" if source in seen else f"is none of backbones.{modality}"
+                raise RoutevlError(f"{where}: from {source!r} {reason}")

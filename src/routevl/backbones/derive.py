@@ -1,0 +1,37 @@
+"""Stage `derive-backbone`: a model folder in, a model folder out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from routevl.backbones.derivations import DERIVATIONS, read_options
+from routevl.backbones.folder import check_folder, fingerprint_of
+from routevl.files import atomic_folder, write_json
+from routevl.options import as_record, read_words
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl derive-backbone`."""
+    parser.add_argument("--by", required=True, help=f"how: {', '.join(DERIVATIONS)}")
+    parser.add_argument("--source", required=True, metavar="FOLDER", help="the backbone that it is made of")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the derivation")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the new backbone's folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Derive a backbone. Its folder also gets derived.json: how, from which weights, and what the derivation says of the result.
+
+    Raises:
+        RoutevlError: not a backbone, an unknown derivation, or a wrong option.
+    """
+    options = read_options(arguments.by, read_words(arguments.options, "--options"), "--options")
+    source = check_folder(arguments.source)
+    module, _, function = DERIVATIONS[arguments.by].implementation.partition(":")
+    derive = getattr(importlib.import_module(f"routevl.backbones.{module}"), function)
+    with atomic_folder(arguments.output) as folder:
+        found = derive(source, options, Path(folder))
+        record = {"by": arguments.by, "options": as_record(options), "source_fingerprint": fingerprint_of(source), **found}
+        write_json(folder / "derived.json", record)
+    print(f"derive-backbone: {', '.join(f'{name} {value}' for name, value in found.items())}")

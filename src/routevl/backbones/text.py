@@ -1,0 +1,58 @@
+"""Loading frozen text models from transformers folders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from routevl.backbones.folder import check_folder
+from routevl.backbones.from_transformers import check_complete, load_transformers, of_the_folder, transformers_config
+from routevl.errors import RoutevlError
+
+# kind of text backbone -> its classes by configuration, and what to say where a folder is none
+TEXT_MODELS = {
+    "encoder": (MODEL_MAPPING, "a bidirectional text encoder such as roberta"),
+    "decoder": (MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model such as gpt2"),
+}
+
+
+def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a text model in float32, in evaluation mode and frozen, with its tokenizer.
+
+    Args:
+        path: its folder.
+        kind: "encoder" loads a bidirectional encoder without pooling layer (RoBERTa ships no weights for it);
+            "decoder" loads a causal language model.
+
+    Raises:
+        RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is the wrong kind of model.
+    """
+    folder = check_folder(path)
+    config = transformers_config(folder)
+    classes, needed = TEXT_MODELS[kind]
+    if _kind_of(config) != kind:
+        raise RoutevlError(f"backbone {path}: a {config.model_type} model; needs {needed}")
+    model_class = classes[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    model, missing = load_transformers(model_class, folder, **({"add_pooling_layer": False} if has_pooler else {}))
+    check_complete(folder, model_class, missing)
+    return model, of_the_folder(AutoTokenizer, folder, "tokenizer")
+
+
+def _kind_of(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return None
+    # RoBERTa also has a causal class: what counts is whether its configuration makes it a decoder.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return "encoder"
+    return "decoder" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None

@@ -1,0 +1,86 @@
+"""Stored features, read by image id from memory-mapped shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from routevl.errors import RoutevlError
+from routevl.features.index import open_shard
+from routevl.files import read_json
+
+
+class Features:
+    """Stored features of one kind of tokens, read by image id.
+
+    Args:
+        folder: of index.json and the shards.
+        tokens: "pooled" or "patches".
+        expected_fingerprint: of the backbone that must have made them; None: any.
+
+    Attributes:
+        width: d.
+        length: L_v, the visual tokens per image (1 for "pooled").
+        fingerprint: of the backbone that made them.
+        image_ids: all ids, sorted, int64 (n,).
+
+    Raises:
+        RoutevlError: no index or shard, tokens that were not stored, a backbone other than `expected_fingerprint`, or a shard of
+            another one.
+    """
+
+    def __init__(self, folder: str | Path, tokens: str = "pooled", expected_fingerprint: str | None = None) -> None:
+        self._folder = Path(folder)
+        path = self._folder / "index.json"
+        index = read_json(path)
+        lengths = index["tokens"]
+        self.fingerprint: str = index["backbone_fingerprint"]
+        if tokens not in lengths:
+            raise RoutevlError(f"{path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them with --tokens")
+        if expected_fingerprint not in (None, self.fingerprint):
+            raise RoutevlError(
+                f"{path}: made by the backbone {self.fingerprint}, but {expected_fingerprint} "
+                "is expected; extract the features again or use that backbone"
+            )
+        self.width: int = index["width"]
+        self.length: int = lengths[tokens]
+        ids, self._shards = zip(*(self._open(shard["file"], tokens) for shard in index["shards"]), strict=True)
+        self.image_ids = torch.cat(ids)  # shards are contiguous slices of the sorted ids, so these are sorted
+        self._starts = torch.tensor([0, *map(len, ids)]).cumsum(0)
+
+    def _open(self, file: str, tokens: str) -> tuple[Tensor, Tensor]:
+        """A shard's ids (m,) and features (m, ...), which are read from disk when they are asked for."""
+        with open_shard(self._folder / file, "pt") as shard:
+            if (shard.metadata() or {}).get("backbone_fingerprint") != self.fingerprint:
+                raise RoutevlError(f"{self._folder / file}: of another backbone than its index says; index the features again")
+            return shard.get_tensor("image_ids"), shard.get_tensor(tokens)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def positions(self, image_ids: Sequence[int]) -> Tensor:
+        """Where the features of some images stand, counted over all shards: int64 (n,).
+
+        Raises:
+            RoutevlError: an image without features; the message names its id.
+        """
+        wanted = torch.as_tensor(image_ids, dtype=torch.int64)
+        positions = torch.searchsorted(self.image_ids, wanted).clamp(max=len(self) - 1)
+        unknown = wanted[self.image_ids[positions] != wanted]
+        if len(unknown):
+            raise RoutevlError(f"image {unknown[0].item()}: no features in {self._folder}; extract them for every split")
+        return positions
+
+    def features(self, image_ids: Sequence[int]) -> Tensor:
+        """The features of some images, in their order and with repetitions: float32 (n, L_v, d); errors as `positions`."""
+        positions = self.positions(image_ids)
+        shard_numbers = torch.searchsorted(self._starts, positions, right=True) - 1
+        result = torch.empty(len(positions), self.length, self.width)
+        for number in shard_numbers.unique().tolist():
+            chosen = shard_numbers == number
+            rows = self._shards[number][positions[chosen] - self._starts[number]]
+            result[chosen] = rows.reshape(-1, self.length, self.width)
+        return result

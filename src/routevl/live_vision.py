@@ -1,0 +1,64 @@
+"""Images, and the vision model that runs in the training process, for methods that adapt it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from routevl.backbones.vision import VisionBackbone, load_vision_backbone
+from routevl.errors import RoutevlError
+from routevl.features.images import read_image, read_image_lists
+from routevl.methods.base import Method
+from routevl.settings import VISUAL_TOKENS
+
+
+class LiveVision:
+    """A `routevl.visual.VisualSource` whose batches carry pixels, float32 (n, 3, H, W): the vision model runs in every step.
+
+    Args:
+        folder: the vision model's, which the method adapts.
+        data: prepared data, whose splits list the images.
+        tokens: "pooled" or "patches".
+    """
+
+    def __init__(self, folder: str | Path, method: Method, data: Path, tokens: str) -> None:
+        backbone = load_vision_backbone(folder)
+        backbone.model = method.adapt_vision(backbone.model)
+        self.files = {image.image_id: image for image in read_image_lists(sorted(data.glob("*/images.json")))}
+        self.image_ids = torch.tensor(sorted(self.files))
+        self.transform = backbone.transform
+        self.encoder = _VisionEncoder(backbone, tokens)
+        with torch.inference_mode():
+            self.length, self.width = self.encoder(self.of(self.image_ids[:1])).shape[1:]
+
+    def of(self, image_ids: Sequence[int]) -> Tensor:
+        """Pixels, float32 (n, 3, H, W). Raises RoutevlError for an unknown or unreadable image."""
+        self.check(image_ids)
+        return torch.stack([self.transform(read_image(self.files[int(image_id)])) for image_id in image_ids])
+
+    def check(self, image_ids: Sequence[int]) -> None:
+        """Raise RoutevlError for an image that no split lists."""
+        for image_id in image_ids:
+            if int(image_id) not in self.files:
+                raise RoutevlError(f"image {image_id}: no split lists it")
+
+
+class _VisionEncoder(nn.Module):
+    """Pixels (B, 3, H, W) -> visual tokens (B, L_v, d_v). In evaluation mode always, as where features are stored."""
+
+    def __init__(self, backbone: VisionBackbone, tokens: str) -> None:
+        super().__init__()
+        self.model = backbone.model
+        self.encode = backbone.encode
+        self.tokens = VISUAL_TOKENS.index(tokens)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = self.encode(pixels)[self.tokens]
+        return tokens if tokens.dim() == 3 else tokens.unsqueeze(1)
+
+    def train(self, mode: bool = True) -> _VisionEncoder:
+        """Keep evaluation mode."""
+        return super().train(False)

@@ -1,0 +1,118 @@
+"""What a method may say. Only its options and how it is built have no default; the trainer knows no method by name.
+
+Free of torch, so that the run sheet can be checked without it: a method's folder imports its layers when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from routevl.tasks.base import Task, VisionLanguageModel
+    from routevl.training.trainer import Trainer
+
+WEIGHTS = "method.safetensors"  # where a method that is no peft tuner keeps its tensors
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method that has none."""
+
+
+class Method:
+    """A way of fine-tuning a frozen text model: options in, and a text model in and out.
+
+    Attributes:
+        Options: a frozen dataclass of `routevl.options.option` fields.
+        refuses: what it cannot work with, a task or a model type of transformers -> the reason.
+        needs: what batches must have beside text and stored features: "pixels", the images themselves, so that the vision model
+            runs (and can be trained) in the training process.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    refuses: ClassVar[Mapping[str, str]] = {}
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    def uses_image(self) -> bool:
+        """Whether the method itself reads the image; with neither this nor the visual prefix a run is blind."""
+        return False
+
+    @classmethod
+    def prepares(cls) -> bool:
+        """Whether there is a phase before training: the rule `probe`, whose tensors `build` gets."""
+        return cls.prepare is not Method.prepare
+
+    def prepare(self, task: Task, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Look at the model and the data before training: a probe or a search.
+
+        Args:
+            task: its model is the bare text model with the task's head, all of it trainable.
+            batches: of the first epoch, in the order of training.
+        """
+        raise NotImplementedError
+
+    def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
+        """Make the method's model of a frozen text model. The result keeps the text model's forward, generate and config.
+
+        Args:
+            prepared: what `prepare` returned; empty where the method has no such phase.
+            train_also: names of modules that are trained whole beside the method: the layer norms, unless they stay frozen.
+        """
+        raise NotImplementedError
+
+    def adapt_vision(self, vision_model: nn.Module) -> nn.Module:
+        """As `build`, of a vision model that runs in the training process (needs "pixels")."""
+        return vision_model
+
+    def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
+        """What travels beside a call of the text model, by the names of the streams that its layers declare.
+
+        Args:
+            inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask.
+            visual: (B, L_v, d_v), the image's tokens; None where the run is blind.
+        """
+        return {}
+
+    def losses(self, model: VisionLanguageModel, output: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses by name, each weighted already, that are added to the task's and logged."""
+        return {}
+
+    def groups(self, model: VisionLanguageModel, learning_rate: float) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: every trainable parameter of the model once, head and all."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": learning_rate}]
+
+    def after_step(self, trainer: Trainer) -> None:
+        """What the method does after each optimiser step, such as moving gates that no gradient reaches."""
+
+    def tensors(self, text_model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the built model that are the method's state: checkpointed, kept of the best epoch, saved, compared."""
+        return {name: p.detach() for name, p in text_model.named_parameters() if p.requires_grad}
+
+    def part_of(self, name: str) -> str:
+        """Which column of the cost table a trained parameter of the built model belongs to."""
+        return "method"
+
+    def save(self, text_model: nn.Module, folder: Path) -> None:
+        """Write the method's tensors into a run's folder."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors(text_model).items()}, folder / WEIGHTS)
+
+    def load(self, text_model: nn.Module, folder: Path) -> None:
+        """Read what `save` wrote. Raises KeyError or a library's error where it is of another model."""
+        from safetensors.torch import load_file
+
+        own, saved = self.tensors(text_model), load_file(folder / WEIGHTS)
+        if unknown := sorted(own.keys() ^ saved.keys()):
+            raise KeyError(f"{unknown[0]} is only in one of them")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])

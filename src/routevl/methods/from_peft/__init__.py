@@ -1,0 +1,148 @@
+"""Hugging Face peft's own methods, each a row of the list and an options dataclass here: the fields of peft's config that a run
+may set. They read no image, which comes by the visual prefix alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from routevl.methods.base import NoOptions
+from routevl.methods.peft_method import PeftMethod
+from routevl.options import as_record, option
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+
+class FromPeft(PeftMethod):
+    """A method of peft, by its `peft_type`."""
+
+    peft_type: ClassVar[str]
+
+    def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.peft_type]]
+        return config_class(**as_record(self.options), modules_to_save=train_also or None)
+
+
+class Lora(FromPeft):
+    """W0 + (lora_alpha / r) B A on the modules that peft chooses: query and value; GPT-2's fused query, key and value whole."""
+
+    peft_type = "LORA"
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of peft's LoRA."""
+
+        r: int = option("rank of the update", 8, least=1)
+        lora_alpha: float = option("the update is scaled by lora_alpha / r", 8.0, above=0)
+        lora_dropout: float = option("dropout on the input of the down-projection", 0.0, least=0, below=1)
+        bias: str = option("which biases of the text model are trained", "none", choices=("none", "all", "lora_only"))
+        use_dora: bool = option("learn the magnitude of each column apart from its direction", False)
+
+
+class Vera(FromPeft):
+    """One pair of frozen random projections for all modules of a shape; two scaling vectors are trained in each module."""
+
+    peft_type = "VERA"
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of VeRA."""
+
+        r: int = option("rank of the shared random projections", 256, least=1)
+        vera_dropout: float = option("dropout on the input of the down-projection", 0.0, least=0, below=1)
+        d_initial: float = option("start of the inner scaling vector", 0.1)
+        projection_prng_key: int = option("seed of the random projections", 0, least=0)
+
+
+class FourierFT(FromPeft):
+    """The update's spectrum has few trained coefficients, at random places that are the same in every module."""
+
+    peft_type = "FOURIERFT"
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of FourierFT."""
+
+        n_frequency: int = option("trained coefficients of each module, at most its number of entries", 1000, least=1)
+        scaling: float = option("scale of the update", 150.0, above=0)
+        random_loc_seed: int = option("seed of the coefficients' places", 777, least=0)
+
+
+class IA3(FromPeft):
+    """Trained vectors that scale keys, values and the feed-forward layer's inner activations."""
+
+    peft_type = "IA3"
+    Options = NoOptions
+
+
+class LNTuning(FromPeft):
+    """The layer norms alone are trained."""
+
+    peft_type = "LN_TUNING"
+    Options = NoOptions
+
+    def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
+        from peft import LNTuningConfig
+        from torch.nn import LayerNorm
+
+        norms = [name for name, module in text_model.named_modules() if isinstance(module, LayerNorm)]
+        return LNTuningConfig(target_modules=norms)
+
+    def part_of(self, name: str) -> str:
+        return "layer_norm"
+
+
+_ENCODER_DECODER = "prompts of an encoder-decoder are not implemented here"
+
+
+class PromptLearning(FromPeft):
+    """Trained vectors that the text model reads before its input."""
+
+    refuses: ClassVar[Mapping[str, str]] = {"bart": _ENCODER_DECODER, "t5": _ENCODER_DECODER}
+
+    def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
+        config = super().config(text_model, train_also)
+        config.task_type = "CAUSAL_LM" if text_model.can_generate() else "FEATURE_EXTRACTION"
+        return config
+
+    def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
+        if not text_model.can_generate():
+            return super().build(text_model, prepared, train_also)
+        from routevl.methods.from_peft.prompts import PromptedCausalLM
+
+        return PromptedCausalLM(text_model, self.config(text_model, train_also))
+
+
+class PromptTuning(PromptLearning):
+    """Trained vectors before the input embeddings."""
+
+    peft_type = "PROMPT_TUNING"
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of prompt tuning."""
+
+        num_virtual_tokens: int = option("trained positions before the input", 20, least=1)
+
+
+class PrefixTuning(PromptLearning):
+    """Trained keys and values before those of the input, in every layer."""
+
+    peft_type = "PREFIX_TUNING"
+    refuses: ClassVar[Mapping[str, str]] = {
+        **PromptLearning.refuses,
+        "gradient_checkpointing": "its trained keys and values stand in the cache, which checkpointing turns off",
+    }
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of prefix tuning."""
+
+        num_virtual_tokens: int = option("trained positions before the input", 20, least=1)

@@ -1,0 +1,49 @@
+"""What methods share that are tuners of Hugging Face peft: their own, and the routed ones of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from routevl.errors import RoutevlError
+from routevl.methods.base import Method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+
+class PeftMethod(Method):
+    """A method whose model is a `PeftModel`; a run's folder is an ordinary peft adapter folder."""
+
+    def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
+        """The peft config of the options."""
+        raise NotImplementedError
+
+    def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
+        from peft import get_peft_model
+
+        try:
+            return get_peft_model(text_model, self.config(text_model, train_also))
+        except ValueError as error:  # an option or a model that peft refuses
+            raise RoutevlError(f"peft refuses this model or these options: {error}") from error
+
+    def part_of(self, name: str) -> str:
+        return "layer_norm" if ".modules_to_save." in name else "method"
+
+    def save(self, text_model: nn.Module, folder: Path) -> None:
+        text_model.save_pretrained(folder)
+
+    def load(self, text_model: nn.Module, folder: Path) -> None:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        saved = load_file(folder / "adapter_model.safetensors")
+        set_peft_model_state_dict(text_model, saved)
+        # what peft reports as missing or unexpected is not right for prompts and biases: compare what it would save now
+        loaded = get_peft_model_state_dict(text_model, save_embedding_layers=False)
+        if different := sorted(saved.keys() ^ loaded.keys()):
+            raise KeyError(f"{different[0]} is only in one of them")
+        if different := [name for name, tensor in saved.items() if not tensor.equal(loaded[name].to(tensor.device))]:
+            raise KeyError(f"{different[0]} could not be set")

@@ -1,0 +1,39 @@
+"""What routed methods share: their options here; config.py, layer.py and tuner.py are what peft sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from routevl.methods.peft_method import PeftMethod
+from routevl.options import option
+from routevl.routing import ROUTING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VISUAL_SCALES = ("none", "tanh", "layer_norm")
+
+
+@dataclass(frozen=True)
+class RoutedOptions:
+    """Options of every routed method."""
+
+    r: int = option("rank of the bottleneck", 8, least=1)
+    routing: str = option("routing function", "none", choices=ROUTING)
+    visual_scale: str = option(
+        "parameter-free scaling of the routed features; `attn` and `expand` are quadratic in them, so `tanh` or `layer_norm` "
+        "where a vision model's features are not bounded", "none", choices=VISUAL_SCALES,
+    )  # fmt: skip
+
+
+class RoutedMethod(PeftMethod):
+    """A method with a routing function in its bottleneck."""
+
+    @property
+    def uses_image(self) -> bool:
+        return self.options.routing != "none"
+
+    def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
+        return {"visual_features": visual} if self.uses_image else {}

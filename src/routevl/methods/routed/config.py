@@ -1,0 +1,52 @@
+"""The fields of every routed method's peft config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from peft import PeftConfig
+
+from routevl.errors import RoutevlError
+from routevl.methods.routed import RoutedOptions
+from routevl.options import check_value
+
+
+@dataclass
+class RoutedConfig(PeftConfig):
+    """The fields that every routed method has. Unknown fields are a TypeError, wrong values a RoutevlError (a ValueError)."""
+
+    options_class: ClassVar[type] = RoutedOptions  # the fields that a run may set, with their bounds
+
+    r: int = field(default=8, metadata={"help": "Rank of the bottleneck."})
+    routing: str = field(default="none", metadata={"help": "Routing function: none, mul, add, attn or expand."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or one regular expression) of the modules to adapt; None: the method's own for the model type."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to adapt."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Adapt only these layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list, if unusual."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole beside the adapter, such as layer norms."}
+    )
+    visual_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the visual features where it differs from the adapted modules': one trainable projection is then "
+            "learned. None: the widths are equal and there is no projection."
+        },
+    )
+    visual_scale: str = field(
+        default="none",
+        metadata={"help": "Parameter-free scaling of the visual features before anything else: none, tanh or layer_norm."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for f in fields(self.options_class):
+            check_value(self.options_class, f.name, getattr(self, f.name), type(self).__name__)
+        if self.visual_width is not None and self.visual_width <= 0:
+            raise RoutevlError(f"visual_width must be a positive integer or None, not {self.visual_width!r}")

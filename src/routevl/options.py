@@ -1,0 +1,184 @@
+"""Options: frozen dataclasses whose fields carry help and bounds. One way to read, check, describe and write them.
+
+Methods, derivations of backbones, the settings of a run and the columns of the run sheet are all declared so. Free of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from routevl.errors import RoutevlError
+
+YES_NO = {"yes": True, "no": False}
+NONE = "none"  # how None is written
+TYPE_NAMES = {int: "integer", float: "number", bool: "yes or no", str: "text"}
+
+Options = TypeVar("Options")
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    choices: Iterable[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of an options dataclass: int, float, bool or str, or one of them with None.
+
+    Args:
+        help: what it means, for `--help` and the documents.
+        choices: the values that a text may have.
+        least, most: inclusive bounds of a number.
+        above, below: exclusive bounds of a number.
+    """
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    metadata = {"help": help, "choices": tuple(choices), **{name: bound for name, bound in bounds.items() if bound is not None}}
+    return field(default=default, metadata=metadata)
+
+
+def read(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
+    """An instance of an options dataclass from values by name: typed already, or text as a command line or sheet has it.
+
+    Raises:
+        RoutevlError: an unknown or missing option, a value of the wrong type or out of bounds; one line that starts with `where`.
+    """
+    names = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in names:
+            raise RoutevlError(f"{where}: no option {name!r} (there {_are(names)})")
+    for f in fields(cls):
+        if f.default is MISSING and f.name not in values:
+            raise RoutevlError(f"{where}: the option {f.name} is missing")
+    hints = get_type_hints(cls)
+    typed = {name: _typed(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    for f in fields(cls):
+        if f.name in typed:
+            _check(f.metadata, typed[f.name], f"{where}: {f.name}")
+    return cls(**typed)
+
+
+def check_value(cls: type, name: str, value: Any, where: str) -> None:
+    """Raise RoutevlError where one option of the dataclass, typed or text, would be wrong."""
+    f = next(f for f in fields(cls) if f.name == name)
+    _check(f.metadata, _typed(get_type_hints(cls)[name], value, f"{where}: {name}"), f"{where}: {name}")
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"are {', '.join(names)}" if names else "are none"
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    kinds = get_args(hint) or (hint,)
+    kind = kinds[0]
+    if len(kinds) > 1 and (value is None or value == NONE):
+        return None
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = YES_NO[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise RoutevlError(f"{where} is {value!r}, expected {_expected(hint)}") from None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise RoutevlError(f"{where} is {value!r}, expected {_expected(hint)}")
+    return value
+
+
+def _expected(hint: Any) -> str:
+    kinds = get_args(hint) or (hint,)
+    return TYPE_NAMES[kinds[0]] + (f" or {NONE}" if len(kinds) > 1 else "")
+
+
+def _check(metadata: Mapping[str, Any], value: Any, where: str) -> None:
+    """Raise RoutevlError where a typed value is out of its bounds."""
+    if value is None:
+        return
+    if metadata.get("choices") and value not in metadata["choices"]:
+        raise RoutevlError(f"{where} is {value!r}, expected one of {', '.join(metadata['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RoutevlError(f"{where} is {value}, expected a finite number")
+    within = {
+        "least": ("{} or more", lambda bound: value >= bound),
+        "most": ("{} or less", lambda bound: value <= bound),
+        "above": ("more than {}", lambda bound: value > bound),
+        "below": ("less than {}", lambda bound: value < bound),
+    }
+    for name, (words, holds) in within.items():
+        if name in metadata and not holds(metadata[name]):
+            raise RoutevlError(f"{where} is {value}, expected {words.format(metadata[name])}")
+
+
+def read_words(words: Iterable[str], where: str) -> dict[str, str]:
+    """Words `key=value`, as a run sheet and the command line have them, as a mapping.
+
+    Raises:
+        RoutevlError: a word without `=`, or a key given twice.
+    """
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals or not value:
+            raise RoutevlError(f"{where}: {word!r} is not of the form key=value")
+        if key in values:
+            raise RoutevlError(f"{where}: {key} is given twice")
+        values[key] = value
+    return values
+
+
+def text_of(value: Any) -> str:
+    """A value as `read` understands it."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def words_of(values: Mapping[str, Any]) -> list[str]:
+    """The inverse of `read_words`."""
+    return [f"{key}={text_of(value)}" for key, value in values.items()]
+
+
+def as_record(options: Any) -> dict[str, Any]:
+    """The values of an options dataclass by name, in the order of its fields."""
+    return asdict(options)
+
+
+def describe(cls: type, but: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """What documents and `routevl methods --json` say of each option: name, type, default, help, choices and bounds.
+
+    A required option has no `default`.
+    """
+    hints = get_type_hints(cls)
+    entries = []
+    for f in fields(cls):
+        if f.name in set(but):
+            continue
+        entry = {"name": f.name, "type": _expected(hints[f.name]), "help": f.metadata["help"]}
+        if f.default is not MISSING:
+            entry["default"] = f.default
+        entry |= {name: list(v) if name == "choices" else v for name, v in f.metadata.items() if name != "help" and v != ()}
+        entries.append(entry)
+    return entries
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """The type of an argparse option: an integer (or a float, by `kind`), `least` or more."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no {TYPE_NAMES[kind]} of {least} or more")
+        return value
+
+    return parse

@@ -1,0 +1,238 @@
+"""The run sheet: one experiment a row, one run per seed. Read and checked here alone, free of torch.
+
+The workflow, the plan, tables and figures read it with `read_sheet`; before anything runs, `check` compares it with the
+configuration.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from routevl.errors import RoutevlError
+from routevl.files import read_json
+from routevl.methods.table import METHODS, method_class
+from routevl.options import check_value, read_words
+from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
+from routevl.tasks.table import TASKS
+
+# column -> what it means, for the documents; all are required, in any order
+COLUMNS = {
+    "experiment": "unique name of letters, digits, `_`, `.` and `-`",
+    "task": f"what is learned: {', '.join(f'`{task}`' for task in TASKS)}",
+    "text_backbone": "name of an entry under `backbones.text` of the configuration",
+    "vision_backbone": "name of an entry under `backbones.vision`",
+    "method": "fine-tuning method; `routevl methods` lists them with their options",
+    "options": "`key=value`, separated by blanks: options of the method, and settings that differ from the configuration's",
+    "versus": "the experiment that this one is compared with: gains are over it. Empty: no gain is computed",
+    "epochs": "passes over the training split",
+    "prefix": "`yes`: the visual tokens also stand before the text. `no` with a method that does not read the image is the blind "
+    "baseline",
+    "visual_tokens": f"which features are used: {', '.join(f'`{tokens}`' for tokens in VISUAL_TOKENS)}",
+    "seeds": "comma-separated, one run each, called `<experiment>_seed<seed>`",
+    "feeds": "comma-separated short names of the tables and figures that show the experiment",
+}
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+FEEDS = re.compile(r"([TF][0-9]+(,[TF][0-9]+)*)?")
+SEEDS = re.compile(r"[0-9]+(,[0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of the sheet; the columns as in COLUMNS. `options` are still text."""
+
+    experiment: str
+    task: str
+    text_backbone: str
+    vision_backbone: str
+    method: str
+    options: Mapping[str, str]
+    versus: str
+    epochs: int
+    prefix: bool
+    visual_tokens: str
+    seeds: tuple[int, ...]
+    feeds: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of its runs, in the order of its seeds."""
+        return [f"{self.experiment}_seed{seed}" for seed in self.seeds]
+
+    def method_options(self) -> dict[str, str]:
+        """Those of its options that are the method's."""
+        return {name: value for name, value in self.options.items() if name not in SHARED_SETTINGS}
+
+
+def read_sheet(path: str | Path) -> list[Experiment]:
+    """The experiments of a sheet, in its order.
+
+    Raises:
+        RoutevlError: no such file; an unknown, missing or double column; a wrong value, option or reference. One line that names
+            the file and the experiment.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header, *lines = [line for line in csv.reader(file, delimiter="\t") if any(line)]
+    except FileNotFoundError:
+        raise RoutevlError(f"{path}: no such run sheet (config key experiments)") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise RoutevlError(f"{path}: not a readable tab-separated sheet ({error})") from None
+    if wrong := sorted(set(header) ^ set(COLUMNS)) or [name for name in header if header.count(name) > 1]:
+        what = "no column" if wrong[0] in COLUMNS and wrong[0] not in header else "an unknown or double column"
+        raise RoutevlError(f"{path}: {what} {wrong[0]!r}; the columns are {' '.join(COLUMNS)}")
+    experiments = []
+    for line in lines:
+        if len(line) != len(header):
+            raise RoutevlError(f"{path}: the row {line[0]!r} has {len(line)} cells for {len(header)} columns")
+        row = dict(zip(header, line, strict=True))
+        experiments.append(_experiment(row, f"{path}: experiment {row['experiment']!r}"))
+    _check_names(experiments, path)
+    return experiments
+
+
+def _experiment(row: dict[str, str], where: str) -> Experiment:
+    def one_of(column: str, choices: Sequence[str]) -> str:
+        if row[column] not in choices:
+            raise RoutevlError(f"{where}: {column} {row[column]!r} is not one of {', '.join(choices)}")
+        return row[column]
+
+    def fits(column: str, pattern: re.Pattern, example: str) -> str:
+        if not pattern.fullmatch(row[column]):
+            raise RoutevlError(f"{where}: {column} {row[column]!r} is not of the form {example}")
+        return row[column]
+
+    experiment = Experiment(
+        experiment=fits("experiment", NAME, "letters, digits, _, . and -"),
+        task=one_of("task", tuple(TASKS)),
+        text_backbone=row["text_backbone"],
+        vision_backbone=row["vision_backbone"],
+        method=one_of("method", tuple(METHODS)),
+        options=read_words(row["options"].split(), f"{where}: options"),
+        versus=row["versus"],
+        epochs=int(fits("epochs", re.compile("[1-9][0-9]*"), "3, a whole number above zero")),
+        prefix=one_of("prefix", ("yes", "no")) == "yes",
+        visual_tokens=one_of("visual_tokens", VISUAL_TOKENS),
+        seeds=tuple(map(int, fits("seeds", SEEDS, "1,2,3").split(","))),
+        feeds=tuple(filter(None, fits("feeds", FEEDS, "T1,F2").split(","))),
+    )
+    if len(set(experiment.seeds)) < len(experiment.seeds):
+        raise RoutevlError(f"{where}: a seed stands twice in {row['seeds']}")
+    for name, value in experiment.options.items():
+        if name in SHARED_SETTINGS:
+            check_setting(name, value, f"{where}: options")
+        else:
+            _check_option(experiment.method, name, value, f"{where}: options")
+    return experiment
+
+
+def _check_option(method: str, name: str, value: Any, where: str) -> None:
+    """Raise RoutevlError where the method has no such option, fixes it, or the value is wrong."""
+    options, fixed = method_class(method).Options, METHODS[method].fixed
+    known = [f.name for f in fields(options) if f.name not in fixed]
+    if name in fixed:
+        raise RoutevlError(f"{where}: {name} is {fixed[name]} in the method {method}, it cannot be set")
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise RoutevlError(f"{where}: the method {method} has no option {name!r} ({has}), and no setting has that name")
+    check_value(options, name, value, where)
+
+
+def _check_names(experiments: Sequence[Experiment], path: str | Path) -> None:
+    by_name: dict[str, Experiment] = {}
+    for experiment in experiments:
+        if by_name.setdefault(experiment.experiment, experiment) is not experiment:
+            raise RoutevlError(f"{path}: two rows have the experiment name {experiment.experiment!r}")
+    for experiment in experiments:
+        compared, where = [experiment], f"{path}: experiment {experiment.experiment!r}: versus {experiment.versus!r}"
+        while compared[-1].versus:
+            baseline = by_name.get(compared[-1].versus)
+            if baseline is None or baseline in compared:
+                raise RoutevlError(f"{where} is no other experiment of the sheet, or leads back to itself")
+            if baseline.task != experiment.task:
+                raise RoutevlError(f"{where} is an experiment of another task, {baseline.task}")
+            compared.append(baseline)
+
+
+def runs_of(experiments: Sequence[Experiment]) -> dict[str, tuple[Experiment, int]]:
+    """Name of each run -> its experiment and seed."""
+    return {run: (e, seed) for e in experiments for run, seed in zip(e.runs, e.seeds, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------- with the configuration
+
+
+def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) -> RunSettings:
+    """The settings of a run: `runs`, then `tasks`, then `methods` of the configuration, then the row; the later ones win.
+
+    Raises:
+        RoutevlError: a setting is missing everywhere, or one of the configuration's is wrong.
+    """
+    values: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    sections = [config["runs"], config["tasks"].get(experiment.task, {}), config.get("methods", {}).get(experiment.method, {})]
+    for section in (*sections, experiment.options):
+        for name, value in section.items():
+            (values if name in SHARED_SETTINGS else options)[name] = value
+    columns = {"task": experiment.task, "method": experiment.method, "epochs": experiment.epochs, "prefix": experiment.prefix}
+    values |= {**columns, "visual_tokens": experiment.visual_tokens, "seed": seed}
+    return RunSettings.read(values, options, f"{config['experiments']}: experiment {experiment.experiment!r}")
+
+
+def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
+    """Compare a sheet with its configuration, before anything runs.
+
+    Raises:
+        RoutevlError: a name that the configuration does not have; a missing or wrong setting; a method on a task, model or
+            setting that it refuses.
+    """
+    for section, known in (("tasks", TASKS), ("methods", METHODS)):
+        for name in config.get(section, {}):
+            if name not in known:
+                raise RoutevlError(f"configuration: {section}: {name!r} is not one of {', '.join(known)}")
+    for section in ("runs", "tasks", "methods"):
+        for where, values in _sections(section, config.get(section, {})):
+            for name, value in values.items():
+                if section != "methods" or name in SHARED_SETTINGS:
+                    check_setting(name, value, f"configuration: {where}")
+                else:
+                    _check_option(where.partition(".")[2], name, value, f"configuration: {where}")
+    for experiment in experiments:
+        where = f"{config['experiments']}: experiment {experiment.experiment!r}"
+        known = {
+            "task": config["tasks"],
+            "text_backbone": config["backbones"]["text"],
+            "vision_backbone": config["backbones"]["vision"],
+            "visual_tokens": config["features"]["tokens"],
+        }
+        for column, names in known.items():
+            if getattr(experiment, column) not in names:
+                raise RoutevlError(f"{where}: {column} {getattr(experiment, column)!r} is not one of {', '.join(names)}")
+        settings = settings_of(experiment, max(experiment.seeds), config)
+        refuses = method_class(experiment.method).refuses
+        of = {experiment.task: "task", model_type(config["backbones"]["text"], experiment.text_backbone): "text model"}
+        for what, kind in (of | ({"gradient_checkpointing": "setting"} if settings.gradient_checkpointing else {})).items():
+            if what in refuses:
+                raise RoutevlError(f"{where}: the method {experiment.method} refuses the {kind} {what}: {refuses[what]}")
+
+
+def _sections(name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if name == "runs":
+        yield name, section
+    else:
+        yield from ((f"{name}.{key}", values) for key, values in section.items())
+
+
+def model_type(backbones: Mapping[str, Any], name: str) -> str | None:
+    """The transformers model type of a text backbone, as far as the configuration and the disk tell before anything runs."""
+    entry = backbones[name]
+    if "derive" in entry:
+        return model_type(backbones, entry["derive"]["from"])
+    if "pretrain" in entry:
+        return entry["pretrain"]["architecture"]
+    path = Path(entry["path"]) / "config.json"
+    return read_json(path).get("model_type") if path.is_file() else None

@@ -1,0 +1,66 @@
+"""What the stages train, predict and probe read: data, features and backbones, and the task that is built of them."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers.utils import logging
+
+from routevl.backbones.folder import check_folder, fingerprint_of
+from routevl.backbones.text import load_text_backbone
+from routevl.errors import RoutevlError
+from routevl.methods.base import Method
+from routevl.settings import RunSettings
+from routevl.tasks.base import Task
+from routevl.tasks.table import TASKS, task_class
+from routevl.visual import visual_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every stage that loads a task."""
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="prepared data (routevl prepare)")
+    parser.add_argument("--features", metavar="FOLDER", help="stored features, unless the method reads pixels")
+    parser.add_argument("--text-backbone", required=True, metavar="FOLDER", help="the frozen text model")
+    parser.add_argument("--vision-backbone", required=True, metavar="FOLDER", help="the model that made the features")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of each process; results depend on their number in the last bits"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that load batches, for each process; results do not depend on them"
+    )
+
+
+def check_execution(arguments: argparse.Namespace) -> None:
+    """Raise RoutevlError where an option about how to run, not what, is out of range; a stage has some of them."""
+    for name, least in (("threads", 1), ("workers", 0), ("checkpoint_every", 1), ("log_every", 1)):
+        value = getattr(arguments, name, least)
+        if value < least:
+            raise RoutevlError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+
+
+def load_task(
+    settings: RunSettings, method: Method, prepared: Mapping[str, Tensor], arguments: argparse.Namespace
+) -> tuple[Task, dict[str, str]]:
+    """The run's task on its backbones and visual source, and the fingerprints of what it was built from."""
+    # what a backbone's folder has too much (the head it was pretrained with) is no news, what it lacks is an error of ours
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that peft still uses
+    vision = fingerprint_of(check_folder(arguments.vision_backbone))
+    data = Path(arguments.data)
+    visual = visual_source(settings, method, arguments.features, arguments.vision_backbone, vision, data)
+    text_model, tokenizer = load_text_backbone(arguments.text_backbone, TASKS[settings.task].text_model)
+    text = fingerprint_of(arguments.text_backbone)
+    refuse(method, text_model.config.model_type, arguments.text_backbone)
+    task = task_class(settings.task)(settings, method, prepared, text_model, tokenizer, visual, data)
+    return task, {"text_backbone": text, "vision_backbone": vision, **task.inputs()}
+
+
+def refuse(method: Method, model_type: str, folder: str) -> None:
+    """Raise RoutevlError where the method refuses the type of a text model."""
+    if model_type in method.refuses:
+        raise RoutevlError(f"backbone {folder}: the method refuses {model_type}: {method.refuses[model_type]}")

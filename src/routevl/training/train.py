@@ -1,0 +1,55 @@
+"""Stage `train`: one run from its inputs to its weights and the test split's predictions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+from routevl import settings as run_settings
+from routevl.files import lock
+from routevl.training.distributed import new_accelerator
+from routevl.training.inputs import add_arguments as add_inputs
+from routevl.training.inputs import check_execution
+from routevl.training.predict import write_predictions
+from routevl.training.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl train`."""
+    add_inputs(parser)
+    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="where the trained weights go")
+    parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where the test split's predictions go")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there"
+    )
+    parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged losses")
+    run_settings.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, resuming where an earlier process stopped; then write the run's folder and the predictions.
+
+    Raises:
+        RoutevlError: wrong settings or inputs; the loss is no longer a finite number.
+        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGUSR1; the checkpoint is then on disk.
+    """
+    settings = run_settings.from_arguments(arguments)
+    check_execution(arguments)
+    accelerator = new_accelerator(settings)
+    with lock(Path(arguments.checkpoint) / "lock") if accelerator.is_main_process else nullcontext() as held:
+        if held:
+            os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
+        accelerator.wait_for_everyone()
+        trainer = Trainer(settings, arguments, accelerator)
+        trainer.fit()
+        trainer.write_model(Path(arguments.model))
+        trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
+        write_predictions(trainer.task, accelerator, Path(arguments.predictions), trainer.to_predict, arguments.workers)
+        if accelerator.is_main_process:
+            shutil.rmtree(arguments.checkpoint)
+    accelerator.end_training()

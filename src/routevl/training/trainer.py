@@ -1,0 +1,274 @@
+"""The training loop: one run from its examples to a folder of weights, metrics and settings."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+from routevl.errors import RoutevlError
+from routevl.files import atomic_folder, sha256_of, write_json
+from routevl.methods.base import Method
+from routevl.options import words_of
+from routevl.progress import progress
+from routevl.settings import RunSettings
+from routevl.tasks.base import Task
+from routevl.training.checkpoint import digests, load_checkpoint, restore_training_state, save_checkpoint, training_state
+from routevl.training.clock import Clock
+from routevl.training.distributed import any_process, average
+from routevl.training.inputs import load_task
+from routevl.training.optimisation import Optimisation, prepare_torch
+from routevl.training.order import data_loader, training_batches
+from routevl.training.prepared import PREPARED, load_prepared
+from routevl.training.signals import EXIT_STOPPED, StopSignal
+
+
+class Trainer:
+    """One training run. `fit` can be killed at any moment and run again in a new process, to the same bits.
+
+    Several processes train one model: each takes its share of every batch, and all make the same step. Batches, the loss over a
+    batch, and so the gradients are those of one process, but for the last bits (sums are cut differently) and for dropout. Only
+    the first process writes. Runs are bit-equal, resumed or not, where they have equally many processes.
+
+    Attributes:
+        task, model: of the run; the model is on the accelerator's device.
+        examples, validation, to_predict: the training, validation and test split.
+        step: optimiser steps so far, of `total_steps`.
+    """
+
+    def __init__(self, settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+        self.settings, self.arguments, self.accelerator = settings, arguments, accelerator
+        self.run = Path(arguments.model).name
+        self.method: Method = settings.new_method()
+        prepare_torch(arguments.threads)
+        set_seed(settings.seed)
+        prepared, of_prepared = load_prepared(self.method, arguments.prepared)
+        self.task, inputs = load_task(settings, self.method, prepared, arguments)
+        if accelerator.process_index:  # the model starts the same everywhere, dropout differs
+            set_seed((settings.seed + accelerator.process_index) % 2**32)
+        self.examples = self.task.examples("train")
+        self.validation = self.task.examples("val")
+        self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
+        for items in (self.examples, self.validation, self.to_predict):
+            self.task.visual.check(items.unique("image_id"))  # an error where an image is not there
+        self.inputs = inputs | of_prepared | {"data": _fingerprint_of_data(self.task)}
+        self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
+        self.total_steps = settings.epochs * self.batches_per_epoch
+        # not for DDP: the gradients are averaged here
+        self.model = accelerator.prepare_model(self.task.model, evaluation_mode=True)
+        self.optimisation = Optimisation(
+            self.method.groups(self.task.model, settings.learning_rate),
+            settings.weight_decay,
+            lambda optimiser: get_linear_schedule_with_warmup(
+                optimiser, settings.warmup_steps(self.total_steps), self.total_steps
+            ),
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []  # the lines of training.jsonl
+        self.best: dict[str, Tensor] = {}  # the model's tensors after the best epoch so far
+        self.best_epoch: dict[str, Any] = {}  # its line of the history
+        self.clock = Clock()
+        self.stop = StopSignal()
+        self.checkpoint = Path(arguments.checkpoint) / "checkpoint.safetensors"
+
+    # -- the loop
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the checkpoint if there is one.
+
+        Raises:
+            RoutevlError: the checkpoint is damaged or of another run; the loss is no longer a finite number.
+            SystemExit: with EXIT_STOPPED, after a stop signal; the checkpoint is then on disk.
+        """
+        self.stop.remember()
+        self._resume()
+        for _ in progress(self._steps(), self.total_steps - self.step, f"train {self.run}"):
+            self._stop_if_told()
+            if self.step % self.arguments.checkpoint_every == 0:
+                self._save()
+        self._save()
+
+    def _steps(self) -> Iterator[int]:
+        if self._validation_is_due():  # the process before was stopped in it
+            self._end_epoch(self.step // self.batches_per_epoch - 1)
+        while self.step < self.total_steps:
+            epoch, first_batch = divmod(self.step, self.batches_per_epoch)
+            self.model.train()
+            workers = self.arguments.workers
+            for batch in training_batches(self.task, self.examples, self.accelerator, workers, epoch, first_batch):
+                self._train_step(epoch, batch)
+                if self._validation_is_due():
+                    self._save()
+                    self._end_epoch(epoch)
+                yield self.step
+
+    def _validation_is_due(self) -> bool:
+        """Whether an epoch is over, but the last line of the history is still of training."""
+        return self.step % self.batches_per_epoch == 0 and bool(self.history) and "loss" in self.history[-1]
+
+    def _train_step(self, epoch: int, batch: dict[str, Tensor]) -> None:
+        size = self.settings.batch_size
+        examples = min(size, len(self.examples) - self.step % self.batches_per_epoch * size)
+        self.clock.start()
+        output = self.model(**batch)
+        losses = {"loss": output["loss"], **self.method.losses(self.task.model, output, batch)}
+        self.accelerator.backward(sum(losses.values()))
+        losses = average(self.accelerator, self.optimisation.parameters, losses, output["count"], examples)
+        learning_rate = self.optimisation.schedule.get_last_lr()[0]
+        self.optimisation.step()
+        self.step += 1
+        self.method.after_step(self)
+        if self.step % self.arguments.log_every == 0 or self.step % self.batches_per_epoch == 0:
+            values = {name: loss.item() for name, loss in losses.items()}
+            line = {"step": self.step, "epoch": epoch + 1, **values, "learning_rate": learning_rate}
+            self._check_finite(line)
+            self.history.append(line)
+        self.clock.stop(examples)
+
+    def _stop_if_told(self) -> None:
+        if any_process(self.accelerator, self.stop.number is not None):
+            self._save()
+            print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
+            self.accelerator.end_training()
+            raise SystemExit(EXIT_STOPPED)
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Validate, and remember the epoch's weights if they are the best so far."""
+        line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
+        self._check_finite(line)
+        self.history.append(line)
+        metric, more_is_better = self.task.selection
+        sign = 1 if more_is_better else -1
+        if not self.best_epoch or sign * line[metric] > sign * self.best_epoch[metric]:
+            self.best_epoch = line
+            self.best = {name: tensor.cpu().clone() for name, tensor in self.task.model.tensors().items()}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val_"))
+        self.accelerator.print(f"train {self.run}: epoch {epoch + 1}/{self.settings.epochs}: {values}", flush=True)
+
+    def _validate(self) -> dict[str, float]:
+        size = self.settings.prediction_batch_size
+        with self.accelerator.split_between_processes(self.validation) as share:
+            batches = iter(data_loader(self.task, share, self.accelerator, self.arguments.workers, batch_size=size))
+        outputs = []
+        self.model.eval()
+        with torch.inference_mode():
+            for _ in range(math.ceil(len(self.validation) / self.accelerator.num_processes / size)):
+                self._stop_if_told()
+                if batch := next(batches, None):  # a process can have one batch less than others
+                    outputs.append({name: value for name, value in self.model(**batch).items() if value.dim()})
+        self.model.train()
+        outputs = [{name: value.cpu() for name, value in output.items()} for output in outputs]
+        return self.task.validate(gather_object(outputs))
+
+    def _check_finite(self, line: Mapping[str, Any]) -> None:
+        for name, value in line.items():
+            if not math.isfinite(value):
+                settings = [*words_of(self.settings.options), f"learning_rate={self.settings.learning_rate}"]
+                scale = " or set visual_scale to tanh or layer_norm" if "visual_scale" in self.settings.options else ""
+                raise RoutevlError(
+                    f"training diverged: {name} is {value} at step {line['step']} of {self.total_steps} of run {self.run} "
+                    f"({self.settings.method} {' '.join(settings)}); lower learning_rate{scale}"
+                )
+
+    # -- the state
+
+    def _save(self) -> None:
+        tensors = training_state(self.task.model, self.optimisation.optimiser)
+        if not self.accelerator.is_main_process:
+            return
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        record = {
+            "settings": self.settings.as_record(),
+            "inputs": self.inputs,
+            "processes": self.accelerator.num_processes,
+            "step": self.step,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "schedule": self.optimisation.schedule.state_dict(),
+            "clock": self.clock.as_record(),
+        }
+        save_checkpoint(self.checkpoint, tensors, record)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        tensors, record = load_checkpoint(self.checkpoint)
+        optimiser, schedule = self.optimisation.optimiser, self.optimisation.schedule
+        try:
+            self._check_same_run(record["settings"] | record["inputs"] | {"processes": record["processes"]})
+            restore_training_state(tensors, self.task.model, optimiser)
+            self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
+            self.clock = Clock(**record["clock"])
+            schedule.load_state_dict(record["schedule"])
+        except KeyError as error:
+            raise RoutevlError(f"{self.checkpoint}: a damaged checkpoint (it lacks {error}); delete it to start again") from error
+        self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        for group, learning_rate in zip(optimiser.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        print(f"train {self.run}: resuming from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
+
+    def _check_same_run(self, before: dict[str, Any]) -> None:
+        """Raise RoutevlError where the unfinished run had other settings or inputs than this one; names the first."""
+        now = self.settings.as_record() | self.inputs | {"processes": self.accelerator.num_processes}
+        for name in now | before:
+            if before.get(name) != now.get(name):
+                raise RoutevlError(
+                    f"{self.checkpoint}: the unfinished run has {name} {before.get(name)!r}, now it is {now.get(name)!r}: "
+                    f"delete {self.checkpoint.parent} to start again"
+                )
+
+    # -- the result
+
+    def write_model(self, folder: Path) -> None:
+        """Write the run's folder: the best epoch's weights, the last one's under last/, metrics, settings and timing.
+        The best epoch's weights are left in the model, in all processes."""
+        model = self.task.model
+        state = digests(training_state(model, self.optimisation.optimiser))
+        if not self.accelerator.is_main_process:
+            self._restore_best()
+            return
+        counts = model.trainable_params_by_part()
+        with atomic_folder(folder) as temporary:
+            model.save(temporary / "last")
+            self._restore_best()
+            model.save(temporary)
+            if self.arguments.prepared:
+                shutil.copy(self.arguments.prepared, temporary / PREPARED)
+            write_json(temporary / "last" / "state.json", state)
+            (temporary / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+            record = {
+                "run": self.run,
+                "settings": self.settings.as_record(),
+                "inputs": self.inputs,
+                "best_epoch": self.best_epoch,
+                "trainable_params": sum(counts.values()),
+                "trainable_params_by_part": counts,
+                "total_params": sum(parameter.numel() for parameter in model.parameters()),
+                "text_model_params": self.task.text_model_params,
+            }
+            write_json(temporary / "run.json", record)
+            timing = self.clock.summary(self.accelerator.device) | {"processes": self.accelerator.num_processes}
+            write_json(temporary / "timing.json", timing)
+
+    def _restore_best(self) -> None:
+        tensors = self.task.model.tensors()
+        for name, tensor in self.best.items():
+            tensors[name].copy_(tensor)
+
+
+def _fingerprint_of_data(task: Task) -> str:
+    """sha256 (hexadecimal) over the texts that are trained on and validated with."""
+    paths = [task.data / split / name for split in ("train", "val") for name in task.files]
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()

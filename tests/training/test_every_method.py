@@ -1,0 +1,93 @@
+"""Every method of the list in training: stopped and resumed to the same bits, predicted from its folder, in two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SmallWorld, command_line, run_stage
+from runs import TASKS, Run, assert_same_outcome, new_run
+from test_several_processes import exit_statuses, start_processes
+
+from routevl.methods.table import METHODS, method_class
+from routevl.training.signals import EXIT_STOPPED
+
+pytestmark = pytest.mark.slow
+SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "gradient_norm": {"share": 0.2, "batches": 2}}
+SMALL |= {name: {"r": 2} for name in ("peft_lora", "lora_bias", "dora")}
+SMALL |= {name: {"num_virtual_tokens": 3} for name in ("prompt_tuning", "prefix_tuning")}
+ROUTED = {"r": 2, "routing": "attn", "visual_scale": "tanh"}
+
+
+def method_run(world: SmallWorld, root: Path, task: str, method: str, **changes: Any) -> Run:
+    """A short run of a method, its phase before training included."""
+    has_routing = "routing" in method_class(method).Options.__dataclass_fields__
+    options = ROUTED if has_routing else SMALL.get(method, {})
+    run = new_run(world, root, task, method=method, epochs=1, log_every=1, checkpoint_every=100, **changes)
+    run = Run(root, {**run.options, "options": options})
+    if method_class(method).prepares():
+        prepared = root / "prepared.safetensors"
+        left_out = ("checkpoint_every", "log_every")
+        run_stage("probe", *command_line({k: v for k, v in run.options.items() if k not in left_out} | {"output": prepared}))
+        run = Run(root, {**run.options, "prepared": prepared})
+    return run
+
+
+def stop_after(run: Run, steps: int) -> None:
+    """Train in this process and stop, with a checkpoint, after so many steps."""
+    trainer = run.trainer()
+    step = trainer._train_step
+
+    def step_and_stop(*arguments: Any) -> None:
+        step(*arguments)
+        if trainer.step == steps:
+            trainer.stop.number = signal.SIGTERM
+
+    trainer._train_step = step_and_stop
+    with pytest.raises(SystemExit) as stopped:
+        trainer.fit()
+    assert stopped.value.code == EXIT_STOPPED
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_it_ends_in_the_same_bits_and_predicts_from_its_folder(
+    small_world: SmallWorld, tmp_path: Path, method: str, task: str
+) -> None:
+    whole = method_run(small_world, tmp_path / "whole", task, method).train()
+    cut = method_run(small_world, tmp_path / "cut", task, method)
+    stop_after(cut, 3)
+    cut.train()
+    assert_same_outcome(whole, cut)
+    names = ("data", "features", "text_backbone", "vision_backbone")
+    options = {name: whole.options[name] for name in names} | {"model": cut.model, "predictions": tmp_path / "again"}
+    run_stage("predict", *command_line(options))
+    assert (tmp_path / "again" / "results.json").read_bytes() == (whole.predictions / "results.json").read_bytes()
+
+
+def test_two_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path) -> None:
+    """Without dropout; a parameter may have no gradient in one of the processes, such as an embedding's row."""
+    backbone = shutil.copytree(small_world.text["vqa"], tmp_path / "backbone")
+    config = json.loads((backbone / "config.json").read_text())
+    config |= {name: 0.0 for name in config if name.endswith("dropout_prob")}
+    (backbone / "config.json").write_text(json.dumps(config))
+    changes = {"text_backbone": backbone, "learning_rate": 0.002}
+    alone = {m: method_run(small_world, tmp_path / "alone" / m, "vqa", m, **changes).train() for m in METHODS}
+    together = {m: method_run(small_world, tmp_path / "together" / m, "vqa", m, **changes) for m in METHODS}
+
+    def train_all() -> None:
+        for run in together.values():  # not by the stage, whose end is the end of the process group
+            trainer = run.trainer()
+            trainer.fit()
+            trainer.write_model(run.model)
+
+    (tmp_path / "log").mkdir()
+    status = exit_statuses(start_processes(Run(tmp_path / "log", {"options": {}}), 2, words=["train"], work=train_all))
+    assert status == [0, 0], (tmp_path / "log" / "log").read_text()[-2000:]
+    for method, run in together.items():
+        for ours, theirs in zip(run.lines(), alone[method].lines(), strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-2), method

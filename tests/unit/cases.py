@@ -1,0 +1,141 @@
+"""The cases of the table of behaviours: every method on every kind of text model that it takes, at toy size."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+
+from routevl.methods.table import METHODS, method_class, new_method
+from routevl.tasks.base import VisionLanguageModel
+from routevl.tasks.captioning import CaptionModel
+from routevl.tasks.vqa import VqaModel
+
+B, L, D, LAYERS, VOCABULARY = 3, 6, 32, 2, 50
+SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
+    m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
+}
+SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "peft_lora", "lora_bias", "dora")}
+SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}}
+
+
+def roberta(dropout: float = 0.0) -> RobertaModel:
+    sizes = {"hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return RobertaModel(
+        RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=40, **sizes, **drop), add_pooling_layer=False
+    )
+
+
+def gpt2(dropout: float = 0.0) -> GPT2LMHeadModel:
+    drop = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    sizes = {"n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 40}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=49, **sizes, **drop))
+
+
+def bart(dropout: float = 0.0) -> BartForConditionalGeneration:
+    stack = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
+             {"layers": LAYERS, "attention_heads": 4, "ffn_dim": 64}.items()}  # fmt: skip
+    ends = {"bos_token_id": 0, "eos_token_id": 49, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    config = BartConfig(vocab_size=VOCABULARY, d_model=D, max_position_embeddings=40, dropout=dropout, **stack, **ends)
+    return BartForConditionalGeneration(config)
+
+
+TEXT_MODELS = {"roberta": roberta, "gpt2": gpt2, "bart": bart}
+
+
+class EncoderDecoderModel(VisionLanguageModel):
+    """An encoder-decoder that reads [visual prefix] text and learns to repeat the text; until there is a task of it."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
+        inputs = self.text_inputs(input_ids, attention_mask, image)
+        logits = self.text_model(**inputs, decoder_input_ids=input_ids).logits
+        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none").sum(-1)
+        return {"loss": losses.mean(), "count": losses.new_full((), len(losses)), "losses": losses}
+
+    @torch.inference_mode()
+    def generate(self, bos: int, image: Tensor, **options: Any) -> Tensor:
+        input_ids = torch.full((image.shape[0], 1), bos)
+        return self.text_model.generate(**self.text_inputs(input_ids, torch.ones_like(input_ids), image), **options)
+
+
+def small_options(method: str) -> list[dict[str, Any]]:
+    """The options that a method is tried with: all routing functions where it routes."""
+    small = SMALL.get(method, {})
+    has_routing = "routing" in method_class(method).Options.__dataclass_fields__
+    return [{**small, "routing": routing} for routing in ("none", "mul", "attn")] if has_routing else [small]
+
+
+def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
+    method, kind, options = case
+    return "-".join([method, *([options["routing"]] if "routing" in options else []), kind])
+
+
+CASES = [
+    (method, kind, options)
+    for method in METHODS
+    for options in small_options(method)
+    for kind in TEXT_MODELS
+    if kind not in method_class(method).refuses
+]
+REFUSED = [(method, kind) for method in METHODS for kind in TEXT_MODELS if kind in method_class(method).refuses]
+
+
+def scores_of(text_model: nn.Module) -> dict[str, Tensor]:
+    """What a phase before training could have found: the last parameters are the best."""
+    return {name: torch.tensor(float(place)) for place, (name, _) in enumerate(text_model.named_parameters())}
+
+
+def build(
+    method: str,
+    kind: str,
+    options: dict[str, Any],
+    seed: int = 0,
+    width: int = D,
+    prefix: bool = True,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+    norms: bool = True,
+) -> VisionLanguageModel:
+    """A model of a case, in evaluation mode; the image has visual tokens of `width`."""
+    torch.manual_seed(seed)
+    text_model = TEXT_MODELS[kind](dropout).eval().requires_grad_(False)
+    if checkpointing:
+        text_model.activation_checkpointing_enable()
+    layer_norms = [name for name, module in text_model.named_modules() if isinstance(module, nn.LayerNorm)]
+    visual = SimpleNamespace(width=width, encoder=nn.Identity())
+    chosen = new_method(method, options, "test")
+    arguments = (text_model, chosen, scores_of(text_model), layer_norms if norms else [], visual, prefix)
+    if kind == "roberta":
+        return VqaModel(7, *arguments).eval()
+    return {"gpt2": CaptionModel, "bart": EncoderDecoderModel}[kind](*arguments).eval()
+
+
+def shaken(model: VisionLanguageModel, seed: int = 1) -> VisionLanguageModel:
+    """The same model with every trained tensor moved, so that what starts at zero does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.tensors().values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    return model
+
+
+def batch_of(kind: str, seed: int = 0, width: int = D, visual_tokens: int = 1) -> dict[str, Tensor]:
+    """B texts without padding, with their images and, for the classifier, the answers' scores."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        "input_ids": torch.randint(4, 48, (B, L), generator=generator),
+        "attention_mask": torch.ones(B, L, dtype=torch.int64),
+        "image": torch.randn(B, visual_tokens, width, generator=generator),
+    }
+    if kind == "roberta":
+        batch["answer_scores"] = torch.rand(B, 7, generator=generator)
+    return batch
+
+
+def rows(batch: dict[str, Tensor], *chosen: int) -> dict[str, Tensor]:
+    """Some of a batch's examples."""
+    return {name: tensor[list(chosen)] for name, tensor in batch.items()}

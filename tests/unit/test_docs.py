@@ -1,0 +1,222 @@
+"""The documents: generated parts are up to date; links, stages, targets, options and examples are real."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from routevl.cli import STAGES
+from routevl.errors import RoutevlError
+from routevl.settings import from_arguments
+from routevl.sheet import check, read_sheet, runs_of, settings_of
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "config/README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PYTHON = [match[3] for match in FENCE.finditer(DOCUMENTS[0].read_text(encoding="utf-8")) if match[2] == "python"]
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+
+
+def code_in(document: Path) -> str:
+    """Code blocks and code spans of a document, one a line; lines that end in a backslash are joined."""
+    text = document.read_text(encoding="utf-8")
+    blocks = [match[3] for match in FENCE.finditer(text) if match[2] in ("", "bash", "sh")]
+    rest = FENCE.sub("", text)
+    indented = re.findall(r"^(?: {4,}|\t)(.*)$", rest, re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
+    return re.sub(r"\\\n\s*", "", "\n".join([*blocks, *indented, *spans]))
+
+
+def commands_in(document: Path) -> Iterator[list[str]]:
+    """The words of each `routevl <stage> --option ...` that is shown with options."""
+    for line in code_in(document).splitlines():
+        if match := re.match(r"(?:\.venv/bin/)?routevl ([a-z-]+ .*)$", line):
+            yield shlex.split(match[1], comments=True)
+
+
+def stage_parser(stage: str) -> argparse.ArgumentParser:
+    module, suffix, _ = STAGES[stage]
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    getattr(importlib.import_module(module), "add_arguments" + suffix)(parser)
+    return parser
+
+
+def heading_ids(text: str) -> set[str]:
+    """As GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ------------------------------------------------------------------------------------------ what is generated
+
+
+def docs_script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("docs_script", PROJECT / "workflow/docs.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_generated_parts_are_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    assert docs_script().main() == 0, capsys.readouterr().err
+
+
+def test_what_is_not_up_to_date_is_one_line_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    script = docs_script()
+    for document in script.PARTS:
+        (tmp_path / document).parent.mkdir(exist_ok=True)
+        (tmp_path / document).write_text((PROJECT / document).read_text())
+    monkeypatch.setattr(script, "PROJECT", tmp_path)
+    monkeypatch.setitem(script.PARTS["config/README.md"], "outputs", lambda: "a table")
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    assert script.main() == 1
+    assert capsys.readouterr().err == "docs: error: config/README.md is not up to date: run `make docs`\n"
+    monkeypatch.setattr(sys, "argv", ["docs.py"])
+    assert script.main() == 0
+    assert "<!-- make docs: outputs -->\n\na table\n\n<!-- end -->" in (tmp_path / "config/README.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    assert script.main() == 0
+    methods = tmp_path / "docs/METHODS.md"
+    methods.write_text(methods.read_text().replace("<!-- make docs: options -->", ""))
+    assert script.main() == 1
+    assert capsys.readouterr().err.endswith(
+        "docs/METHODS.md has the parts methods, config-fields, not methods, options, config-fields\n"
+    )
+
+
+def test_every_key_has_a_description() -> None:
+    script = docs_script()
+    schema = yaml.safe_load(script.SCHEMA.read_text())
+    for name, node in schema["properties"].items():
+        for path, _, meaning in [(name, "", node["description"]), *script._rows(name, node, schema)]:
+            assert meaning.endswith("."), path
+
+
+def test_defaults_of_pretraining_are_those_of_the_command_line() -> None:
+    backbones = yaml.safe_load((PROJECT / "workflow/schemas/config.schema.yaml").read_text())["properties"]["backbones"]
+    for modality, stage in (("text", "pretrain-text"), ("vision", "pretrain-vision")):
+        [pretrain] = [a for a in backbones["properties"][modality]["additionalProperties"]["oneOf"] if "properties" in a]
+        pretrain = pretrain["properties"]["pretrain"]
+        parser = stage_parser(stage)
+        for name, node in pretrain["properties"].items():
+            if name not in pretrain["required"]:
+                assert f"; {parser.get_default(name)} where left out." in node["description"], name
+
+
+# -------------------------------------------------------------------------------------------- what is named
+
+
+@every_document
+def test_links_lead_somewhere(document: Path) -> None:
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    for link in LINK.findall(text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, heading = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{link} in {document}"
+        assert not heading or heading in heading_ids(target.read_text(encoding="utf-8")), f"{link} in {document}"
+
+
+@every_document
+def test_files_that_are_named_are_there(document: Path) -> None:
+    named = re.compile(
+        r"(?:src|workflow|config|docs|slurm|tests|examples|envs|benchmarks)/[\w./-]*\w\.(?:py|md|yaml|tsv|csv|lock|smk|json)"
+    )
+    for name in set(named.findall(code_in(document))):
+        made_up = name.startswith(("config/own.", "config/experiments/own."))  # of one's own data
+        assert made_up or (PROJECT / name).exists(), f"{name} in {document}"
+
+
+@every_document
+def test_stages_and_targets_exist(document: Path) -> None:
+    code = code_in(document)
+    assert set(re.findall(r"^(?:\.venv/bin/)?routevl ([a-z][a-z-]*)", code, re.MULTILINE)) <= STAGES.keys()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE)) <= targets
+
+
+@every_document
+def test_the_options_of_commands_exist(document: Path) -> None:
+    for stage, *words in commands_in(document):
+        if not words or words[-1] == "..." or words == ["--help"]:
+            continue
+        parser = stage_parser(stage)
+        known = {option for action in parser._actions for option in action.option_strings}
+        given = [word for word in words if word.startswith("--")]
+        assert set(given) <= known, f"routevl {stage} in {document}"
+        if "--output" in given or "--predictions" in given or not given:  # whole commands, not options in a sentence
+            parser.parse_args(words)
+
+
+def test_the_command_of_the_readme_trains_the_run_of_the_sheet() -> None:
+    [words] = [words for stage, *words in commands_in(DOCUMENTS[0]) if stage == "train" and len(words) > 9]
+    settings = from_arguments(stage_parser("train").parse_args(words))
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    experiment, seed = runs_of(read_sheet(PROJECT / "config/experiments/demo.tsv"))["vqa_lora_mul_r4_e3_seed1"]
+    assert settings == settings_of(experiment, seed, config)
+
+
+# ---------------------------------------------------------------------------------------------- what runs
+
+
+def run_block(block: str) -> None:
+    """Run a block, and look that the document shows each line that it prints as a comment."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    comments = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]
+    assert comments and printed.getvalue().splitlines() == comments
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_the_examples_of_the_readme_print_what_it_says(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the first one needs nothing but the core, and no import before it, is tests/unit/test_core_install.py's."""
+    needed = [path for path in re.findall(r'"(results/[^"]+)"', block) if not (PROJECT / path).exists()]
+    if needed:
+        pytest.skip(f"{needed[0]} is not there: make demo")
+    (tmp_path / "results").symlink_to(PROJECT / "results")
+    monkeypatch.chdir(tmp_path)
+    run_block(block)
+
+
+def example(language: str) -> str:
+    """The block of config/README.md in this language."""
+    [block] = [match[3] for match in FENCE.finditer(DOCUMENTS[1].read_text(encoding="utf-8")) if match[2] == language]
+    return block
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The example of one's own data: its run sheet and its configuration."""
+    (tmp_path / "own.tsv").write_text(example("tsv"))
+    return tmp_path / "own.tsv", yaml.safe_load(example("yaml"))
+
+
+def test_the_example_of_ones_own_data_is_a_configuration(own: tuple[Path, dict[str, Any]]) -> None:
+    sheet, config = own
+    schema = yaml.safe_load((PROJECT / "workflow/schemas/config.schema.yaml").read_text())
+    assert list(Draft202012Validator(schema).iter_errors(config)) == []
+    experiments = read_sheet(sheet)
+    check(experiments, config)
+    with pytest.raises(RoutevlError, match="routing"):
+        check(experiments, config | {"methods": {"lora": {"routing": "nothing"}}})

@@ -1,0 +1,193 @@
+"""The run sheet: what is read of it, and which of configuration and row decides a run's settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from routevl import settings
+from routevl.errors import RoutevlError
+from routevl.methods.lora import Lora
+from routevl.options import words_of
+from routevl.settings import RunSettings
+from routevl.sheet import COLUMNS, Experiment, check, read_sheet, runs_of, settings_of
+
+PROJECT = Path(__file__).parents[2]
+CONFIGURATIONS = sorted((PROJECT / "config").glob("*.yaml"))
+ROW = {
+    "experiment": "mul",
+    "task": "vqa",
+    "text_backbone": "roberta",
+    "vision_backbone": "vit",
+    "method": "lora",
+    "options": "r=4 routing=mul learning_rate=0.5",
+    "versus": "",
+    "epochs": "3",
+    "prefix": "yes",
+    "visual_tokens": "pooled",
+    "seeds": "2,1",
+    "feeds": "T1,F2",
+}
+
+
+def write_sheet(path: Path, *rows: dict[str, str], columns: tuple[str, ...] = tuple(COLUMNS)) -> Path:
+    lines = ["\t".join(columns), *("\t".join((ROW | row)[name] for name in columns) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    """The demo's configuration with some sections replaced."""
+    return yaml.safe_load((PROJECT / "config/config.yaml").read_text()) | sections
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    [experiment] = read_sheet(write_sheet(tmp_path / "sheet.tsv", {}))
+    return experiment
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_row_is_read_with_its_types(experiment: Experiment) -> None:
+    assert experiment == Experiment(
+        experiment="mul",
+        task="vqa",
+        text_backbone="roberta",
+        vision_backbone="vit",
+        method="lora",
+        options={"r": "4", "routing": "mul", "learning_rate": "0.5"},
+        versus="",
+        epochs=3,
+        prefix=True,
+        visual_tokens="pooled",
+        seeds=(2, 1),
+        feeds=("T1", "F2"),
+    )
+    assert experiment.method_options() == {"r": "4", "routing": "mul"}
+    assert runs_of([experiment]) == {"mul_seed2": (experiment, 2), "mul_seed1": (experiment, 1)}
+
+
+def test_columns_stand_in_any_order_and_lines_may_be_empty(tmp_path: Path, experiment: Experiment) -> None:
+    path = write_sheet(tmp_path / "other.tsv", {}, {"experiment": "none", "feeds": ""}, columns=tuple(reversed(COLUMNS)))
+    path.write_text("\ufeff" + path.read_text().replace("\n", "\n\n"), encoding="utf-8")
+    first, second = read_sheet(path)
+    assert first == experiment and second.feeds == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such run sheet"),
+        ("", "not a readable tab-separated sheet"),
+        ("experiment\ttask\n", "no column"),
+        ("\t".join([*COLUMNS, "task"]) + "\n", "an unknown or double column 'task'"),
+        ("\t".join(COLUMNS) + "\nmul\tvqa\n", "the row 'mul' has 2 cells for 12 columns"),
+        ("\x00\xff", "not a readable tab-separated sheet"),
+    ],
+)
+def test_what_is_no_sheet_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "sheet.tsv"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    with pytest.raises(RoutevlError, match=message) as error:
+        read_sheet(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_versus_may_stand_anywhere_in_the_sheet(tmp_path: Path) -> None:
+    rows = [{"versus": "none"}, {"experiment": "none", "options": "r=4"}]
+    assert [row.versus for row in read_sheet(write_sheet(tmp_path / "sheet.tsv", *rows))] == ["none", ""]
+
+
+# ------------------------------------------------------------------------------------------ with the configuration
+
+
+def test_the_row_wins_over_methods_over_tasks_over_runs(tmp_path: Path, experiment: Experiment) -> None:
+    everywhere = ("beams", "max_new_tokens", "batch_size", "learning_rate")
+    sections = {
+        "runs": config()["runs"] | {name: 1 for name in everywhere},
+        "tasks": {"vqa": config()["tasks"]["vqa"] | {name: 2 for name in everywhere[1:]}, "caption": {"beams": 9}},
+        "methods": {"lora": {"r": 64, "lora_alpha": 16, "batch_size": 3, "learning_rate": 3}, "adapter": {"r": 9}},
+    }
+    found = settings_of(experiment, 2, config(**sections))
+    values = found.as_record()
+    assert [values[name] for name in everywhere] == [1, 2, 3, 0.5]
+    assert found.options == {"r": 4, "routing": "mul", "visual_scale": "none", "lora_alpha": 16.0, "lora_dropout": 0.0}
+    assert (found.seed, found.epochs, found.prefix, found.method, found.control) == (2, 3, True, "lora", "none")
+
+
+def test_settings_come_back_from_their_record_and_from_the_command_line(tmp_path: Path) -> None:
+    rows = [
+        {"experiment": method, "method": method, "options": "control=noise"}
+        for method in ("lora", "adapter", "dora", "lora_bias", "ia3", "gradient_norm", "bitfit")
+    ]
+    for experiment in read_sheet(write_sheet(tmp_path / "sheet.tsv", *rows)):
+        found = settings_of(experiment, 1, config())
+        record = json.loads(json.dumps(found.as_record()))
+        assert RunSettings.from_record(record, "run.json") == found
+        parser = argparse.ArgumentParser()
+        settings.add_arguments(parser)
+        own = found.new_method()
+        options = words_of({k: v for k, v in record.pop("options").items() if experiment.method not in ("dora", "lora_bias")})
+        words = [word for text in words_of(record) for word in ("--" + text.split("=")[0].replace("_", "-"), text.split("=")[1])]
+        again = settings.from_arguments(parser.parse_args([*words, "--options", *options]))
+        assert again == found and again.new_method().options == own.options
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"pretrain": {"architecture": "gpt2"}},
+        {"derive": {"by": "magnitude", "from": "gpt2", "options": {"sparsity": 0.5}}},
+        {"path": "folder"},
+    ],
+    ids=lambda entry: next(iter(entry)),
+)
+def test_a_method_on_a_model_or_task_that_it_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any]
+) -> None:
+    """Whatever tells the type of the model."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text('{"model_type": "gpt2"}')
+    backbones = config()["backbones"]
+    backbones["text"]["own"] = entry
+    configuration = config(backbones=backbones)
+    experiments = read_sheet(write_sheet(tmp_path / "sheet.tsv", {"text_backbone": "own", "task": "caption"}))
+    check(experiments, configuration)
+    for what, kind in (("gpt2", "text model"), ("caption", "task")):
+        monkeypatch.setattr(Lora, "refuses", {what: "it cannot be"})
+        with pytest.raises(RoutevlError, match=f"experiment 'mul': the method lora refuses the {kind} {what}: it cannot be"):
+            check(experiments, configuration)
+    monkeypatch.setattr(Lora, "refuses", {"roberta": "it cannot be", "vqa": "nor this"})
+    check(experiments, configuration)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_fits_its_sheet_and_needs_no_torch(path: Path) -> None:
+    program = """
+import sys, yaml
+from pathlib import Path
+from routevl.backbones.derivations import check_backbones
+from routevl.sheet import check, read_sheet, runs_of, settings_of
+config = yaml.safe_load(Path(sys.argv[1]).read_text())
+experiments = read_sheet(config["experiments"])
+check_backbones(config["backbones"])
+check(experiments, config)
+for experiment, seed in runs_of(experiments).values():
+    settings_of(experiment, seed, config)
+print(len(experiments), sorted({"torch", "peft", "transformers", "numpy", "pandas"} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", program, path], cwd=PROJECT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    count, heavy = ended.stdout.split(maxsplit=1)
+    assert int(count) > 0 and heavy.strip() == "[]"

@@ -1,0 +1,265 @@
+"""Write those parts of the documents that the code describes: keys, settings, columns, derivations, methods, options.
+
+usage: python workflow/docs.py [--check]
+
+Each part stands between the lines `<!-- make docs: <part> -->` and `<!-- end -->` of its document; what is around them is written
+by hand. With --check nothing is written: the exit status is 1, with one line, where a document is not up to date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from routevl.backbones.derivations import DERIVATIONS
+from routevl.files import atomic_file
+from routevl.methods.table import METHODS, method_class, method_records
+from routevl.options import describe, text_of, words_of
+from routevl.reporting import FIGURES, TABLES
+from routevl.settings import shared_setting_records
+from routevl.sheet import COLUMNS
+
+PROJECT = Path(__file__).resolve().parents[1]
+SCHEMA = PROJECT / "workflow/schemas/config.schema.yaml"
+PART = re.compile(r"(<!-- make docs: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 130  # of a line of text; a table may have longer ones
+BOUNDS = {"least": "{} or more", "most": "{} or less", "above": "more than {}", "below": "less than {}"}
+BOUNDS_OF_SCHEMA = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
+TYPES_OF_SCHEMA = {"string": "text", "boolean": "yes or no", "object": "keys and values"}
+
+
+# -------------------------------------------------------------------------------------- words and tables
+
+
+def table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def code(value: object) -> str:
+    return f"`{value}`"
+
+
+def alternatives(values: Sequence[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
+
+
+def bounded(kind: str, bounds: Mapping[str, Any]) -> str:
+    """A type with its bounds by their names in BOUNDS."""
+    return ", ".join([kind, *(BOUNDS[name].format(text_of(bounds[name])) for name in BOUNDS if name in bounds)])
+
+
+def value_of(record: Mapping[str, Any]) -> str:
+    """What values an option has, from its record by `routevl.options.describe`."""
+    if "choices" in record:
+        return alternatives([code(choice) for choice in record["choices"]])
+    return bounded(record["type"], record)
+
+
+def default_of(record: Mapping[str, Any]) -> str:
+    return code(text_of(record["default"])) if "default" in record else ""
+
+
+def first_paragraph(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("\n\n")[0].replace("*", "\\*")
+
+
+def first_sentence(path: Path) -> str:
+    """Of a caption, without line breaks."""
+    return re.split(r"(?<=\.) ", " ".join(path.read_text(encoding="utf-8").split()))[0].replace("``", "`")
+
+
+# --------------------------------------------------------------------------------- config/README.md
+
+
+def keys() -> str:
+    """The keys of a configuration, a heading and a table for each section."""
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    plain, sections = [], []
+    for name, node in schema["properties"].items():
+        rows = list(_together(_rows(name, node, schema)))
+        optional = "" if name in schema["required"] else " Optional."
+        if rows:
+            text = textwrap.fill(node["description"] + optional, WIDTH, break_long_words=False, break_on_hyphens=False)
+            sections.append(f"### `{name}`\n\n{text}\n\n{table(('key', 'value', 'meaning'), rows)}")
+        else:
+            plain.append((code(name), _value(node, schema), node["description"] + optional))
+    return "\n\n".join([table(("key", "value", "meaning"), plain), *sections])
+
+
+def _rows(path: str, node: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(path, value, meaning) of every key below a node."""
+    node = _resolved(node, schema)
+    for alternative in node.get("oneOf", ()):
+        yield from _rows(path, alternative, schema)
+    for name, child in node.get("properties", {}).items():
+        child, below = _resolved(child, schema), f"{path}.{name}"
+        optional = "" if name in node.get("required", ()) else ", optional"
+        yield below, _value(child, schema) + optional, child["description"]
+        yield from _rows(below, child, schema)
+    if node.get("additionalProperties"):
+        yield from _rows(f"{path}.<name>", node["additionalProperties"], schema)
+    if "items" in node:
+        yield from _rows(f"{path}[]", node["items"], schema)
+
+
+def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    return schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def _value(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """What values a key has."""
+    node = _resolved(node, schema)
+    if "enum" in node:
+        return alternatives([code(choice) for choice in node["enum"]])
+    if "items" in node:
+        of = _resolved(node["items"], schema)
+        return "list, each with the keys below" if "properties" in of else f"list of {', '.join(map(code, of['enum']))}"
+    if "properties" in node:
+        return "the keys below"
+    if isinstance(node.get("additionalProperties"), Mapping):
+        return "by name"
+    if "oneOf" in node:
+        return "; or ".join(dict.fromkeys(_value(alternative, schema) for alternative in node["oneOf"]))
+    kind = TYPES_OF_SCHEMA.get(node["type"], node["type"])
+    return bounded(kind, {name: node[key] for name, key in BOUNDS_OF_SCHEMA.items() if key in node})
+
+
+def _together(rows: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Rows that differ in the second part of their paths alone as one row, in the place of the first: `a.{b,c}.d`."""
+    merged: dict[tuple, tuple[list[str], list[str]]] = {}
+    for path, value, meaning in rows:
+        parts = path.split(".")
+        below = tuple(parts[2:]) or parts[1]  # what stands directly in a section is not merged
+        merged.setdefault((below, value, meaning), (parts, []))[1].append(parts[1])
+    for (_, value, meaning), (parts, names) in merged.items():
+        second = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+        yield code(".".join([parts[0], second, *parts[2:]])), value, meaning
+
+
+def settings() -> str:
+    rows = [(code(r["name"]), value_of(r), default_of(r), r["help"]) for r in shared_setting_records()]
+    return table(("setting", "value", "default", "meaning"), rows)
+
+
+def columns() -> str:
+    return table(("column", "meaning"), [(code(name), meaning) for name, meaning in COLUMNS.items()])
+
+
+def outputs() -> str:
+    """The tables and figures, by the short names that `feeds` has."""
+    names = [*TABLES, *FIGURES]
+    rows = [(code(n.split("_")[0]), code(n), first_sentence(PROJECT / f"workflow/report/{n}.rst")) for n in names]
+    return table(("in `feeds`", "file", "what it shows"), rows)
+
+
+def derivations() -> str:
+    """Each way of deriving a backbone, with its options."""
+    rows = []
+    for name, row in DERIVATIONS.items():
+        for number, option in enumerate(describe(row.options)):
+            first = (code(name), f"{row.label}. {row.source}") if number == 0 else ("", "")
+            rows.append((*first, code(option["name"]), value_of(option), default_of(option), option["help"]))
+    return table(("`by`", "what it is", "option", "value", "default", "meaning"), rows)
+
+
+# ---------------------------------------------------------------------------------- docs/METHODS.md
+
+
+def methods() -> str:
+    """All methods; the options are another table."""
+    rows = []
+    for record in method_records():
+        cls, fixed = method_class(record["name"]), METHODS[record["name"]].fixed
+        what = first_paragraph(cls) + (f" With {' '.join(map(code, words_of(fixed)))}." if fixed else "")
+        notes = ["a phase before training (`routevl probe`)."] if cls.prepares() else []
+        notes += ["the vision model runs in training."] if "pixels" in cls.needs else []
+        notes += [f"refuses {code(thing)}: {reason}." for thing, reason in record["refuses"].items()]
+        notes = [note[0].upper() + note[1:] for note in notes]
+        rows.append((code(record["name"]), record["label"], record["family"], what, record["source"], " ".join(notes)))
+    return table(("method", "name", "family", "what is trained", "source", "notes"), rows)
+
+
+def options() -> str:
+    """The options of all methods that have some; methods of one class together."""
+    names: dict[type, list[str]] = {}
+    for name in METHODS:
+        names.setdefault(method_class(name), []).append(name)
+    rows = []
+    for cls, of in names.items():
+        for number, option in enumerate(describe(cls.Options)):
+            fixed = [code(name) for name in of if option["name"] in METHODS[name].fixed]
+            meaning = option["help"] + (f" (fixed in {alternatives(fixed)})" if fixed else "")
+            methods = ", ".join(map(code, of)) if number == 0 else ""
+            rows.append((methods, code(option["name"]), value_of(option), default_of(option), meaning))
+    return table(("methods", "option", "value", "default", "meaning"), rows)
+
+
+def config_fields() -> str:
+    """The fields of the routed methods' peft configs that are no options of a run."""
+    from routevl.methods import RoutedAdapterConfig, RoutedLoraConfig
+    from routevl.methods.routed.config import RoutedConfig
+
+    rows = []
+    owners = {RoutedConfig: ("both", "lora"), RoutedLoraConfig: ("`RoutedLoraConfig`", "lora"),
+              RoutedAdapterConfig: ("`RoutedAdapterConfig`", "adapter")}  # fmt: skip
+    for cls, (of, method) in owners.items():
+        known = {f.name for f in fields(method_class(method).Options)}
+        for field in fields(cls):
+            if field.name in cls.__annotations__ and field.name not in known and "help" in field.metadata:
+                rows.append((of, code(field.name), code(repr(field.default)), field.metadata["help"]))
+    return table(("of", "field", "default", "meaning"), rows)
+
+
+# --------------------------------------------------------------------------------------- the documents
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "config/README.md": {
+        "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
+    },
+    "docs/METHODS.md": {"methods": methods, "options": options, "config-fields": config_fields},
+}  # fmt: skip
+
+
+def written(document: str, text: str) -> str:
+    """A document with its parts written anew. Raises ValueError where it lacks one, or has one too many."""
+    parts = PARTS[document]
+    if (found := [name for _, name, _ in PART.findall(text)]) != list(dict.fromkeys(found)) or set(found) != set(parts):
+        raise ValueError(f"{document} has the parts {', '.join(found)}, not {', '.join(parts)}")
+    return PART.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", text)
+
+
+def main() -> int:
+    """Returns 1 where a document is not up to date, or its parts are not those of PARTS."""
+    check = sys.argv[1:] == ["--check"]
+    for document in PARTS:
+        path = PROJECT / document
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = written(document, text)
+        except ValueError as error:
+            print(f"docs: error: {error}", file=sys.stderr)
+            return 1
+        if new == text:
+            continue
+        if check:
+            print(f"docs: error: {document} is not up to date: run `make docs`", file=sys.stderr)
+            return 1
+        with atomic_file(path) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+        print(f"docs: wrote {document}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
