@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,7 +178,7 @@ def finished(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         training, job = halt(project, run)
         slurm_command(*(word.format(job) for word in stops.pop(run)))
         if run == CANCELLED:
-            take_long(training)
+            threading.Thread(target=take_long, args=[training]).start()  # the other run must not get away meanwhile
     assert_ends(process, project)
     return project
 
