@@ -16,7 +16,7 @@ from typing import Any
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS, method_class
-from routevl.options import check_value, read_words
+from routevl.options import check_value, read_words, text_of
 from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
 
@@ -135,7 +135,7 @@ def _check_option(method: str, name: str, value: Any, where: str) -> None:
     options, fixed = method_class(method).Options, METHODS[method].fixed
     known = [f.name for f in fields(options) if f.name not in fixed]
     if name in fixed:
-        raise RoutevlError(f"{where}: {name} is {fixed[name]} in the method {method}, it cannot be set")
+        raise RoutevlError(f"{where}: {name} is {text_of(fixed[name])} in the method {method}, it cannot be set")
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise RoutevlError(f"{where}: the method {method} has no option {name!r} ({has}), and no setting has that name")

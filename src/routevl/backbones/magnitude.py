@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,48 +24,44 @@ def prune(source: Path, options: MagnitudeOptions, output: Path) -> dict[str, An
 
     Returns:
         how many entries were compared, and how many of them are zero now.
-    """
-    names = set(linear_weights(source))
-    tensors, metadata = {}, {}
-    for path in sorted(source.iterdir()):
-        if path.suffix != ".safetensors":
-            shutil.copy(path, output)
-            continue
-        with safe_open(path, framework="pt") as file:
-            metadata[path.name] = file.metadata()
-            tensors[path.name] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    weights = [tensor for of_file in tensors.values() for name, tensor in of_file.items() if name in names]
-    if len(weights) != len(names):
-        raise RoutevlError(f"backbone {source}: its weights lack {len(names) - len(weights)} of {len(names)} linear modules")
-    entries = sum(weight.numel() for weight in weights)
-    magnitudes = torch.cat([weight.abs().flatten().float() for weight in weights])
-    if pruned := int(options.sparsity * entries):
-        threshold = magnitudes.kthvalue(pruned).values
-        for weight in weights:
-            weight[weight.abs() <= threshold] = 0
-    for name, of_file in tensors.items():
-        save_file(of_file, output / name, metadata=metadata[name])
-    return {"entries": entries, "zero": sum(int((weight == 0).sum()) for weight in weights)}
-
-
-def linear_weights(folder: Path) -> list[str]:
-    """The names of the weights of a model's linear modules, but for its heads, as its files have them.
 
     Raises:
-        RoutevlError: not a model of transformers or timm.
+        RoutevlError: config.json does not say which class of transformers the weights are of.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(source / "config.json")
     if "architecture" in config:
-        from routevl.backbones.vision import load_vision_backbone  # timm takes seconds to load
+        import timm  # takes seconds to load
 
-        base, prefix = load_vision_backbone(folder).model, ""
+        model = timm.create_model(f"local-dir:{source}", pretrained=True)
+        pruned = _zero_smallest(_linear_weights(model, but=model.get_classifier()), options.sparsity)
+        timm.models.save_for_hf(model, str(output), model_args=dict(config.get("model_args", {})), safe_serialization=True)
     else:
         model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
         if model_class is None:
-            raise RoutevlError(f"backbone {folder}: config.json does not say which class of transformers its weights are of")
-        with torch.device("meta"):
-            model = model_class(transformers.AutoConfig.from_pretrained(folder))
-        base = model.base_model
-        prefix = "" if base is model else f"{model.base_model_prefix}."
-    modules = base.named_modules()
-    return [f"{prefix}{name}.weight" for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+            raise RoutevlError(f"backbone {source}: config.json does not say which class of transformers its weights are of")
+        model = model_class.from_pretrained(source, dtype="auto", use_safetensors=True)
+        pruned = _zero_smallest(_linear_weights(model.base_model), options.sparsity)
+        model.save_pretrained(output)
+    for path in source.iterdir():  # tokenizer, preprocessing, and a config.json as it was
+        if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+            shutil.copy(path, output)
+    return pruned
+
+
+def _linear_weights(model: nn.Module, but: nn.Module | None = None) -> list[torch.Tensor]:
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not but)
+    return [module.weight.detach() for module in linear]
+
+
+def _zero_smallest(weights: Sequence[torch.Tensor], sparsity: float) -> dict[str, int]:
+    """Zero floor(sparsity × entries) entries in place; of those at the threshold the first ones."""
+    magnitudes = torch.cat([weight.abs().flatten().float() for weight in weights])
+    count = int(sparsity * len(magnitudes))
+    if count:
+        threshold = magnitudes.kthvalue(count).values
+        smallest = magnitudes < threshold
+        at_threshold = (magnitudes == threshold).nonzero().flatten()
+        smallest[at_threshold[: count - int(smallest.sum())]] = True
+        for weight, mask in zip(weights, smallest.split([weight.numel() for weight in weights]), strict=True):
+            weight[mask.view_as(weight)] = 0
+    return {"entries": len(magnitudes), "zero": sum(int((weight == 0).sum()) for weight in weights)}

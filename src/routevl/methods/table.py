@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
-from routevl.options import describe, read, words_of
+from routevl.options import describe, read, text_of, words_of
 
 if TYPE_CHECKING:
     from routevl.methods.base import Method
@@ -88,7 +88,7 @@ def new_method(name: str, options: Mapping[str, Any], where: str) -> Method:
     fixed = METHODS[name].fixed
     for option in options:
         if option in fixed:
-            raise RoutevlError(f"{where}: {option} is {fixed[option]} in the method {name}, it cannot be set")
+            raise RoutevlError(f"{where}: {option} is {text_of(fixed[option])} in the method {name}, it cannot be set")
     return cls(read(cls.Options, {**options, **fixed}, f"{where}: method {name}"))
 
 

@@ -1,4 +1,4 @@
-"""The order of training examples, a function of (seed, epoch), and the loaders of batches."""
+"""The order of training examples, a function of the epoch, and the loaders of batches."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class EpochBatches:
 
 def training_batches(task: Task, examples: Any, accelerator: Accelerator, workers: int, epoch: int, first: int = 0) -> Any:
     """One epoch's batches from number `first` on, this process's share of each."""
+    # torch keeps the lower 32 bits, so the seed does nothing here. Its mend changes the bits of every run.
     generator = torch.Generator().manual_seed((task.settings.seed << 32) + epoch)
     order = torch.randperm(len(examples), generator=generator).tolist()
     size = task.settings.batch_size
