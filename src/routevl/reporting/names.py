@@ -46,9 +46,9 @@ def options_text(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> s
     return " ".join(words_of(differing(row, rows, but=("r", "epochs", "prefix", *BACKBONES))))
 
 
-def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A row's method, its routing function, and all that else tells it apart among `rows` (records)."""
+def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> str:
+    """A row's method, its routing function, and all that else tells it apart among `rows` (records), but for some details."""
     name = METHODS[row["method"]].label
     if row["routing"] != "none":
         name += f" {ROUTING[row['routing']].label}"
-    return ", ".join(filter(None, [name, in_words(differing(row, rows))]))
+    return ", ".join(filter(None, [name, in_words(differing(row, rows, but))]))

@@ -20,7 +20,7 @@ from routevl.methods.table import METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, signed, write_table
-from routevl.reporting.names import backbones, full_name, options_text, plural
+from routevl.reporting.names import BACKBONES, backbones, full_name, options_text, plural
 from routevl.reporting.published import published_score, read_claims, read_published
 from routevl.reporting.results import collect, gains
 from routevl.reporting.statistics import RESAMPLES, Gain
@@ -247,17 +247,18 @@ def methods_table(arguments: argparse.Namespace) -> Table:
     records, shown = [], []
     for group, row in zip(groups, rows, strict=True):
         gain, task, method = found.get(row["experiment"], Gain()).absolute, TASKS[row["task"]], METHODS[row["method"]]
+        name = full_name(row, rows, but=("learning_rate", *BACKBONES))  # these have columns of their own
         means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
         scores = _over_seeds(group, [of.metric for of in tasks])
         records.append(
-            {"method": row["method"], "label": method.label, "family": method.family}
+            {"method": row["method"], "label": name, "family": method.family}
             | {column: row[column] for column in ("task", "text_backbone", "trainable_params")}
             | {"learning_rate": row["details"]["learning_rate"], **scores, "n_seeds": len(group)}
             | gain.columns("gain", "gain_ci")
             | {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
         )
         shown.append(
-            {"Task": task.label, "Backbone": row["text_backbone"], "Method": full_name(row, rows)}
+            {"Task": task.label, "Backbone": row["text_backbone"], "Method": name}
             | {"Params (M)": f"{row['trainable_params'] / 1e6:.3f}", "Learning rate": f"{row['details']['learning_rate']:g}"}
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
             | {"Seeds": str(len(group)), "Gain [95% CI]": signed(gain.times(task.scale))}
