@@ -19,11 +19,11 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.methods.base import layer_norms
 from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
 from routevl.tasks.table import TASKS
 
@@ -122,8 +122,7 @@ class Plan:
             sizes = {"hidden_size": width, "num_hidden_layers": shape["layers"], "num_attention_heads": width // 64}
             with torch.device("meta"):
                 model = RobertaModel(RobertaConfig(**sizes)) if encoder else GPT2LMHeadModel(GPT2Config(**sizes))
-                norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-                norms = [] if settings.freeze_layer_norm else norms
+                norms = [] if settings.freeze_layer_norm else layer_norms(model)
                 model = settings.new_method().build(model.requires_grad_(False), AnyScore(), norms)
             head = 2 * width**2 + 2 * width * ANSWERS if encoder else 0
             self.trained[key] = head + sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
 """Options: frozen dataclasses whose fields carry help and bounds. One way to read, check, describe and write them.
 
-Methods, derivations of backbones, the settings of a run and the columns of the run sheet are all declared so. Free of torch.
+Methods, derivations of backbones and the settings of a run are all declared so. Free of torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from routevl.errors import RoutevlError
@@ -144,11 +144,6 @@ def text_of(value: Any) -> str:
 def words_of(values: Mapping[str, Any]) -> list[str]:
     """The inverse of `read_words`."""
     return [f"{key}={text_of(value)}" for key, value in values.items()]
-
-
-def as_record(options: Any) -> dict[str, Any]:
-    """The values of an options dataclass by name, in the order of its fields."""
-    return asdict(options)
 
 
 def describe(cls: type, but: Iterable[str] = ()) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.methods.base import Method
 from routevl.methods.table import METHODS, new_method
-from routevl.options import as_record, check_value, describe, option, read, read_words
+from routevl.options import check_value, describe, option, read, read_words
 from routevl.tasks.table import TASKS
 
 VISUAL_TOKENS = ("pooled", "patches")
@@ -59,7 +59,7 @@ class RunSettings(_Settings):
 
     def as_record(self) -> dict[str, Any]:
         """The settings as a JSON object."""
-        return as_record(self)
+        return asdict(self)
 
     @classmethod
     def read(cls, values: Mapping[str, Any], options: Mapping[str, Any], where: str) -> RunSettings:
@@ -69,8 +69,8 @@ class RunSettings(_Settings):
             RoutevlError: an unknown, missing or wrong setting or option; the line starts with `where`.
         """
         settings = read(_Settings, values, where)
-        typed = as_record(new_method(settings.method, options, where).options)
-        return cls(**as_record(settings), options={k: v for k, v in typed.items() if k not in METHODS[settings.method].fixed})
+        typed = asdict(new_method(settings.method, options, where).options)
+        return cls(**asdict(settings), options={k: v for k, v in typed.items() if k not in METHODS[settings.method].fixed})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], source: str) -> RunSettings:
@@ -78,9 +78,7 @@ class RunSettings(_Settings):
         values, options = {name: value for name, value in record.items() if name != "options"}, record.get("options")
         if not isinstance(options, dict):
             raise RoutevlError(f"{source}: settings: options is {options!r}, expected an object")
-        row = METHODS.get(str(record.get("method")))
-        own = {name: value for name, value in options.items() if row is None or name not in row.fixed}
-        return cls.read(values, own, f"{source}: settings")
+        return cls.read(values, options, f"{source}: settings")
 
 
 # Settings that are no columns: they stand in the configuration's `runs`, `tasks` and `methods`, or among a row's options.

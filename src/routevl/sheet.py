@@ -15,8 +15,8 @@ from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
-from routevl.methods.table import METHODS, method_class
-from routevl.options import check_value, read_words, text_of
+from routevl.methods.table import METHODS, method_class, refuse_fixed
+from routevl.options import check_value, read_words
 from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
 
@@ -132,10 +132,9 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
 
 def _check_option(method: str, name: str, value: Any, where: str) -> None:
     """Raise RoutevlError where the method has no such option, fixes it, or the value is wrong."""
-    options, fixed = method_class(method).Options, METHODS[method].fixed
-    known = [f.name for f in fields(options) if f.name not in fixed]
-    if name in fixed:
-        raise RoutevlError(f"{where}: {name} is {text_of(fixed[name])} in the method {method}, it cannot be set")
+    refuse_fixed(method, name, where)
+    options = method_class(method).Options
+    known = [f.name for f in fields(options) if f.name not in METHODS[method].fixed]
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise RoutevlError(f"{where}: the method {method} has no option {name!r} ({has}), and no setting has that name")

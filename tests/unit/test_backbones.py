@@ -243,9 +243,18 @@ def test_pretraining_is_deterministic(folders: dict[str, Path], tmp_path: Path, 
         (["--images", "8", "--patch-size", "7"], "--image-size 48 is not a multiple of --patch-size 7"),
         (["--images", "8", "--heads", "3"], "--hidden-size 16 is not a multiple of --heads 3"),
         (["--images", "64", "--epochs", "4", "--learning-rate", "1e30"], "set a lower --learning-rate"),
+        (["--images", "8", "--learning-rate", "0"], "--learning-rate 0.0: expected a positive number"),
     ],
 )
 def test_bad_pretraining_options(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(RoutevlError, match=message):
         pretrain(pretrain_vision, tmp_path / "vit", *options)
+    assert not (tmp_path / "vit").exists()
+
+
+@pytest.mark.parametrize("option", ["images", "image-size", "patch-size", "epochs", "layers", "heads", "batch-size", "threads"])
+def test_pretraining_options_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture, option: str) -> None:
+    with pytest.raises(SystemExit):
+        pretrain(pretrain_vision, tmp_path / "vit", "--images", "8", f"--{option}", "0")
+    assert f"argument --{option}: 0 is no integer of 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "vit").exists()

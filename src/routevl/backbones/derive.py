@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from dataclasses import asdict
 from pathlib import Path
 
 from routevl.backbones.derivations import DERIVATIONS, read_options
 from routevl.backbones.folder import check_folder, fingerprint_of
 from routevl.files import atomic_folder, write_json
-from routevl.options import as_record, read_words
+from routevl.options import read_words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     derive = getattr(importlib.import_module(f"routevl.backbones.{module}"), function)
     with atomic_folder(arguments.output) as folder:
         found = derive(source, options, Path(folder))
-        record = {"by": arguments.by, "options": as_record(options), "source_fingerprint": fingerprint_of(source), **found}
+        record = {"by": arguments.by, "options": asdict(options), "source_fingerprint": fingerprint_of(source), **found}
         write_json(folder / "derived.json", record)
     print(f"derive-backbone: {', '.join(f'{name} {value}' for name, value in found.items())}")

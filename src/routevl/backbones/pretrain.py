@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from routevl.errors import RoutevlError
 from routevl.files import write_json
+from routevl.options import at_least
 from routevl.progress import progress
 from routevl.training.optimisation import Optimisation, prepare_torch
 
@@ -31,22 +32,24 @@ BATCHES_PER_POOL = 16  # sorted by length among themselves
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of both stages."""
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the backbone's folder")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--epochs", type=int, required=True, help="passes over the training data")
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=at_least(0), required=True)
+    parser.add_argument("--epochs", type=at_least(1), required=True, help="passes over the training data")
+    parser.add_argument("--hidden-size", type=at_least(1), default=128)
+    parser.add_argument("--layers", type=at_least(1), default=4)
+    parser.add_argument("--heads", type=at_least(1), default=4)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest of the one-cycle schedule")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Make torch ready: threads, deterministic kernels, seed.
 
     Raises:
-        RoutevlError: the hidden size is not a multiple of the heads.
+        RoutevlError: the hidden size is not a multiple of the heads, or the learning rate is not positive.
     """
+    if not arguments.learning_rate > 0:
+        raise RoutevlError(f"--learning-rate {arguments.learning_rate}: expected a positive number")
     if arguments.hidden_size % arguments.heads:
         raise RoutevlError(f"--hidden-size {arguments.hidden_size} is not a multiple of --heads {arguments.heads}")
     prepare_torch(arguments.threads)

@@ -28,6 +28,7 @@ from routevl.backbones import pretrain
 from routevl.backbones.pretrain import HELD_OUT, HELD_OUT_DATA, TRAINING_DATA, random_generator
 from routevl.data.shapes_language import sentences
 from routevl.files import atomic_folder
+from routevl.options import at_least
 
 POSITIONS = 128  # text tokens and visual prefix together
 MASKED = 0.15  # of the tokens, as in RoBERTa
@@ -39,8 +40,8 @@ Collate = Callable[[list[list[int]]], dict[str, Tensor]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl pretrain-text`."""
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), required=True)
-    parser.add_argument("--sentences", type=int, required=True, help="training sentences about random scenes")
-    parser.add_argument("--vocabulary-size", type=int, default=800, help="byte-level BPE tokens, at least 300")
+    parser.add_argument("--sentences", type=at_least(1), required=True, help="training sentences about random scenes")
+    parser.add_argument("--vocabulary-size", type=at_least(300), default=800, help="byte-level BPE tokens, at least 300")
     pretrain.add_common_arguments(parser)
 
 

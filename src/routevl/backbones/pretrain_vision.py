@@ -30,6 +30,7 @@ from routevl.data.scenes import (
 )
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder
+from routevl.options import at_least
 
 POSITION_SCALE = 0.5  # of the ViT's initial position embeddings; at timm's 0.02 it is slow to learn what is where
 POSITIVE_WEIGHT = 5.0  # only one attribute in sixteen is present
@@ -37,9 +38,9 @@ POSITIVE_WEIGHT = 5.0  # only one attribute in sixteen is present
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl pretrain-vision`."""
-    parser.add_argument("--images", type=int, required=True, help="training images of random scenes")
-    parser.add_argument("--image-size", type=int, default=48, help="pixels a side")
-    parser.add_argument("--patch-size", type=int, default=8, help="pixels a side")
+    parser.add_argument("--images", type=at_least(1), required=True, help="training images of random scenes")
+    parser.add_argument("--image-size", type=at_least(1), default=48, help="pixels a side")
+    parser.add_argument("--patch-size", type=at_least(1), default=8, help="pixels a side")
     pretrain.add_common_arguments(parser)
 
 

@@ -103,16 +103,33 @@ class Method:
 
     def save(self, text_model: nn.Module, folder: Path) -> None:
         """Write the method's tensors into a run's folder."""
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors(text_model).items()}, folder / WEIGHTS)
+        save_tensors(self.tensors(text_model), folder / WEIGHTS)
 
     def load(self, text_model: nn.Module, folder: Path) -> None:
         """Read what `save` wrote. Raises KeyError or a library's error where it is of another model."""
-        from safetensors.torch import load_file
+        load_tensors(self.tensors(text_model), folder / WEIGHTS)
 
-        own, saved = self.tensors(text_model), load_file(folder / WEIGHTS)
-        if unknown := sorted(own.keys() ^ saved.keys()):
-            raise KeyError(f"{unknown[0]} is only in one of them")
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+
+def layer_norms(text_model: nn.Module) -> list[str]:
+    """The full names of a model's layer norms."""
+    from torch.nn import LayerNorm
+
+    return [name for name, module in text_model.named_modules() if isinstance(module, LayerNorm)]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(own: Mapping[str, Tensor], path: Path) -> None:
+    """Set tensors, in place, to what `save_tensors` wrote. Raises KeyError where the names are others."""
+    from safetensors.torch import load_file
+
+    saved = load_file(path)
+    if different := sorted(own.keys() ^ saved.keys()):
+        raise KeyError(f"{different[0]} is only in one of them")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])

@@ -85,11 +85,16 @@ def new_method(name: str, options: Mapping[str, Any], where: str) -> Method:
             starts with `where`.
     """
     cls = method_class(name)
-    fixed = METHODS[name].fixed
     for option in options:
-        if option in fixed:
-            raise RoutevlError(f"{where}: {option} is {text_of(fixed[option])} in the method {name}, it cannot be set")
-    return cls(read(cls.Options, {**options, **fixed}, f"{where}: method {name}"))
+        refuse_fixed(name, option, where)
+    return cls(read(cls.Options, {**options, **METHODS[name].fixed}, f"{where}: method {name}"))
+
+
+def refuse_fixed(name: str, option: str, where: str) -> None:
+    """Raise RoutevlError where a method's row fixes the option."""
+    fixed = METHODS[name].fixed
+    if option in fixed:
+        raise RoutevlError(f"{where}: {option} is {text_of(fixed[option])} in the method {name}, it cannot be set")
 
 
 def method_records() -> Iterator[dict[str, Any]]:

@@ -64,8 +64,8 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
 
 
 def _root(experiment: Experiment, experiments: Mapping[str, Experiment]) -> str:
-    for _ in experiments:  # no chain is longer, so that a circle ends too
-        experiment = experiments.get(experiment.versus, experiment)
+    while experiment.versus:  # read_sheet refuses circles
+        experiment = experiments[experiment.versus]
     return experiment.experiment
 
 
@@ -123,11 +123,12 @@ def _with_variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
     """Gain in the task's main metric over the experiment that `versus` names, by experiment; those without one have none."""
     found = {}
-    for experiment, group in runs[runs["versus"] != ""].groupby("experiment", sort=False):
-        baseline, compared = group["versus_runs"].iloc[0], list(group["run"])
-        items = read_items(results, [*baseline, *compared], TASKS[group["task"].iloc[0]].metric)
-        means = [items[those].mean(axis=1).to_numpy() for those in (baseline, compared)]
-        found[experiment] = paired_bootstrap(*means, BOOTSTRAP_SEED)
+    for _, compared in runs[runs["versus"] != ""].groupby("versus", sort=False):  # a baseline's scores are read once for all
+        baseline = compared["versus_runs"].iloc[0]
+        items = read_items(results, [*baseline, *compared["run"]], TASKS[compared["task"].iloc[0]].metric)
+        for experiment, group in compared.groupby("experiment", sort=False):
+            means = [items[those].mean(axis=1).to_numpy() for those in (baseline, list(group["run"]))]
+            found[experiment] = paired_bootstrap(*means, BOOTSTRAP_SEED)
     return found
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from routevl.errors import RoutevlError
-from routevl.methods.base import Method
+from routevl.methods.base import Method, layer_norms, load_tensors, save_tensors
 from routevl.settings import RunSettings
 from routevl.visual import VisualSource
 
@@ -94,17 +93,13 @@ class VisionLanguageModel(nn.Module):
         """Write the method's tensors, of a peft tuner as an ordinary adapter folder, with the task's weights beside them."""
         folder.mkdir(parents=True, exist_ok=True)
         self.method.save(self.text_model, folder)
-        save_file({name: tensor.contiguous() for name, tensor in self.task_weights().items()}, folder / TASK_WEIGHTS)
+        save_tensors(self.task_weights(), folder / TASK_WEIGHTS)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote. Raises RoutevlError when it was made for another model or is damaged."""
         try:
             self.method.load(self.text_model, folder)
-            own, saved = self.task_weights(), load_file(folder / TASK_WEIGHTS)
-            if different := sorted(own.keys() ^ saved.keys()):
-                raise KeyError(f"{different[0]} is only in one of them")
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+            load_tensors(self.task_weights(), folder / TASK_WEIGHTS)
         except FileNotFoundError as error:
             raise RoutevlError(f"{folder}: not a trained run ({error})") from error
         except Exception as error:  # safetensors', torch's and peft's own kinds, all meaning the same here
@@ -154,8 +149,7 @@ class Task(ABC):
         if settings.gradient_checkpointing:
             text_model.activation_checkpointing_enable()
         self.text_model_params = sum(parameter.numel() for parameter in text_model.parameters())
-        norms = [name for name, module in text_model.named_modules() if isinstance(module, nn.LayerNorm)]
-        train_also = [] if settings.freeze_layer_norm else norms
+        train_also = [] if settings.freeze_layer_norm else layer_norms(text_model)
         self.model = self.build(text_model, method, prepared, train_also, visual, settings.prefix)
 
     def longest_text(self) -> tuple[str, int]:

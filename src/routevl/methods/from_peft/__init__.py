@@ -3,12 +3,12 @@ may set. They read no image, which comes by the visual prefix alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from routevl.methods.base import NoOptions
+from routevl.methods.base import NoOptions, layer_norms
 from routevl.methods.peft_method import PeftMethod
-from routevl.options import as_record, option
+from routevl.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ class FromPeft(PeftMethod):
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.peft_type]]
-        return config_class(**as_record(self.options), modules_to_save=train_also or None)
+        return config_class(**asdict(self.options), modules_to_save=train_also or None)
 
 
 class Lora(FromPeft):
@@ -90,10 +90,8 @@ class LNTuning(FromPeft):
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         from peft import LNTuningConfig
-        from torch.nn import LayerNorm
 
-        norms = [name for name, module in text_model.named_modules() if isinstance(module, LayerNorm)]
-        return LNTuningConfig(target_modules=norms)
+        return LNTuningConfig(target_modules=layer_norms(text_model))
 
     def part_of(self, name: str) -> str:
         return "layer_norm"

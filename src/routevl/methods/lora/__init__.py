@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from routevl.methods.routed import RoutedMethod, RoutedOptions
-from routevl.options import as_record, option
+from routevl.options import option
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -26,4 +26,4 @@ class Lora(RoutedMethod):
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         from routevl.methods.lora.model import RoutedLoraConfig
 
-        return RoutedLoraConfig(**as_record(self.options), modules_to_save=train_also or None)
+        return RoutedLoraConfig(**asdict(self.options), modules_to_save=train_also or None)
