@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,56 +22,131 @@ from routevl.errors import RoutevlError
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+    """Yield a temporary path for a file; put it in the place of `path` on success, remove it on failure.
 
     Raises:
-        RoutevlError: the file could not be written (a full disk, no permission); nothing is left behind.
+        RoutevlError: the file could not be written (a full disk, no permission); what stood at `path` is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _naming(path, temporary):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _flush_to_disk(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(path), _folder_beside(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        _let_all_read(temporary)
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; put it in the place of `path` on success, remove it on failure.
+def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder; put it in the place of `path` on success, remove it on failure.
+
+    Args:
+        marker: what always stands in such a folder, by which an earlier one is recognised (see `check_replaceable`).
 
     Raises:
-        RoutevlError: the folder could not be written; what stood at `path` before is untouched.
+        RoutevlError: the folder could not be written, or something else stands at `path`, which is untouched then. Where the
+            earlier folder holds more than what is written, what is written is kept beside it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _naming(path, temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():  # some libraries write weights that nobody but their owner may read
-                    file.chmod(file.stat().st_mode | 0o444 & ~_umask())
-            if path.exists():
-                shutil.rmtree(path)
+    check_replaceable(path, marker)
+    if path.is_symlink():
+        path = path.resolve()
+    with _naming(path), _folder_beside(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _let_all_read(file)
+        _flush_all_to_disk(temporary)
+        if not path.exists():
             os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        elif foreign := sorted(_names_in(path) - _names_in(temporary)):
+            kept = path.parent / Path(tempfile.mkdtemp(prefix=f"{path.name}.new-", dir=path.parent)).name
+            os.replace(temporary, kept)
+            raise RoutevlError(f"{path} holds {foreign[0]} too, so it is not replaced; what was made is in {kept}")
+        else:
+            _exchange(temporary, path, folder / "aside")
+        _flush_to_disk(path.parent)
+
+
+def check_replaceable(path: str | Path, marker: str) -> None:
+    """Raise RoutevlError where something stands at `path` that is neither an empty folder nor one that holds `marker`."""
+    path = Path(path)
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise RoutevlError(f"{path}: stands there and is no folder, so it is not replaced")
+    elif not (path / marker).exists() and (names := sorted(_names_in(path))):
+        raise RoutevlError(f"{path}: holds {names[0]} and no {marker}, so it is not of this stage and is not replaced")
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) - {".snakemake_timestamp"}
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path) -> Iterator[None]:
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`. Its name is no other process's, on whatever node, and it is locked while this process
+    lives: those of killed processes are known by having no lock, and are removed before the same path is written again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start, end = f".{path.name}.", ".tmp"
+    for name in os.listdir(path.parent):
+        if name.startswith(start) and name.endswith(end):
+            with _locked_folder(path.parent / name, fcntl.LOCK_NB) as held:
+                if held:
+                    shutil.rmtree(path.parent / name, ignore_errors=True)
+    while True:
+        folder = path.parent / Path(tempfile.mkdtemp(prefix=start, suffix=end, dir=path.parent)).name
+        try:
+            with _locked_folder(folder):
+                if folder.exists():  # else another process came between, and took it for one without a lock
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_folder(folder: Path, how: int = 0) -> Iterator[bool]:
+    """Hold a folder's lock while the body runs. Yields False where another process holds it (with LOCK_NB), where the folder has
+    gone, or where the file system has no locks for folders."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | how)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(file)
+
+
+def _exchange(new: Path, path: Path, aside: Path) -> None:
+    """Put the folder `new` in the place of the folder `path`, in one step where the system can (Linux's RENAME_EXCHANGE); what
+    stood there is then at `new`, else at `aside`."""
+    rename, here, exchange = getattr(ctypes.CDLL(None), "renameat2", None), -100, 2
+    if rename is None or rename(here, os.fsencode(new), here, os.fsencode(path), exchange) != 0:
+        os.replace(path, aside)
+        os.replace(new, path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
     """Turn the operating system's errors into RoutevlErrors that name `path`; safetensors has them in its messages alone."""
     try:
         yield
     except RoutevlError as error:
-        if str(temporary) not in str(error):
+        temporary = re.escape(str(path.parent / f".{path.name}.")) + r"\w+\.tmp/" + re.escape(path.name)
+        message = re.sub(temporary, lambda match: str(path), str(error))
+        if message == str(error):
             raise
-        raise RoutevlError(str(error).replace(str(temporary), str(path))) from error
+        raise RoutevlError(message) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if not isinstance(error, OSError) and not number:
@@ -84,9 +161,35 @@ def _umask() -> int:
     return umask
 
 
+def _let_all_read(file: Path) -> None:
+    """Some libraries write weights that nobody but their owner may read."""
+    file.chmod(file.stat().st_mode | 0o444 & ~_umask())
+
+
 def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Flush a file, or a folder's list of files where the file system can."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(file)
+
+
+def _flush_all_to_disk(folder: Path) -> None:
+    """Flush the file system of a folder: in one call, for a folder can have a hundred thousand files."""
+    sync = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if sync is None:
+        os.sync()
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        if sync(file) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(file)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = check_folder(arguments.source)
     module, _, function = DERIVATIONS[arguments.by].implementation.partition(":")
     derive = getattr(importlib.import_module(f"routevl.backbones.{module}"), function)
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "config.json") as folder:
         found = derive(source, options, Path(folder))
         record = {"by": arguments.by, "options": asdict(options), "source_fingerprint": fingerprint_of(source), **found}
         write_json(folder / "derived.json", record)

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
             or a file that is not what the hub published.
     """
     snapshot = check_folder(_hub_snapshot(arguments.hub_id, arguments.revision))
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "config.json") as folder:
         hashes = {}
         for file in sorted(snapshot.iterdir()):
             hashes[file.name] = sha256_of(shutil.copyfile(file, folder / file.name))

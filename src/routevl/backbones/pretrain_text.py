@@ -27,7 +27,7 @@ from transformers import (
 from routevl.backbones import pretrain
 from routevl.backbones.pretrain import HELD_OUT, HELD_OUT_DATA, TRAINING_DATA, random_generator
 from routevl.data.shapes_language import sentences
-from routevl.files import atomic_folder
+from routevl.files import atomic_folder, check_replaceable
 from routevl.options import at_least
 
 POSITIONS = 128  # text tokens and visual prefix together
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RoutevlError: a bad option, or training diverged.
     """
+    check_replaceable(arguments.output, "config.json")
     pretrain.prepare(arguments)
     training = sentences(random_generator(arguments.seed, TRAINING_DATA), arguments.sentences)
     held_out = sentences(random_generator(arguments.seed, HELD_OUT_DATA), HELD_OUT)
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     description = f"pretrain-text ({arguments.architecture})"
     pretrain.train(model.parameters(), [len(ids) for ids in encoded], loss_of, arguments, description)
     quality = _quality(model, collate, _encode(tokenizer, held_out))
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "config.json") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         pretrain.write_record(folder, "pretrain-text", quality, arguments)

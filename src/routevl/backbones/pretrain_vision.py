@@ -29,7 +29,7 @@ from routevl.data.scenes import (
     sample_scene,
 )
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder
+from routevl.files import atomic_folder, check_replaceable
 from routevl.options import at_least
 
 POSITION_SCALE = 0.5  # of the ViT's initial position embeddings; at timm's 0.02 it is slow to learn what is where
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RoutevlError: a bad option, or training diverged.
     """
+    check_replaceable(arguments.output, "config.json")
     if arguments.image_size % arguments.patch_size:
         raise RoutevlError(f"--image-size {arguments.image_size} is not a multiple of --patch-size {arguments.patch_size}")
     pretrain.prepare(arguments)
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     parameters = [*model.parameters(), *head.parameters()]
     pretrain.train(parameters, [1] * arguments.images, loss_of, arguments, "pretrain-vision")
     quality = _quality(model.eval(), head, transform, *_draw(HELD_OUT, arguments, HELD_OUT_DATA))
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "config.json") as folder:
         save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
         pretrain.write_record(folder, "pretrain-vision", quality, arguments)
 

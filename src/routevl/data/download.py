@@ -84,7 +84,7 @@ def run_unpack(arguments: argparse.Namespace) -> None:
     if not archive.is_file():
         raise RoutevlError(f"{archive}: no such file (routevl download gets it)")
     try:
-        with atomic_folder(arguments.output) as folder, zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(archive) as opened, atomic_folder(arguments.output, _first_name(opened)) as folder:
             members = opened.infolist()
             _check_space(folder, f"unpacking {archive}", sum(member.file_size for member in members))
             for member in progress(members, len(members), f"unpacking {archive.name}"):
@@ -92,6 +92,11 @@ def run_unpack(arguments: argparse.Namespace) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise RoutevlError(f"{archive}: a damaged archive, or not a zip archive ({error})") from error
     print(f"{archive}: {sum(not member.is_dir() for member in members)} files unpacked to {arguments.output}")
+
+
+def _first_name(archive: zipfile.ZipFile) -> str:
+    """What is always in the archive's folder."""
+    return next((part for name in archive.namelist() for part in name.split("/") if part not in ("", ".", "..")), ".")
 
 
 def _add_file_arguments(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         answers = read_vocabulary(arguments.vocabulary)
     else:
         answers = build_vocabulary(splits, arguments.answer_splits or ("train", "val"), arguments.minimum_answer_count)
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "answers.json") as folder:
         for name, split in splits.items():
             _write_split(folder / name, name, split)
         write_records(folder / "answers.json", answers)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the world: {train,val,test}/{images/,questions.json,annotations.json,captions.json}, or nothing."""
     counts = {split: getattr(arguments, f"{split}_images") for split in SPLITS}
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "train") as folder:
         for split, count in counts.items():
             write_split(folder / split, split, count, arguments.seed, arguments.image_size, arguments.questions_per_image)
     print(f"world of {sum(counts.values())} images written to {arguments.output}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, write_json
+from routevl.files import atomic_folder, check_replaceable, write_json
 
 Scores = tuple[dict[str, Any], dict[str, Any]]  # what metrics.json and items.json hold
 
@@ -57,9 +57,11 @@ def run(arguments: Namespace) -> None:
     """
     if len(arguments.predictions) != len(arguments.output):
         raise RoutevlError(f"--output names {len(arguments.output)} folders for {len(arguments.predictions)} --predictions")
+    for output in arguments.output:
+        check_replaceable(output, "metrics.json")
     results = [folder / "results.json" for folder in arguments.predictions]
     scores = list(_SCORERS[arguments.task](arguments.split_folder, results))
     for predictions, output, (summary, items) in zip(arguments.predictions, arguments.output, scores, strict=True):
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, "metrics.json") as folder:
             write_json(folder / "metrics.json", {"run": predictions.resolve().name, "task": arguments.task} | summary)
             write_json(folder / "items.json", items)

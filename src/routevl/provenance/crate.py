@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     for needed in (Path(SNAKEFILE), Path(WORKFLOW), CITATION):
         if not needed.exists():
             raise RoutevlError(f"{needed}: no such file or folder; a crate is made in the folder that the workflow runs in")
-    with atomic_folder(results / SOURCE) as copy:
+    with atomic_folder(results / SOURCE, SNAKEFILE) as copy:
         shutil.copy(SNAKEFILE, copy)
         shutil.copytree(WORKFLOW, copy / WORKFLOW, ignore=shutil.ignore_patterns("__pycache__"))
         metadata = Crate(results, jobs, {**describe(copy), "path": str(results / SOURCE)}).metadata()

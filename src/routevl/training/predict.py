@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, read_json, write_json
+from routevl.files import atomic_folder, check_replaceable, read_json, write_json
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.tasks.base import Task
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         RoutevlError: not a trained run, or one of another text or vision model than those given.
     """
     check_execution(arguments)
+    check_replaceable(arguments.predictions, "results.json")
     prepare_torch(arguments.threads)
     folder = Path(arguments.model)
     record = read_json(folder / "run.json")
@@ -73,5 +74,5 @@ def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items:
             results += task.predict(model, batch)
     results = gather_object(results)
     if accelerator.is_main_process:
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, "results.json") as temporary:
             write_json(temporary / "results.json", results)

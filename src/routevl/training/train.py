@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from routevl import settings as run_settings
-from routevl.files import lock
+from routevl.files import check_replaceable, lock
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import check_execution
@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = run_settings.from_arguments(arguments)
     check_execution(arguments)
+    check_replaceable(arguments.model, "run.json")  # before the work, not after it
+    check_replaceable(arguments.predictions, "results.json")
     accelerator = new_accelerator(settings)
     with lock(Path(arguments.checkpoint) / "lock") if accelerator.is_main_process else nullcontext() as held:
         if held:

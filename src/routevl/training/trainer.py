@@ -240,7 +240,7 @@ class Trainer:
             self._restore_best()
             return
         counts = model.trainable_params_by_part()
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, "run.json") as temporary:
             model.save(temporary / "last")
             self._restore_best()
             model.save(temporary)
