@@ -24,7 +24,7 @@ def make_job(path: Path, inputs: list[str], outputs: list[str], **fields: Any) -
         "config": {},
         "seed": None,
         "code": {"version": "0.1.0", "commit": "c0ffee", "dirty": False, "files": {}},
-        "environment": {"python": "3.11.0", "lock": None, "packages": {}},
+        "environment": {"python": "3.11.0", "lock": None, "packages": {}, "loaded": []},
         "machine": {"host": "node1", "system": "Linux", "cpu": None, "cores": 1, "gpus": [], "slurm_job_id": None},
         "started": "2026-01-01T00:00:00.000+00:00",
         "ended": "2026-01-01T01:00:00.000+00:00",
@@ -32,6 +32,7 @@ def make_job(path: Path, inputs: list[str], outputs: list[str], **fields: Any) -
         "cpu_seconds": 1.0,
         "peak_memory_mb": 1.0,
         "exit_status": 0,
+        "changed": [],
     }
     made = {"inputs": [describe(Path(file)) for file in inputs], "outputs": [describe(Path(file)) for file in outputs]}
     write_manifest(path, made_up | made | fields)

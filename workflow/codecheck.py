@@ -17,8 +17,8 @@ import yaml
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file
-from routevl.provenance.audit import planned_commands
 from routevl.provenance.manifest import describe, read_manifest
+from routevl.provenance.records import read_plan
 
 SPECIFICATION = "https://codecheck.org.uk/spec/config/1.0/"
 OUTPUT = Path("codecheck.yml")
@@ -41,7 +41,7 @@ def reproduced(results: Path) -> list[dict[str, str]]:
         RoutevlError: one has not been made yet, is not as its job wrote it, or lies outside of the project.
     """
     entries = []
-    for path in sorted(map(Path, planned_commands(results))):
+    for path in sorted(job.manifest for job in read_plan(results).values()):
         if path.parent.name not in SUFFIXES:
             continue
         manifest = read_manifest(path)

@@ -49,11 +49,13 @@ def _age() -> float:
 
 
 def log_modules() -> None:
-    """Leave the names of the package's modules that were loaded, where `routevl record` started this process."""
+    """Leave the names of the package's modules that were loaded, and of all other imported packages but Python's own, where
+    `routevl record` started this process."""
     if path := os.environ.get(MODULES_VARIABLE):
-        files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
-        names = sorted(str(file.relative_to(PACKAGE)) for file in files if PACKAGE in file.parents)
-        Path(path).write_text("\n".join(names), encoding="utf-8")
+        files = {name: Path(module.__file__) for name, module in list(sys.modules.items()) if getattr(module, "__file__", None)}
+        own = sorted(file.relative_to(PACKAGE).as_posix() for file in set(files.values()) if PACKAGE in file.parents)
+        others = sorted({name.partition(".")[0] for name in files} - sys.stdlib_module_names)
+        Path(path).write_text(json.dumps({"own": own, "others": others}), encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

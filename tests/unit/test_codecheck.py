@@ -12,6 +12,8 @@ import pytest
 import yaml
 from synthetic_manifests import make_job
 
+from routevl.provenance.records import Planned
+
 PROJECT = Path(__file__).resolve().parents[2]
 TABLE, FIGURE = Path("results/manifests/table/T1_vqa.json"), Path("results/manifests/figure/F2_main.json")
 
@@ -27,8 +29,8 @@ def codecheck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     specification = importlib.util.spec_from_file_location("codecheck", PROJECT / "workflow/codecheck.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    planned = {str(path): [] for path in (TABLE, Path("results/manifests/train/run.json"), FIGURE)}
-    monkeypatch.setattr(module, "planned_commands", lambda results: planned)
+    planned = [Planned(path, [], []) for path in (TABLE, Path("results/manifests/train/run.json"), FIGURE)]
+    monkeypatch.setattr(module, "read_plan", lambda results: {str(job.manifest): job for job in planned})
     monkeypatch.setattr(sys, "argv", ["codecheck.py", "results"])
     return module
 

@@ -91,10 +91,11 @@ def write(
         "code": {"version": "0.1.0", "commit": "c" * 40, "dirty": True,
                  "files": {"errors.py": sha256_of(PACKAGE / "errors.py"),
                            "files.py": digest_of("changed"), "gone.py": digest_of("gone")}},
-        "environment": {"python": "3.11.7", "lock": digest_of("lock"), "packages": {"snakemake": "9.27.1", "torch": "2.11.0"}},
+        "environment": {"python": "3.11.7", "lock": digest_of("lock"), "packages": {"snakemake": "9.27.1", "torch": "2.11.0"},
+                        "loaded": ["torch"]},
         "machine": {"host": "janes-laptop", "system": "Linux", "cpu": None, "cores": 2, "gpus": [], "slurm_job_id": None},
         "started": f"2026-01-02T00:0{minute}:00.000+00:00", "ended": f"2026-01-02T00:0{minute}:30.500+00:00",
-        "wall_seconds": 30.5, "cpu_seconds": 30.0, "peak_memory_mb": 100.0, "exit_status": exit_status,
+        "wall_seconds": 30.5, "cpu_seconds": 30.0, "peak_memory_mb": 100.0, "exit_status": exit_status, "changed": [],
     }  # fmt: skip
     write_manifest(path, manifest)
 
@@ -260,7 +261,8 @@ def test_equal_manifests_give_equal_bytes(project: Path) -> None:
 
 def test_a_damaged_manifest_leaves_no_crate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write("world/world", "routevl world", [], [], minute=1)
+    world = {"path": "results/world", "bytes": 1, "sha256": digest_of("world")}
+    write("world/world", "routevl world", [], [world], minute=1)
     path = Path("results/manifests/world/world.json")
     path.write_text(path.read_text().replace("routevl", "otherevl"))
     with pytest.raises(RoutevlError, match="world.json: was changed"):
@@ -268,7 +270,7 @@ def test_a_damaged_manifest_leaves_no_crate(tmp_path: Path, monkeypatch: pytest.
     path.unlink()
     with pytest.raises(RoutevlError, match="no manifests"):
         crate.run(argparse.Namespace(results=Path("results")))
-    write("world/world", "routevl world", [], [], minute=1)
+    write("world/world", "routevl world", [], [world], minute=1)
     with pytest.raises(RoutevlError, match="Snakefile: no such file"):
         crate.run(argparse.Namespace(results=Path("results")))
     assert [path.name for path in Path("results").iterdir()] == ["manifests"]

@@ -1,128 +1,81 @@
 """Stage `audit`: whether an output, and all that it was made from, still stands; and the same output made again.
 
 An output's manifest names its job's inputs; their manifests name theirs, down to raw data and downloads. The audit hashes all of
-it anew, and compares code, environment and commands with those of now.
+it anew, and compares code, packages and commands with those of now.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from routevl.errors import RoutevlError
-from routevl.files import read_json, sha256_of
-from routevl.provenance.manifest import Entry, Manifest, describe, manifest_paths, read_manifest
-from routevl.provenance.record import LOCK, environment, options_of
+from routevl.provenance.manifest import Entry, Manifest, describe, set_aside
+from routevl.provenance.record import LOCK, code_now, environment, options_of
+from routevl.provenance.records import Job, Plan, Planned, Records, place, project_of, read_plan, snakemake
 from routevl.provenance.rerun import rerun
-from routevl.startup import PACKAGE
-
-CONFIG = "config.json"  # beside the manifests: which configuration files the workflow was run with
-SHELL_COMMAND = re.compile(r"^Shell command: (routevl record .*) &> ", re.MULTILINE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl audit`."""
     parser.add_argument("path", type=Path, help="a file or folder under the results, or the whole results folder")
     parser.add_argument("--rerun", action="store_true", help="also make it again in a scratch folder and compare")
+    parser.add_argument(
+        "--retire", action="store_true", help="first set aside the manifests of jobs that the configuration lacks"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a tree")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the lineage of a path with what is wrong with it; exit with status 1 where not everything stands or is made again."""
-    results = results_folder(arguments.path)
-    records = Records(results)
-    jobs = records.jobs() if arguments.path.resolve() == results.resolve() else [records.job_of(arguments.path)]
-    audit = Audit(records)
-    for job in jobs:
-        audit.check(job)
-    reruns = [rerun(job.manifest, results) for job in jobs if job.manifest] if arguments.rerun else []
-    if arguments.json:
-        print(json.dumps({"stands": audit.stands, "jobs": audit.as_records(), "reruns": reruns}, indent=1))
-    else:
-        print("\n".join(audit.lines(jobs)))
-        for again in reruns:
-            print(f"made again: {', '.join(again['outputs'])}: {again['verdict']}", *again["differences"], sep="\n  ")
-    if not audit.stands or any(again["verdict"].startswith("different") for again in reruns):
-        raise SystemExit(1)
+    path = Path(place(arguments.path))
+    project, results = project_of(arguments.path)
+    with chdir(project):  # that the paths of manifests are relative to
+        plan = read_plan(results)
+        records = Records(results, plan)
+        if arguments.retire:
+            for job in records.retired:
+                set_aside(job.path)
+            records = Records(results, plan)
+        whole = path == Path(place(results))
+        audit = Audit(records, plan)
+        jobs = [*records.jobs, *lost_jobs(records, plan)] if whole else [records.job_of(path)]
+        for job in jobs:
+            audit.check(job)
+        reruns = [rerun(job.manifest, results) for job in jobs if job.manifest] if arguments.rerun else []
+        if arguments.json:
+            found = {"stands": audit.stands, "jobs": audit.as_records(), "retired": [str(job.path) for job in records.retired]}
+            print(json.dumps(found | {"reruns": reruns}, indent=1))
+        else:
+            print("\n".join(audit.lines(jobs)))
+            for again in reruns:
+                print(f"made again: {', '.join(again['outputs'])}: {again['verdict']}", *again["differences"], sep="\n  ")
+        if not audit.stands or any(again["verdict"].startswith("different") for again in reruns):
+            raise SystemExit(1)
 
 
-def results_folder(path: Path) -> Path:
-    """The results folder that a path is in. Raises RoutevlError where none above it has manifests."""
-    for folder in (path, *path.parents):
-        if (folder / "manifests").is_dir():
-            return folder
-    raise RoutevlError(f"{path}: not in a folder of results that has manifests")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One manifest; `manifest` is None where it could not be read, and `error` says why."""
-
-    path: Path
-    manifest: Manifest | None
-    error: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.path.parent.name} {self.path.stem}"
-
-
-class Records:
-    """All manifests of a results folder; `makers`: output -> the job that made it."""
-
-    def __init__(self, results: Path) -> None:
-        self.results = results
-        self._jobs = [_read(path) for path in manifest_paths(results)]
-        self.makers = {output: job for job in self._jobs for output in _outputs_of(job)}
-
-    def jobs(self) -> list[Job]:
-        """All jobs. Raises RoutevlError where there are none."""
-        if not self._jobs:
-            raise RoutevlError(f"{self.results}/manifests: no manifests")
-        return self._jobs
-
-    def job_of(self, path: Path) -> Job:
-        """The job that made a path. Raises RoutevlError where no manifest tells of it."""
-        wanted = path.resolve()
-        for output, job in self.makers.items():
-            if Path(output).resolve() in (wanted, *wanted.parents):
-                return job
-        broken = "".join(f"; {job.error}" for job in self._jobs if job.error)
-        raise RoutevlError(f"{path}: no manifest tells how it was made{broken}")
-
-
-def _read(path: Path) -> Job:
-    try:
-        return Job(path, read_manifest(path))
-    except RoutevlError as error:
-        return Job(path, None, str(error))
-
-
-def _outputs_of(job: Job) -> list[str]:
-    """The outputs of a job, as far as can be told: also a manifest that was edited says what it was about."""
-    try:
-        return [str(entry["path"]) for entry in (job.manifest or read_json(job.path))["outputs"]]
-    except (RoutevlError, KeyError, TypeError):
-        return []
+def lost_jobs(records: Records, plan: Plan) -> list[Job]:
+    """The configuration's jobs whose outputs are there, at least in part, without a manifest."""
+    known = {place(job.path) for job in records.jobs}
+    lost = [(planned, output) for key, planned in plan.items() if key not in known for output in planned.outputs]
+    there = {
+        planned.manifest: f"{output}: no manifest tells how it was made" for planned, output in lost if Path(output).exists()
+    }
+    return [Job(path, None, error) for path, error in there.items()]
 
 
 class Audit:
     """What is wrong with the jobs that have been checked: `problems`, by their manifests' paths."""
 
-    def __init__(self, records: Records) -> None:
-        self.records = records
+    def __init__(self, records: Records, plan: Plan) -> None:
+        self.records, self.plan = records, plan
         self.problems: dict[Path, list[str]] = {}
-        self._commands = planned_commands(records.results)
-        self._environment = environment()
-        self._code = {path.relative_to(PACKAGE).as_posix(): sha256_of(path) for path in PACKAGE.rglob("*.py")}
+        self._environment, self._code = environment(), code_now()
+        self._snakemake = snakemake(records.results)
 
     @property
     def stands(self) -> bool:
@@ -142,40 +95,45 @@ class Audit:
         for entry in job.manifest["outputs"]:
             problems += _compare(entry)
         for entry in job.manifest["inputs"]:
-            maker = self.records.makers.get(entry["path"])
+            maker = self.records.maker_of(entry["path"])
             if maker:
                 self.check(maker)
                 problems += _not_as_made(entry, maker)
                 continue
             problems += _compare(entry)
-            if self.records.results.resolve() in Path(entry["path"]).resolve().parents:  # not raw data
+            if Path(place(self.records.results)) in Path(place(entry["path"])).parents:  # not raw data
                 problems.append(f"{entry['path']}: no readable manifest tells how this input was made")
-        problems += self._stale(job.path, job.manifest)
+        problems += [f"{name}: was changed while the job ran" for name in job.manifest["changed"]]
+        if planned := self.plan.get(place(job.path)):
+            problems += self._stale(planned, job.manifest)
+        else:
+            problems.append("retired: the configuration has no such job now")
 
-    def _stale(self, path: Path, then: Manifest) -> list[str]:
-        """What is not as it was when the job ran: its command, the code, the lock or the installed packages."""
+    def _stale(self, planned: Planned, then: Manifest) -> list[str]:
+        """What is not as it was when the job ran: its command, the code, the lock, Python or the packages that it had loaded."""
         problems = []
-        command = self._commands.get(str(path))
-        if command is None:
-            problems.append("the configuration has no such job now")
-        elif command != then["command"]:
-            problems += _changed_options(then["command"], command)
+        if planned.command != then["command"]:
+            problems += _changed_options(then["command"], planned.command)
         for name, sha256 in then["code"]["files"].items():
             if self._code.get(name) != sha256:
                 problems.append(f"the code of routevl/{name} is not what the job ran")
         before, now = then["environment"], self._environment
         if before["lock"] != now["lock"]:
             problems.append(f"{LOCK} is not what it was")
-        versions = [environment["packages"] for environment in (before, now)]
-        changed = sorted({name for name, _ in versions[0].items() ^ versions[1].items()})
-        if changed:
-            first, *others = changed
+        versions = [(name, before["packages"].get(name), now["packages"].get(name)) for name in before["loaded"]]
+        if changed := [(name, was, is_now) for name, was, is_now in versions if was != is_now]:
+            (first, was, is_now), *others = changed
             more = f" and {len(others)} more packages" if others else ""
-            was, is_now = (packages.get(first) for packages in versions)
             problems.append(f"another environment: {first} {was} then, {is_now} now{more}")
         if before["python"] != now["python"]:
             problems.append(f"Python {before['python']} then, {now['python']} now")
         return [f"stale: {problem}" for problem in problems]
+
+    def remedy(self, job: Job) -> list[str]:
+        """The command that brings a job which does not stand up to date."""
+        if planned := self.plan.get(place(job.path)):
+            return [*self._snakemake, "--forcerun", planned.outputs[0]]
+        return ["routevl", "audit", "--retire", str(self.records.results)]
 
     def as_records(self) -> list[dict[str, Any]]:
         """The jobs that have been checked as JSON, each with its outputs and problems."""
@@ -183,10 +141,11 @@ class Audit:
             {
                 "manifest": str(job.path),
                 "rule": job.path.parent.name,
-                "outputs": [entry["path"] for entry in job.manifest["outputs"]] if job.manifest else [],
+                "outputs": job.outputs,
                 "problems": self.problems[job.path],
+                "remedy": shlex.join(self.remedy(job)) if self.problems[job.path] else None,
             }
-            for job in self.records.jobs()
+            for job in [*self.records.jobs, *self.records.retired]
             if job.path in self.problems
         ]
 
@@ -196,7 +155,9 @@ class Audit:
         lines = [line for job in jobs if job.path not in shown for line in self._tree(job, "", shown)]
         wrong = sum(map(bool, self.problems.values()))
         verdict = "everything stands" if self.stands else f"{wrong} of {len(self.problems)} jobs do not stand"
-        return [*lines, f"{len(self.problems)} jobs checked: {verdict}"]
+        unseen = [job.name for job in self.records.retired if job.path not in self.problems]
+        retired = f"; retired, as the configuration has no such jobs now: {', '.join(unseen)} (--retire)" if unseen else ""
+        return [*lines, f"{len(self.problems)} jobs checked: {verdict}{retired}"]
 
     def _tree(self, job: Job, indent: str, shown: set[Path]) -> Iterator[str]:
         if job.path in shown:
@@ -206,10 +167,12 @@ class Audit:
         problems = self.problems[job.path]
         yield f"{indent}{job.name}: {'DOES NOT STAND' if problems else 'stands'}"
         yield from (f"{indent}  ! {problem}" for problem in problems)
+        if problems:
+            yield f"{indent}  > {shlex.join(self.remedy(job))}"
         paths = [entry["path"] for entry in job.manifest["inputs"]] if job.manifest else []
-        yield from (f"{indent}  {path} (given)" for path in paths if path not in self.records.makers)
-        makers = [self.records.makers[path] for path in paths if path in self.records.makers]
-        for maker in {maker.path: maker for maker in makers}.values():
+        makers = {path: self.records.maker_of(path) for path in paths}
+        yield from (f"{indent}  {path} (given)" for path, maker in makers.items() if not maker)
+        for maker in {maker.path: maker for maker in makers.values() if maker}.values():
             yield from self._tree(maker, indent + "  ", shown)
 
 
@@ -235,7 +198,7 @@ def _compare(entry: Entry) -> list[str]:
 def _not_as_made(entry: Entry, maker: Job) -> list[str]:
     """An input that its maker has made differently since."""
     made = maker.manifest["outputs"] if maker.manifest else [entry]
-    if any(output["path"] == entry["path"] and output["sha256"] == entry["sha256"] for output in made):
+    if any(place(output["path"]) == place(entry["path"]) and output["sha256"] == entry["sha256"] for output in made):
         return []
     return [f"stale: {entry['path']} was read before {maker.name} made it as it is now"]
 
@@ -248,19 +211,3 @@ def _changed_options(then: list[str], now: list[str]) -> list[str]:
             was, is_now = (shlex.join(options[name]) if name in options else "was not given" for options in (before, after))
             changes.append(f"--{name} {was} then, {is_now} now")
     return changes or ["the command is another one now"]
-
-
-def planned_commands(results: Path) -> dict[str, list[str]]:
-    """Manifest -> command of every job of the configuration as it is now. Raises RoutevlError where Snakemake cannot tell."""
-    used = read_json(results / "manifests" / CONFIG)
-    snakemake = [str(Path(sys.executable).with_name("snakemake")), "--dry-run", "--forceall", "--printshellcmds", "--nocolor"]
-    given = ["--configfile", *used["configfiles"]] if used["configfiles"] else []
-    given += ["--config", *used["config"]] if used["config"] else []
-    dry_run = subprocess.run([*snakemake, "--cores", "1", *given], capture_output=True, text=True)
-    if dry_run.returncode != 0:
-        raise RoutevlError(f"the workflow cannot be planned now: {(dry_run.stdout + dry_run.stderr).strip()[-500:]}")
-    commands = {}
-    for line in SHELL_COMMAND.findall(dry_run.stdout):
-        words = shlex.split(line)
-        commands[words[words.index("--manifest") + 1]] = words[words.index("--") + 1 :]
-    return commands

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterable
+from contextlib import chdir
 from dataclasses import dataclass
 from mimetypes import MimeTypes
 from pathlib import Path
@@ -29,6 +30,7 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, sha256_of, write_json
 from routevl.provenance.manifest import PAST, Entry, Manifest, describe, digest_of, manifest_paths, read_manifest
 from routevl.provenance.record import LOCK
+from routevl.provenance.records import project_of
 from routevl.startup import PACKAGE
 
 METADATA = "ro-crate-metadata.json"
@@ -58,16 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Copy the workflow to <results>/source, and write <results>/ro-crate-metadata.json."""
-    results = arguments.results
-    jobs = read_jobs(results)
-    for needed in (Path(SNAKEFILE), Path(WORKFLOW), CITATION):
-        if not needed.exists():
-            raise RoutevlError(f"{needed}: no such file or folder; a crate is made in the folder that the workflow runs in")
-    with atomic_folder(results / SOURCE, SNAKEFILE) as copy:
-        shutil.copy(SNAKEFILE, copy)
-        shutil.copytree(WORKFLOW, copy / WORKFLOW, ignore=shutil.ignore_patterns("__pycache__"))
-        metadata = Crate(results, jobs, {**describe(copy), "path": str(results / SOURCE)}).metadata()
-    write_json(results / METADATA, metadata)
+    project, results = project_of(arguments.results)
+    with chdir(project):
+        jobs = read_jobs(results)
+        for needed in (Path(SNAKEFILE), Path(WORKFLOW), CITATION):
+            if not needed.exists():
+                raise RoutevlError(f"{needed}: no such file or folder; a crate is made in the folder that the workflow runs in")
+        with atomic_folder(results / SOURCE, SNAKEFILE) as copy:
+            shutil.copy(SNAKEFILE, copy)
+            shutil.copytree(WORKFLOW, copy / WORKFLOW, ignore=shutil.ignore_patterns("__pycache__"))
+            metadata = Crate(results, jobs, {**describe(copy), "path": str(results / SOURCE)}).metadata()
+        write_json(results / METADATA, metadata)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
-from routevl.files import read_json, sha256_of
-from routevl.provenance.manifest import HASHES, PAST, Manifest, describe, write_manifest
+from routevl.errors import RoutevlError
+from routevl.files import read_json, sha256_of, write_json
+from routevl.provenance.manifest import HASHES, Entry, Manifest, describe, digest_of, past_of, set_aside, write_manifest
 from routevl.startup import MODULES_VARIABLE, PACKAGE
 
 LOCK = Path("envs/requirements.lock")
@@ -36,18 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; write its manifest when it has succeeded, and one under manifests/.past when it has failed.
 
+    Code, environment and inputs are those from before the command; what has changed when it is done is listed in the manifest.
+
     Exits with the command's status where it failed. Raises RoutevlError where it has not written an output.
     """
     path = arguments.manifest
     hashes = path.parents[1] / HASHES
     if path.exists():  # of an earlier execution of the same job
-        superseded = _past(path, str(read_json(path).get("started", "")))
-        superseded.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(superseded)
-    inputs = [describe(entry, hashes) for entry in arguments.inputs]
+        set_aside(path)
+    inputs, code, circumstances = [describe(entry, hashes) for entry in arguments.inputs], code_now(), environment()
+    version_control = _version_control()
     started, clock = datetime.now(UTC), time.monotonic()
-    status, usage, modules = _run_command(arguments.command)
+    status, usage, loaded = _run_command(arguments.command)
     ended, wall_seconds = datetime.now(UTC), time.monotonic() - clock
+    changed = [*_changed_inputs(inputs, hashes), *_changed_code(code, loaded["own"]), *_changed(circumstances, environment())]
     options = options_of(arguments.command)
     record: Manifest = {
         "rule": path.parent.name,
@@ -57,8 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": int(options["seed"][0]) if "seed" in options else None,
         "inputs": inputs,
         "outputs": [],
-        "code": _code(modules),
-        "environment": environment(),
+        "code": {
+            "version": version("routevl"),
+            **version_control,
+            "files": {name: code[name] for name in loaded["own"] if name in code},
+        },
+        "environment": {**circumstances, "loaded": _distributions(loaded["others"], circumstances, hashes)},
         "machine": _machine(),
         "started": started.isoformat(timespec="milliseconds"),
         "ended": ended.isoformat(timespec="milliseconds"),
@@ -66,30 +75,53 @@ def run(arguments: argparse.Namespace) -> None:
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_memory_mb": round(usage.ru_maxrss / 1024, 1),
         "exit_status": status,
+        "changed": changed,
     }
     if status != 0:
-        write_manifest(_past(path, record["started"]), record)
+        write_manifest(past_of(path, record["started"]), record)
         raise SystemExit(status)
     record["outputs"] = [describe(output, hashes) for output in arguments.outputs]
     write_manifest(path, record)
+    if changed:
+        print(f"changed while the job ran, so it does not stand: {', '.join(changed)}", file=sys.stderr, flush=True)
 
 
-def _past(path: Path, started: str) -> Path:
-    """Where the manifest of a failed or superseded execution goes."""
-    stamp = re.sub(r"[^0-9T]", "", started.split("+")[0])
-    return path.parents[1] / PAST / path.parent.name / f"{path.stem}.{stamp}.json"
+def _run_command(command: list[str]) -> tuple[int, Any, dict[str, list[str]]]:
+    """Exit status, resource usage and loaded modules of a command; stop signals are passed on to it.
 
-
-def _run_command(command: list[str]) -> tuple[int, Any, list[str]]:
-    """Exit status, resource usage and loaded modules of a command; stop signals are passed on to it."""
+    It does not see PYTHONPATH, by which a cluster's module system puts its own packages before the environment's.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.NamedTemporaryFile("r", prefix="routevl-modules-") as log:
-        process = subprocess.Popen(command, env=os.environ | {MODULES_VARIABLE: log.name})
+        process = subprocess.Popen(command, env=own | {MODULES_VARIABLE: log.name})
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: process.send_signal(number))
         _, wait_status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(wait_status)
         status = process.returncode if process.returncode >= 0 else 128 - process.returncode
-        return status, usage, log.read().split()
+        said = log.read() if status == 0 else ""  # else it may be half of it
+        return status, usage, json.loads(said or '{"own": [], "others": []}')
+
+
+def _changed_inputs(inputs: list[Entry], hashes: Path) -> Iterator[str]:
+    for entry in inputs:
+        try:
+            same = describe(Path(entry["path"]), hashes)["sha256"] == entry["sha256"]
+        except (RoutevlError, OSError):
+            same = False
+        if not same:
+            yield entry["path"]
+
+
+def _changed_code(before: dict[str, str], loaded: list[str]) -> list[str]:
+    now = code_now()
+    return [f"routevl/{name}" for name in loaded if before.get(name) != now.get(name)]
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if before["lock"] != now["lock"]:
+        yield str(LOCK)
+    yield from sorted({name for name, _ in before["packages"].items() ^ now["packages"].items()})
 
 
 def options_of(command: list[str]) -> dict[str, list[str]]:
@@ -104,28 +136,48 @@ def options_of(command: list[str]) -> dict[str, list[str]]:
     return options
 
 
-def _code(modules: list[str]) -> dict[str, Any]:
-    """The package's version and state, and the sha256 of the modules of it that were loaded."""
-    git = ["git", "-C", str(PACKAGE.parents[1])]
+def code_now() -> dict[str, str]:
+    """The sha256 of each module of the package, by its path in it."""
+    return {path.relative_to(PACKAGE).as_posix(): sha256_of(path) for path in PACKAGE.rglob("*.py")}
+
+
+def _version_control() -> dict[str, Any]:
+    """The package's commit, and whether tracked files differ from it; also in a checkout of another owner, which git refuses."""
+    folder = PACKAGE.parents[1]
+    git = ["git", "-C", str(folder), "-c", f"safe.directory={folder}"]
     changed = _output_of([*git, "status", "--porcelain", "--untracked-files=no"])
-    return {
-        "version": version("routevl"),
-        "commit": _output_of([*git, "rev-parse", "HEAD"]),
-        "dirty": None if changed is None else bool(changed),
-        "files": {name: sha256_of(PACKAGE / name) for name in sorted(modules)},
-    }
+    return {"commit": _output_of([*git, "rev-parse", "HEAD"]), "dirty": None if changed is None else bool(changed)}
 
 
 def environment() -> dict[str, Any]:
-    """Python, the lock file and the installed packages by the names of their folders, which are quick to list."""
-    folders = (Path(folder) for folder in sys.path if folder.endswith("site-packages"))
+    """Python, the lock file and the environment's packages by the names of their folders, which are quick to list."""
+    unseen = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # by jobs
+    folders = (Path(folder) for folder in reversed(sys.path) if folder not in unseen)  # of two, the first counts, as for imports
     found = (DIST_INFO.fullmatch(entry.name) for folder in folders for entry in folder.glob("*.dist-info"))
-    packages = {match[1].lower().replace("_", "-"): match[2] for match in found if match}
+    packages = {_normalised(match[1]): match[2] for match in found if match}
     return {
         "python": platform.python_version(),
         "lock": sha256_of(LOCK) if LOCK.exists() else None,
         "packages": dict(sorted(packages.items())),
     }
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _distributions(imported: list[str], circumstances: dict[str, Any], hashes: Path) -> list[str]:
+    """The packages that imported names belong to. The list of all names takes a quarter of a second: it is kept."""
+    if not imported:
+        return []
+    kept = hashes / f"packages-{digest_of(circumstances['packages'])[:32]}.json"
+    try:
+        owners = read_json(kept)
+    except RoutevlError:
+        owners = packages_distributions()
+        write_json(kept, owners)
+    found = {_normalised(package) for name in imported for package in owners.get(name, ())}
+    return sorted(found & circumstances["packages"].keys())
 
 
 def _machine() -> dict[str, Any]:

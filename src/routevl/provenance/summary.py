@@ -15,8 +15,8 @@ import yaml
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file
-from routevl.provenance.audit import Records
 from routevl.provenance.manifest import Manifest
+from routevl.provenance.records import Records
 from routevl.reporting.formats import html_page, markdown_table
 from routevl.reporting.names import plural
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the page."""
     records = Records(arguments.results)
-    broken = [job.error for job in records.jobs() if job.error]
+    broken = [job.error for job in records.jobs if job.error]
     try:
         configuration = json.loads(arguments.configuration)
     except ValueError as error:
@@ -47,13 +47,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def lineage(records: Records) -> list[Manifest]:
     """The manifests of all jobs that tables and figures come from, in the order in which they started."""
-    waiting = [job for job in records.jobs() if job.path.parent.name in ("table", "figure")]
+    waiting = [job for job in records.jobs if job.path.parent.name in ("table", "figure")]
     found: dict[Path, Manifest] = {}
     while waiting:
         job = waiting.pop()
         if job.manifest and job.path not in found:
             found[job.path] = job.manifest
-            waiting += [records.makers[entry["path"]] for entry in job.manifest["inputs"] if entry["path"] in records.makers]
+            waiting += filter(None, (records.maker_of(entry["path"]) for entry in job.manifest["inputs"]))
     return sorted(found.values(), key=lambda manifest: manifest["started"])
 
 
