@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 import json
 import os
 import random
@@ -14,11 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
+import tampering
 import yaml
-from tampering import TAMPERINGS
+from tampering import Tampering
 from tiny_project import BIN, PROJECT, environment, make_project, row
 
-from routevl.provenance import audit
+from routevl.provenance import record
+from routevl.provenance.audit import Audit, lost_jobs
+from routevl.provenance.records import Records, read_plan
 from routevl.provenance.rerun import rerun
 from routevl.reporting import FIGURES, TABLES
 
@@ -32,6 +36,8 @@ EXPERIMENTS = [
         feeds="T2,T6,F2,F5,F8"),
 ]  # fmt: skip
 TARGETS = len(TABLES) * 4 + len(FIGURES) * 4  # each in four forms
+
+NOTHING = Tampering(None)
 
 pytestmark = pytest.mark.slow
 
@@ -164,12 +170,15 @@ def test_the_plan_of_every_configuration_is_complete() -> None:
 # ----------------------------------------------------------------------------------------------- the audit
 
 
-def problems_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """What an audit of all outputs finds wrong, by manifest."""
+def problems_of(project: Path, monkeypatch: pytest.MonkeyPatch, done: Tampering = NOTHING) -> dict[str, list[str]]:
+    """What an audit finds wrong, by manifest: of all outputs, or of the path that is asked for."""
     monkeypatch.chdir(project)
-    records = audit.Records(Path("results"))
-    found = audit.Audit(records)
-    for job in records.jobs():
+    plan = read_plan(Path("results")) if done.plan is None else done.plan
+    records = Records(Path("results"), plan)
+    jobs = [records.job_of(Path(done.spelling))] if done.spelling else [*records.jobs, *lost_jobs(records, plan)]
+    found = Audit(records, plan)
+    found._environment = found._environment | {"packages": found._environment["packages"] | (done.packages or {})}
+    for job in jobs:
         found.check(job)
     return {str(path): problems for path, problems in found.problems.items() if problems}
 
@@ -204,7 +213,7 @@ def test_outputs_made_again_alone_are_bit_equal(copy: Path, monkeypatch: pytest.
     assert [found["verdict"] for found in json.loads(again.stdout)["reruns"]] == ["bit-equal"]
     monkeypatch.chdir(copy)
     results = Path("results")
-    records = audit.Records(results)
+    records = Records(results)
     runs = ("models/vqa_none_seed1", "models/vqa_mul_seed1", "models/vqa_chosen_seed1", "models/caption_none_seed1")
     before = ("probes/vqa_chosen_seed1/prepared.safetensors", "backbones/pruned/config.json")
     for path in (*runs, *before, "scores/vqa_mul_seed1/metrics.json", "figures/F2_main.svg", "features/vit/index.json"):
@@ -229,10 +238,10 @@ def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: P
     assert "stale: --options sparsity=0.5 then, sparsity=0.6 now" in pruned
     assert "config/experiments/tiny.tsv: changed" in found["results/manifests/table/T1_vqa.json"]
     code = copy / "code"
-    shutil.copytree(audit.PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(record.PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
     with open(code / "tasks/vqa.py", "a") as file:
         file.write("# changed\n")
-    monkeypatch.setattr(audit, "PACKAGE", code)
+    monkeypatch.setattr(record, "PACKAGE", code)
     found = problems_of(copy, monkeypatch)
     assert (
         "stale: the code of routevl/tasks/vqa.py is not what the job ran" in found["results/manifests/train/vqa_none_seed1.json"]
@@ -241,35 +250,37 @@ def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: P
 
 
 def test_every_tampering_is_found_and_named(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is none, such as an extra package, another spelling of a path or another node's cache, is no alarm."""
     monkeypatch.chdir(copy)
-    planned = audit.planned_commands(Path("results"))
-    monkeypatch.setattr(audit, "planned_commands", lambda results: planned)
+    plan = read_plan(Path("results"))
+    for module in (sys.modules[__name__], tampering):
+        monkeypatch.setattr(module, "read_plan", lambda results: plan)
     assert problems_of(copy, monkeypatch) == {}
     whole = tmp_path / "whole"
     for name in ("results", "envs"):
         shutil.copytree(copy / name, whole / name)
     rng = random.Random(20)
-    kinds = list(TAMPERINGS)
-    for number in range(200):
+    kinds = list(tampering.TAMPERINGS)
+    for number in range(500):
         kind = kinds[number % len(kinds)]
-        tampering = TAMPERINGS[kind](rng, copy / "results")
-        found = problems_of(copy, monkeypatch).get(tampering.manifest, [])
-        assert any(all(word in problem for word in tampering.words) for problem in found), (number, kind, tampering, found)
+        done = tampering.TAMPERINGS[kind](rng, Path("results"))
+        found = problems_of(copy, monkeypatch, done)
+        if done.manifest is None:
+            assert found == {}, (number, kind, done, found)
+        else:
+            problems = found.get(done.manifest, [])
+            assert any(all(word in problem for word in done.words) for problem in problems), (number, kind, done, found)
         restore(copy, whole)
     assert problems_of(copy, monkeypatch) == {}
 
 
-def stamp(file: Path) -> tuple[int, int]:
-    return file.stat().st_size, file.stat().st_mtime_ns
-
-
 def restore(project: Path, whole: Path) -> None:
-    """Put back what differs from the whole copy, by size and time of change."""
+    """Put back what differs from the whole copy, byte for byte: some keep size and time of change."""
     for name in ("results", "envs"):
         for file in (path for path in (project / name).rglob("*") if path.is_file()):
             if not (whole / file.relative_to(project)).exists():
                 file.unlink()
         for file in (path for path in (whole / name).rglob("*") if path.is_file()):
             target = project / file.relative_to(whole)
-            if not target.exists() or stamp(target) != stamp(file):
+            if not target.exists() or not filecmp.cmp(target, file, shallow=False):
                 shutil.copy2(file, target)
