@@ -14,8 +14,8 @@ min_version("9.20")
 report: "workflow/report/workflow.rst"
 
 
-# A configuration given on the command line stands alone; single values given there override the default.
-if "results" not in config:
+# A file given on the command line stands alone; single values given there override the default.
+if not workflow.config_settings.configfiles:
 
     configfile: "config/config.yaml"
 

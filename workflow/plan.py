@@ -28,7 +28,7 @@ from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
 from routevl.tasks.table import TASKS
 
 SNAKEMAKE = str(Path(sys.executable).with_name("snakemake"))
-JOB = re.compile(r"^(?:local)?rule (\w+):\n((?:    .*\n)*)", re.MULTILINE)
+JOB = re.compile(r"^(?:local)?rule (\S+):\n((?:    .*\n)*)", re.MULTILINE)
 WILDCARDS = re.compile(r"^    wildcards: (.*)$", re.MULTILINE)
 BYTES = 4  # of a float32, as everything is stored
 VOCABULARY = 50_000  # about RoBERTa's and GPT-2's
