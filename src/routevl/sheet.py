@@ -107,7 +107,7 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
         return row[column]
 
     experiment = Experiment(
-        experiment=fits("experiment", NAME, "at most 100 letters, digits, _, . and -, the first none of the last two"),
+        experiment=fits("experiment", NAME, "letters, digits, _, . and -, the first none of the last two, at most 100"),
         task=one_of("task", tuple(TASKS)),
         text_backbone=row["text_backbone"],
         vision_backbone=row["vision_backbone"],

@@ -310,6 +310,22 @@ def refuse_to_do_twice():
         )
 
 
+def refuse_what_slurm_cannot_carry():
+    """Stop where a job's command, which the SLURM plugin quotes as Python does, would reach the job as another one."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    settings = workflow.config_settings
+    words = [workflow.main_snakefile, *settings.configfiles, *(settings.config_args or [])]
+    for word in map(str, words):
+        if set("$`\\") & set(word) or {"'", '"'} <= set(word) or word[0] in "'\"":
+            raise WorkflowError(f"{word}: a $, ` or \\, quotes of both kinds or a quote at its begin do not reach SLURM's jobs")
+    if shlex.quote(sys.executable) != sys.executable or "%" in os.getcwd():
+        raise WorkflowError(
+            f"{sys.executable}, {os.getcwd()}: SLURM's jobs need an environment without blanks or quotes in its path, and a "
+            "folder without %"
+        )
+
+
 def command_line_config():
     """Which configuration this is, as `routevl audit` gives it to Snakemake again."""
     settings = workflow.config_settings
