@@ -35,7 +35,15 @@ def main() -> int:
         status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
         wall = time.time() - started
     if status == 0 and startup_log.exists() and len(startup_log.read_text().splitlines()) > 1:
-        report = ["startup-report", "--log", str(startup_log), "--wall-seconds", f"{wall:.0f}", "--cores", str(os.cpu_count() if cores == "all" else cores)]
+        report = [
+            "startup-report",
+            "--log",
+            str(startup_log),
+            "--wall-seconds",
+            f"{wall:.0f}",
+            "--cores",
+            str(os.cpu_count() if cores == "all" else cores),
+        ]
         subprocess.run([str(Path(sys.executable).with_name("routevl")), *report], check=True)
     return status
 

@@ -251,11 +251,13 @@ def sources():
 
 
 def source_files(wildcards):
-    """The files and folders that the sources name; of the demo world and of archives the folder that holds them."""
+    """The files and folders that preparation reads; of the demo world and of archives the folder that holds them."""
+    vocabulary = [config["data"]["vocabulary"]] if "vocabulary" in config["data"] else []
     if "world" in config:
-        return [f"{R}/world"]
+        return [f"{R}/world", *vocabulary]
     entries = [*sources(), *(source["split"] for source in sources() if "karpathy" in source["split"])]
-    paths = [Path(entry[key]) for entry in entries for key in (*SOURCE_FILES, "karpathy") if key in entry]
+    named = [entry[key] for entry in entries for key in (*SOURCE_FILES, "karpathy") if key in entry]
+    paths = [Path(path) for path in [*named, *vocabulary]]
     archives = [DATA / folder for folder in DOWNLOADS]
     return sorted({str(next((archive for archive in archives if path.is_relative_to(archive)), path)) for path in paths})
 
