@@ -2,7 +2,11 @@
 # make demo-full             the same data with every method, as in config/experiments/full.tsv
 # make sample DATA=<folder>  the same workflow on real photographs, captions and questions
 # make plan CONFIG=<file>    what a configuration would cost: jobs, GPU-hours, downloads, disk
-# make codecheck             list the tables and figures for a CODECHECK, in codecheck.yml
+# make tables                the tables alone, of CONFIG=<file> and EXPERIMENTS=<run sheet>, the demo's where left out; make figures
+# make report                the same results in one page, report.html, once they are made
+# make audit                 whether everything in RESULTS=<folder> still stands
+# make crate                 RESULTS=<folder> described as an RO-Crate
+# make codecheck             list the tables and figures of RESULTS=<folder> for a CODECHECK, in codecheck.yml
 # make docs                  write the parts of the documentation that are made from the code
 # make test                  run the tests
 # make test-pythons          the tests of the methods on every supported Python that is on this machine
@@ -23,19 +27,25 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo demo-full sample plan codecheck docs test test-slow test-methods test-pythons test-slurm lint lock
+# Paths reach the commands by the environment, and so need no quotes: DATA="/my photos/it's" works. For make, $$ is a dollar.
+CONFIG ?= config/config.yaml
+RESULTS ?= results
+EXPERIMENTS ?=
+export CONFIG RESULTS EXPERIMENTS DATA ROBERTA GPT2 VIT
+
+.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-slurm lint lock
 
 env: $(VENV)/.complete
 
 # --require-hashes: exactly the tested packages; the package itself is installed from this folder, editable. Its stages are then
 # imported once, which compiles what every job imports.
 $(VENV)/.complete: envs/requirements.lock pyproject.toml
-	@if ! $(PYTHON) -c '$(USABLE)' 2>/dev/null; then \
+	@if ! "$(PYTHON)" -c '$(USABLE)' 2>/dev/null; then \
 	  echo "routevl: error: one of Python $(PYTHONS) is needed, with venv$(if $(PYTHON),; $(PYTHON) is none); set PYTHON=" >&2; \
 	  exit 2; \
 	fi
 	rm -f $@
-	$(PYTHON) -m venv --clear $(VENV)
+	"$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r envs/bootstrap.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes --no-deps -r envs/requirements.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
@@ -54,20 +64,30 @@ ROBERTA ?= results/backbones/roberta
 GPT2 ?= results/backbones/gpt2
 VIT ?= results/backbones/vit
 sample: env
-	@test -d '$(DATA)' || { echo "routevl: error: DATA='$(DATA)' is not a folder; see config/sample.yaml for what it holds" >&2; exit 2; }
-	$(RUN) results --cores $(CORES) $(filter results/%,$(ROBERTA) $(GPT2) $(VIT))
-	$(RUN) results/sample --cores $(CORES) --configfile config/sample.yaml --config \
-	  'data={"root": "$(DATA)", "vocabulary": "$(DATA)/vqav2/trainval_ans2label.json"}' \
-	  'backbones={"text": {"roberta": {"path": "$(ROBERTA)"}, "gpt2": {"path": "$(GPT2)"}}, "vision": {"vit": {"path": "$(VIT)"}}}'
+	$(BIN)/python workflow/sample.py "$$DATA" --cores $(CORES) --roberta "$$ROBERTA" --gpt2 "$$GPT2" --vit "$$VIT"
 
 # What a configuration would cost, before anything is spent
 plan: env
-	$(BIN)/python workflow/plan.py '$(CONFIG)'
+	$(BIN)/python workflow/plan.py "$$CONFIG"
 
-# codecheck.yml, from what the workflow has made
-RESULTS ?= results
+# Targets stand before --configfile, which would take them for more configuration files.
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs
+GIVEN = --configfile "$$CONFIG" $(if $(EXPERIMENTS),--config "experiments=$$EXPERIMENTS")
+tables figures: env given
+	$(SNAKEMAKE) $@ $(GIVEN)
+
+report: env given
+	$(SNAKEMAKE) --report report.html $(GIVEN)
+
+given:
+	@test -f "$$CONFIG" || { echo "routevl: error: CONFIG=$$CONFIG is not a file" >&2; exit 2; }
+
+# From what the workflow has made
+audit crate: env
+	$(BIN)/routevl $@ "$$RESULTS"
+
 codecheck: env
-	$(BIN)/python workflow/codecheck.py '$(RESULTS)'
+	$(BIN)/python workflow/codecheck.py "$$RESULTS"
 
 docs: env
 	$(BIN)/python workflow/docs.py

@@ -1,11 +1,11 @@
 # One DAG from raw data to the paper's tables and figures.
 #
-#   make demo                                                     the embedded default, on two CPU cores
-#   snakemake --cores 2 tables                                    every table; `figures`: every figure
-#   snakemake --report report.html                                all of it in one page, once it is made
-#   snakemake --cores 2 audit                                     whether everything still stands
-#   snakemake --cores 2 crate                                     everything, described as an RO-Crate
-#   snakemake --cores 2 --configfile config/sample.yaml           the same rules with another configuration
+#   make demo                                                      the embedded default, on two CPU cores
+#   snakemake --cores 2 tables                                     every table; `figures`: every figure
+#   snakemake --report report.html                                 all of it in one page, once it is made
+#   snakemake --cores 2 audit                                      whether everything still stands
+#   snakemake --cores 2 crate                                      everything, described as an RO-Crate
+#   snakemake --cores 2 tables --configfile config/paper.yaml      another configuration: targets stand before --configfile
 from snakemake.utils import min_version
 
 min_version("9.20")
@@ -14,8 +14,8 @@ min_version("9.20")
 report: "workflow/report/workflow.rst"
 
 
-# A configuration given on the command line stands alone; single values given there override the default.
-if "results" not in config:
+# A file given on the command line stands alone; single values given there override the default.
+if not workflow.config_settings.configfiles:
 
     configfile: "config/config.yaml"
 
@@ -44,5 +44,6 @@ include: "workflow/rules/crate.smk"
 
 onstart:
     refuse_to_do_twice()
+    refuse_what_slurm_cannot_carry()
     log_startup("snakemake")
     write_json(f"{R}/manifests/config.json", command_line_config())

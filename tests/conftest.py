@@ -6,12 +6,14 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_project import PROJECT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: more threads only make toys slower
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -160,3 +162,20 @@ def run_options(
     assert set(changes) <= {*settings, "prepared"}
     settings |= changes
     return settings | {"options": {**METHOD_OPTIONS.get(settings["method"], {}), **(options or {})}}
+
+
+@pytest.fixture(scope="session")
+def snakemake_imported() -> None:
+    """What Snakemake and the workflow import late is imported here, and not again in each process that is forked."""
+    import pandas  # noqa: F401
+    import smart_open  # noqa: F401
+    from snakemake.cli import get_argument_parser
+
+    get_argument_parser()  # with its plugins
+
+
+@pytest.fixture
+def workflow(snakemake_imported: None, tmp_path: Path) -> Path:
+    """A folder to run the workflow in, with the configuration in it."""
+    shutil.copytree(PROJECT / "config", tmp_path / "config")
+    return tmp_path

@@ -8,6 +8,7 @@ What is null is to be filled in by hand, and stays when the file is written agai
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def main() -> int:
             "manifest": reproduced(results),
             "paper": paper(),
             "source": "Code, configuration and the addresses of all data are in this repository; its workflow makes every file, "
-            f"and {results}/manifests tells by which command and from which inputs.",
+            f"and {os.path.relpath(results)}/manifests tells by which command and from which inputs.",
             **{key: before.get(key, empty) for key, empty in TO_BE_FILLED_IN.items()},
         }
         text = yaml.safe_dump(content, version=(1, 1), sort_keys=False, allow_unicode=True, width=120)

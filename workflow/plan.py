@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
+from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.base import layer_norms
@@ -28,7 +28,7 @@ from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
 from routevl.tasks.table import TASKS
 
 SNAKEMAKE = str(Path(sys.executable).with_name("snakemake"))
-JOB = re.compile(r"^(?:local)?rule (\w+):\n((?:    .*\n)*)", re.MULTILINE)
+JOB = re.compile(r"^(?:local)?rule (\S+):\n((?:    .*\n)*)", re.MULTILINE)
 WILDCARDS = re.compile(r"^    wildcards: (.*)$", re.MULTILINE)
 BYTES = 4  # of a float32, as everything is stored
 VOCABULARY = 50_000  # about RoBERTa's and GPT-2's
@@ -63,19 +63,19 @@ class Plan:
         self.config, self.sizes = config, config["plan"]
         self.runs = runs_of(read_sheet(config["experiments"]))
         self.trained: dict[str, int] = {}  # experiment without its routing function -> trainable parameters
-        archives = pd.read_csv(config["data"]["downloads"], sep="\t") if "downloads" in config["data"] else pd.DataFrame()
-        self.archives = {row["file"]: row["bytes"] for row in archives.to_dict("records")}
-        self.folders = {row["folder"]: row["bytes"] for row in archives.to_dict("records")}
+        archives = read_datasets(config["data"]["downloads"]).values() if "downloads" in config["data"] else ()
+        self.archives = {archive.file: archive.bytes for archive in archives}
+        self.folders = {archive.folder: archive.bytes for archive in archives}
         self.measured = self._measured_speeds()
 
     def cost(self, rule: str, wildcards: dict[str, str]) -> Cost:
         """The cost of one job."""
         if rule == "download":
             size = self.archives[wildcards["file"]]
-            return Cost(unsized=1) if pd.isna(size) else Cost(download=size, disk=size)
+            return Cost(unsized=1) if size is None else Cost(download=size, disk=size)
         if rule == "unpack":
             size = self.folders[wildcards["folder"]]
-            return Cost() if pd.isna(size) else Cost(disk=size)  # photographs do not shrink in an archive
+            return Cost() if size is None else Cost(disk=size)  # photographs do not shrink in an archive
         if rule == "fetch_backbone":
             size = BYTES * self._backbone_params(wildcards["name"])
             return Cost(download=size, disk=2 * size)  # the hub's cache, and the folder that rules read
@@ -141,7 +141,7 @@ class Plan:
 
 def jobs_to_run(config_file: str) -> list[tuple[str, dict[str, str]]]:
     """(rule, wildcards) of each job that Snakemake would run. Raises RoutevlError with what it says against the configuration."""
-    command = [SNAKEMAKE, "--dry-run", "--nocolor", "--cores", "1", "--configfile", config_file]
+    command = [SNAKEMAKE, "--dry-run", "--nocolor", "--cores", "1", f"--configfile={config_file}"]
     dry_run = subprocess.run(command, capture_output=True, text=True)
     if dry_run.returncode != 0:
         raise RoutevlError((dry_run.stdout + dry_run.stderr).strip())
@@ -174,6 +174,8 @@ def main() -> int:
     """Returns 2 where there is no plan to be made."""
     [config_file] = sys.argv[1:]
     try:
+        if not Path(config_file).is_file():
+            raise RoutevlError(f"{config_file}: no such file")
         jobs = jobs_to_run(config_file)
         config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
         if "plan" not in config:

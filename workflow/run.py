@@ -5,6 +5,7 @@ usage: python workflow/run.py RESULTS [Snakemake options]
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +22,9 @@ def main() -> int:
     """Returns Snakemake's exit status."""
     results, *options = sys.argv[1:]
     started = float(os.environ.get("ROUTEVL_STARTED", time.time()))  # `make demo` counts the set-up of the environment too
-    cores = int(options[options.index("--cores") + 1])
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--cores", "-c", required=True)
+    cores = parser.parse_known_args(options)[0].cores
     startup_log = Path(results) / "logs" / "startup.jsonl"
     startup_log.unlink(missing_ok=True)
     # Jobs inherit the lock: those that outlive a killed Snakemake end before a new one starts beside them.
@@ -32,7 +35,15 @@ def main() -> int:
         status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
         wall = time.time() - started
     if status == 0 and startup_log.exists() and len(startup_log.read_text().splitlines()) > 1:
-        report = ["startup-report", "--log", str(startup_log), "--wall-seconds", f"{wall:.0f}", "--cores", str(cores)]
+        report = [
+            "startup-report",
+            "--log",
+            str(startup_log),
+            "--wall-seconds",
+            f"{wall:.0f}",
+            "--cores",
+            str(os.cpu_count() if cores == "all" else cores),
+        ]
         subprocess.run([str(Path(sys.executable).with_name("routevl")), *report], check=True)
     return status
 

@@ -22,7 +22,7 @@ from routevl.tasks.table import TASKS
 
 # column -> what it means, for the documents; all are required, in any order
 COLUMNS = {
-    "experiment": "unique name of letters, digits, `_`, `.` and `-`",
+    "experiment": "unique name of letters, digits, `_`, `.` and `-`, the first none of the last two; at most 100",
     "task": f"what is learned: {', '.join(f'`{task}`' for task in TASKS)}",
     "text_backbone": "name of an entry under `backbones.text` of the configuration",
     "vision_backbone": "name of an entry under `backbones.vision`",
@@ -36,7 +36,7 @@ COLUMNS = {
     "seeds": "comma-separated, one run each, called `<experiment>_seed<seed>`",
     "feeds": "comma-separated short names of the tables and figures that show the experiment",
 }
-NAME = re.compile(r"[A-Za-z0-9_.-]+")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # part of file and rule names
 FEEDS = re.compile(r"([TF][0-9]+(,[TF][0-9]+)*)?")
 SEEDS = re.compile(r"[0-9]+(,[0-9]+)*")
 
@@ -107,7 +107,7 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
         return row[column]
 
     experiment = Experiment(
-        experiment=fits("experiment", NAME, "letters, digits, _, . and -"),
+        experiment=fits("experiment", NAME, "letters, digits, _, . and -, the first none of the last two, at most 100"),
         task=one_of("task", tuple(TASKS)),
         text_backbone=row["text_backbone"],
         vision_backbone=row["vision_backbone"],

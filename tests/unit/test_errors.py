@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import SmallWorld, command_line, run_options, run_stage
+from dry_runs import change_configuration, dry_run, expect_message
 
 from routevl import cli
 
@@ -475,45 +474,6 @@ def test_full_device_for_the_standard_output(trained: Path) -> None:
 # -------------------------------------------------------------------------------------------------- the workflow
 
 
-@pytest.fixture(scope="module")
-def imported() -> None:
-    """What Snakemake and the workflow import late is imported here, and not again in each process that is forked."""
-    import pandas  # noqa: F401
-    import smart_open  # noqa: F401
-    from snakemake.cli import get_argument_parser
-
-    get_argument_parser()  # with its plugins
-
-
-def dry_run(folder: Path, *options: str) -> tuple[int, str]:
-    """Exit status and output of `snakemake --dry-run`, in a process forked from this one."""
-    log = folder / "output.log"
-
-    def main() -> None:
-        with open(log, "w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        from snakemake.cli import main as snakemake
-
-        where = ["--snakefile", str(REPOSITORY / "Snakefile"), "--directory", str(folder)]
-        snakemake(["--dry-run", "--cores", "1", *where, *options])
-
-    process = multiprocessing.get_context("fork").Process(target=main)
-    process.start()
-    process.join(120)
-    output = log.read_text()
-    log.unlink()
-    return process.exitcode, output
-
-
-@pytest.fixture
-def workflow(imported: None, tmp_path: Path) -> Path:
-    """A folder to run the workflow in, with the configuration in it."""
-    shutil.copytree(REPOSITORY / "config", tmp_path / "config")
-    return tmp_path
-
-
 def test_workflow_accepts_the_default_configuration(workflow: Path) -> None:
     status, output = dry_run(workflow)
     assert status == 0, output
@@ -559,16 +519,7 @@ PRUNED = {"by": "magnitude", "from": "roberta", "options": {"sparsity": 0.5}}
 )
 def test_wrong_configuration(workflow: Path, key: str, value: Any, message: str) -> None:
     """One value changed; None: left out."""
-    path = workflow / "config" / "config.yaml"
-    config = yaml.safe_load(path.read_text())
-    *sections, last = key.split(".")
-    section = config
-    for name in sections:
-        section = section.setdefault(name, {})
-    section[last] = value
-    if value is None:
-        del section[last]
-    path.write_text(yaml.safe_dump(config))
+    change_configuration(workflow, key, value)
     expect_message(workflow, message)
 
 
@@ -624,14 +575,3 @@ def test_wrong_run_sheet(workflow: Path, changes: dict[str, str | None], message
         writer.writeheader()
         writer.writerows(rows)
     expect_message(workflow, message, "config/experiments/demo.tsv: ")
-
-
-def expect_message(workflow: Path, message: str, source: str = "") -> None:
-    """One line that says what is wrong and where, not a traceback, and nothing written."""
-    before = {path for path in workflow.rglob("*") if ".snakemake" not in path.parts}
-    status, output = dry_run(workflow)
-    assert status != 0
-    [line] = [line for line in output.splitlines() if message in line]
-    assert line.startswith(source), output
-    assert "Traceback" not in output
-    assert {path for path in workflow.rglob("*") if ".snakemake" not in path.parts} == before

@@ -10,4 +10,4 @@ rule audit:
     params:
         results=lambda wildcards: R,
     shell:
-        "routevl audit {params.results} | tee {log}"
+        "routevl audit {params.results:q} | tee {log:q}"

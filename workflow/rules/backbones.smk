@@ -17,7 +17,7 @@ rule fetch_backbone:
             {"hub_id": BACKBONES[wildcards.name]["path"], "revision": BACKBONES[wildcards.name].get("revision", "main")}
         ),
     shell:
-        recorded("fetch_backbone", "name") + "routevl fetch-backbone {params.options} --output {output} &> {log}"
+        recorded("fetch_backbone", "name") + "routevl fetch-backbone {params.options} --output {output:q} &> {log:q}"
 
 
 rule pretrain_text:
@@ -33,13 +33,13 @@ rule pretrain_text:
     threads: config["training"]["threads"]
     resources:
         cpus_per_task=config["training"]["threads"],
-        mem_mb=growing(4000),
-        runtime=growing(60),
+        mem_mb=memory(4000),
+        runtime=time_to_restart(RULE_RUNTIME),
     params:
         options=lambda wildcards: options(BACKBONES[wildcards.text]["pretrain"]),
     shell:
         recorded("pretrain_text", "text")
-        + "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
+        + "routevl pretrain-text {params.options} --threads {resources.cpus_per_task} --output {output:q} &> {log:q}"
 
 
 rule pretrain_vision:
@@ -55,13 +55,13 @@ rule pretrain_vision:
     threads: config["training"]["threads"]
     resources:
         cpus_per_task=config["training"]["threads"],
-        mem_mb=growing(4000),
-        runtime=growing(60),
+        mem_mb=memory(4000),
+        runtime=time_to_restart(RULE_RUNTIME),
     params:
         options=lambda wildcards: options(BACKBONES[wildcards.vision]["pretrain"]),
     shell:
         recorded("pretrain_vision", "vision")
-        + "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output} &> {log}"
+        + "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output:q} &> {log:q}"
 
 
 rule derive_backbone:
@@ -76,10 +76,10 @@ rule derive_backbone:
     wildcard_constraints:
         derived=backbones_from("derive"),
     resources:
-        mem_mb=growing(8000),
-        runtime=growing(60),
+        mem_mb=memory(8000),
+        runtime=time_to_restart(RULE_RUNTIME),
     params:
         options=lambda wildcards: derivation(BACKBONES[wildcards.derived]["derive"]),
     shell:
         recorded("derive_backbone", "derived")
-        + "routevl derive-backbone --source {input} {params.options} --output {output} &> {log}"
+        + "routevl derive-backbone --source {input:q} {params.options} --output {output:q} &> {log:q}"

@@ -1,5 +1,6 @@
 # Configuration and run sheet, validated before anything else; and how a run's settings become options.
 import json
+import math
 import os
 import re
 import shlex
@@ -7,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from routevl import options as command_line_options
 from routevl.backbones.derivations import check_backbones
+from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.methods.table import method_class
@@ -32,25 +33,63 @@ def check_schema(value, schema, source):
         raise WorkflowError(f"{source}: {key}: {error.message}")
 
 
+SOURCE_FILES = ("images", "questions", "annotations", "captions")
+
+
+def configured_paths():
+    """(key, path) of each path that the configuration names."""
+    data, backbones = config["data"], config["backbones"]
+    yield from ((key, config[key]) for key in ("results", "experiments"))
+    yield from ((f"data.{key}", data[key]) for key in ("root", "downloads", "vocabulary") if key in data)
+    for number, source in enumerate(data["sources"]):
+        entries = source | (source["split"] if isinstance(source["split"], dict) else {})
+        yield from ((f"data.sources.{number}.{key}", entries[key]) for key in (*SOURCE_FILES, "karpathy") if key in entries)
+    for modality, entries in backbones.items():
+        yield from ((f"backbones.{modality}.{name}.path", entry["path"]) for name, entry in entries.items() if "path" in entry)
+
+
+def check_paths():
+    """Stop with one line where a path cannot be carried by Snakemake, a shell or a command line; all others are quoted."""
+    for key, path in configured_paths():
+        if not path.isprintable() or path.strip() != path or path[:1] in ("", "-", "~") or {"{", "}"} & set(path):
+            raise WorkflowError(
+                f"configuration: {key}: the path {path!r} is empty, begins with - or ~, begins or ends with a blank, "
+                "or has braces or control characters"
+            )
+    results = Path(config["results"])
+    if ".." in results.parts or results.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise WorkflowError(f"configuration: results: {str(results)!r} is no folder of its own, named without ..")
+
+
 check_schema(config, "config.schema.yaml", "configuration")
-R = config["results"]
+check_paths()
+R = str(Path(config["results"]))
 try:
     check_backbones(config["backbones"])
     EXPERIMENTS = read_sheet(config["experiments"])
     check(EXPERIMENTS, config)
+    downloads = read_datasets(config["data"]["downloads"]) if "downloads" in config["data"] else {}
 except RoutevlError as error:
     raise WorkflowError(str(error)) from None
+DATA = Path(config["data"]["root"])
+DOWNLOADS = {row.folder: row.file for row in downloads.values()}
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated. Each rule's command takes the place of its
 # shell: SLURM sends stop signals to all processes of a job, a shell would die of them at once, and Snakemake would not wait until
-# training has written its checkpoint.
-shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; set -euo pipefail; exec ')
+# training has written its checkpoint. Snakemake formats the prefix.
+PROGRAMS = shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").replace("}", "}}")
+shell.prefix(f'export PATH={PROGRAMS}:"$PATH"; set -euo pipefail; exec ')
 
 RUNS = runs_of(EXPERIMENTS)  # name -> experiment, seed
 
 
+def one_of(names):
+    """A wildcard constraint: one of these names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
 wildcard_constraints:
-    run="|".join(RUNS),
+    run=one_of(RUNS),
     shard=r"\d{5}",
 
 
@@ -86,20 +125,20 @@ for name, entry in BACKBONES.items():
 def backbones_from(origin, modality=None):
     """A wildcard constraint: the names of all backbones of that origin."""
     entries = config["backbones"][modality] if modality else BACKBONES
-    return "|".join(re.escape(name) for name, entry in entries.items() if comes_from(entry) == origin) or "(?!)"
+    return one_of(name for name, entry in entries.items() if comes_from(entry) == origin)
 
 
 def backbone(name):
     """The folder of a backbone: the user's own, or one of the workflow's outputs."""
-    return BACKBONES[name]["path"] if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
+    return str(Path(BACKBONES[name]["path"])) if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
 
 
 def recorded(rule, *names, job=None):
     """The beginning of a job's command line, which lets `routevl record` write its manifest; `names` are its wildcards."""
-    values = [f"{{wildcards.{name}}}" for name in names]
+    values = [f"{{wildcards.{name}:q}}" for name in names]
     wildcards = " ".join(f"{name}={value}" for name, value in zip(names, values))
-    manifest = f"{R}/manifests/{rule}/{job or '-'.join(values) or rule}.json"
-    return f"routevl record --manifest {manifest} --wildcards {wildcards} --inputs {{input}} --outputs {{output}} -- "
+    manifest = f"{shlex.quote(R)}/manifests/{rule}/{job or '-'.join(values) or rule}.json"
+    return f"routevl record --manifest {manifest} --wildcards {wildcards} --inputs {{input:q}} --outputs {{output:q}} -- "
 
 
 def gpus(n):
@@ -115,9 +154,34 @@ TORCHRUN = "torchrun --standalone --local-ranks-filter 0 --signals-to-handle SIG
 LAUNCH = f"{TORCHRUN} --nproc-per-node {PROCESSES} routevl" if PROCESSES > 1 else "routevl"
 
 
-def growing(amount):
-    """Memory or time that grows with each attempt, so that a job which ran out of it succeeds when it is retried."""
-    return lambda wildcards, attempt: amount * attempt
+def growing(amount, most):
+    """What grows with each attempt, so that a job which ran out of it succeeds when it is retried; `most` at most."""
+    return lambda wildcards, attempt: min(amount * attempt, most)
+
+
+def limit(key, otherwise):
+    """The configuration's `max_<key>`, or what is otherwise the limit; no stage may be configured to ask for more."""
+    most = config.get(f"max_{key}", otherwise)
+    for section, values in config.items():
+        if isinstance(values, dict) and values.get(key, 0) > most:
+            raise WorkflowError(f"configuration: {section}.{key}: {values[key]} is more than max_{key}, {most}")
+    return most
+
+
+RULE_RUNTIME = 60  # minutes of the rules that the configuration gives no time
+STAGES = [config[section] for section in ("data", "features", "training", "scoring")]
+MAX_RUNTIME = limit("runtime", max(RULE_RUNTIME, *(stage["runtime"] for stage in STAGES)))
+MAX_MEM_MB = limit("mem_mb", math.inf)
+
+
+def memory(mb):
+    """The memory of a job, which grows with each attempt."""
+    return growing(mb, MAX_MEM_MB)
+
+
+def time_to_restart(minutes):
+    """The time of a job that starts again when it is retried; it grows with each attempt. One that resumes needs the same again."""
+    return growing(minutes, MAX_RUNTIME)
 
 
 def option(name, value):
@@ -175,13 +239,6 @@ def run_input_options(wildcards, input):
     return options({name: Path(input[name]).parent if name == "features" else input[name] for name in run_inputs(wildcards)})
 
 
-SOURCE_FILES = ("images", "questions", "annotations", "captions")
-DATA = Path(config["data"]["root"])
-DOWNLOADS = {}
-if "downloads" in config["data"]:
-    DOWNLOADS = pd.read_csv(config["data"]["downloads"], sep="\t", dtype=str).set_index("folder")["file"].to_dict()
-
-
 def sources():
     """The sources of the data, with their paths under the data's root."""
     entries = []
@@ -194,13 +251,15 @@ def sources():
 
 
 def source_files(wildcards):
-    """The files and folders that the sources name; of the demo world and of archives the folder that holds them."""
+    """The files and folders that preparation reads; of the demo world and of archives the folder that holds them."""
+    vocabulary = [config["data"]["vocabulary"]] if "vocabulary" in config["data"] else []
     if "world" in config:
-        return [f"{R}/world"]
+        return [f"{R}/world", *vocabulary]
     entries = [*sources(), *(source["split"] for source in sources() if "karpathy" in source["split"])]
-    paths = [Path(entry[key]) for entry in entries for key in (*SOURCE_FILES, "karpathy") if key in entry]
-    folders = [path.relative_to(DATA).parts[0] for path in paths]
-    return sorted({str(DATA / folder if folder in DOWNLOADS else path) for path, folder in zip(paths, folders)})
+    named = [entry[key] for entry in entries for key in (*SOURCE_FILES, "karpathy") if key in entry]
+    paths = [Path(path) for path in [*named, *vocabulary]]
+    archives = [DATA / folder for folder in DOWNLOADS]
+    return sorted({str(next((archive for archive in archives if path.is_relative_to(archive)), path)) for path in paths})
 
 
 def shard_names():
@@ -209,11 +268,19 @@ def shard_names():
 
 
 def scoring_batches():
-    """(task, number, runs) of each scoring job, in the order of the run sheet."""
+    """The runs of each scoring job: those that are compared with one baseline, directly or by others, in the order of the sheet.
+
+    So a new row of the sheet changes the jobs of its own baseline alone.
+    """
+    versus = {experiment.experiment: experiment.versus for experiment in EXPERIMENTS}
+    compared = {}
+    for run, (experiment, _) in RUNS.items():
+        baseline = experiment.experiment
+        while versus[baseline]:
+            baseline = versus[baseline]
+        compared.setdefault(baseline, []).append(run)
     size = config["scoring"]["runs_per_job"]
-    for task in config["tasks"]:
-        runs = [run for run, (experiment, _) in RUNS.items() if experiment.task == task]
-        yield from ((task, start // size, runs[start : start + size]) for start in range(0, len(runs), size))
+    return [runs[start : start + size] for runs in compared.values() for start in range(0, len(runs), size)]
 
 
 def results_of_runs(wildcards):
@@ -242,6 +309,22 @@ def refuse_to_do_twice():
         raise WorkflowError(
             "jobs of an earlier Snakemake are still in SLURM's queue: wait for them, or cancel them with "
             f"scancel --me --name={','.join(sorted(names))}"
+        )
+
+
+def refuse_what_slurm_cannot_carry():
+    """Stop where a job's command, which the SLURM plugin quotes as Python does, would reach the job as another one."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    settings = workflow.config_settings
+    words = [workflow.main_snakefile, *settings.configfiles, *(settings.config_args or [])]
+    for word in map(str, words):
+        if set("$`\\") & set(word) or {"'", '"'} <= set(word) or word[0] in "'\"":
+            raise WorkflowError(f"{word}: a $, ` or \\, quotes of both kinds or a quote at its begin do not reach SLURM's jobs")
+    if shlex.quote(sys.executable) != sys.executable or "%" in os.getcwd():
+        raise WorkflowError(
+            f"{sys.executable}, {os.getcwd()}: SLURM's jobs need an environment without blanks or quotes in its path, and a "
+            "folder without %"
         )
 
 

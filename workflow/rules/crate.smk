@@ -10,4 +10,4 @@ rule crate:
     params:
         results=lambda wildcards: R,
     shell:
-        "routevl crate {params.results} &> {log}"
+        "routevl crate {params.results:q} &> {log:q}"

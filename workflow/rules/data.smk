@@ -9,12 +9,12 @@ rule world:
     benchmark:
         f"{R}/benchmarks/world.tsv"
     resources:
-        mem_mb=growing(2000),
-        runtime=growing(30),
+        mem_mb=memory(2000),
+        runtime=time_to_restart(30),
     params:
         options=lambda wildcards: options(config["world"]),
     shell:
-        recorded("world") + "routevl world {params.options} --output {output} &> {log}"
+        recorded("world") + "routevl world {params.options} --output {output:q} &> {log:q}"
 
 
 if DOWNLOADS:
@@ -28,15 +28,15 @@ if DOWNLOADS:
         benchmark:
             f"{R}/benchmarks/download/{{file}}.tsv"
         wildcard_constraints:
-            file="|".join(map(re.escape, DOWNLOADS.values())),
+            file=one_of(DOWNLOADS.values()),
         localrule: True
         params:
             datasets=config["data"]["downloads"],
             folder=DATA / "downloads",
         shell:
             recorded("download", "file")
-            + "routevl download --datasets {params.datasets} --file {wildcards.file} --folder {params.folder} "
-            "--record {output} &> {log}"
+            + "routevl download --datasets {params.datasets:q} --file {wildcards.file:q} --folder {params.folder:q} "
+            "--record {output:q} &> {log:q}"
 
     rule unpack:
         input:
@@ -48,7 +48,7 @@ if DOWNLOADS:
         benchmark:
             f"{R}/benchmarks/unpack/{{folder}}.tsv"
         wildcard_constraints:
-            folder="|".join(map(re.escape, DOWNLOADS)),
+            folder=one_of(DOWNLOADS),
         localrule: True
         params:
             datasets=config["data"]["downloads"],
@@ -56,8 +56,8 @@ if DOWNLOADS:
             file=lambda wildcards: DOWNLOADS[wildcards.folder],
         shell:
             recorded("unpack", "folder")
-            + "routevl unpack --datasets {params.datasets} --file {params.file} --folder {params.folder} "
-            "--output {output} &> {log}"
+            + "routevl unpack --datasets {params.datasets:q} --file {params.file:q} --folder {params.folder:q} "
+            "--output {output:q} &> {log:q}"
 
 
 rule prepare:
@@ -70,10 +70,10 @@ rule prepare:
     benchmark:
         f"{R}/benchmarks/prepare.tsv"
     resources:
-        mem_mb=growing(config["data"]["mem_mb"]),
-        runtime=growing(config["data"]["runtime"]),
+        mem_mb=memory(config["data"]["mem_mb"]),
+        runtime=time_to_restart(config["data"]["runtime"]),
     params:
         sources=json.dumps(sources()),
         options=options(without(config["data"], "root", "downloads", "sources", "mem_mb", "runtime")),
     shell:
-        recorded("prepare") + "routevl prepare --sources {params.sources:q} {params.options} --output {output} &> {log}"
+        recorded("prepare") + "routevl prepare --sources {params.sources:q} {params.options} --output {output:q} &> {log:q}"

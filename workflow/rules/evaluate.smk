@@ -2,28 +2,28 @@
 # share a job: METEOR loads its tables for ten seconds, whatever it then scores.
 
 
-for task, number, runs in scoring_batches():
+for runs in scoring_batches():
 
     rule:
         name:
-            f"score_{task}_{number}"
+            f"score_{runs[0]}"
         input:
             predictions=expand(f"{R}/predictions/{{run}}", run=runs),
             data=f"{R}/data",
         output:
             [directory(f"{R}/scores/{run}") for run in runs],
         log:
-            f"{R}/logs/score/{task}_{number}.log",
+            f"{R}/logs/score/{runs[0]}.log",
         benchmark:
-            f"{R}/benchmarks/score/{task}_{number}.tsv"
+            f"{R}/benchmarks/score/{runs[0]}.tsv"
         priority: 5
         resources:
-            mem_mb=growing(config["scoring"]["mem_mb"]),
-            runtime=growing(config["scoring"]["runtime"]),
+            mem_mb=memory(config["scoring"]["mem_mb"]),
+            runtime=time_to_restart(config["scoring"]["runtime"]),
         params:
-            task=task,
-            job=f"{task}_{number}",  # here, not in the command: that is put together when the loop is over
+            task=RUNS[runs[0]][0].task,
+            job=runs[0],  # here, not in the command: that is put together when the loop is over
         shell:
-            recorded("score", job="{params.job}")
-            + "routevl score --task {params.task} --split-folder {input.data}/test --predictions {input.predictions} "
-            "--output {output} &> {log}"
+            recorded("score", job="{params.job:q}")
+            + "routevl score --task {params.task} --split-folder {input.data:q}/test --predictions {input.predictions:q} "
+            "--output {output:q} &> {log:q}"

@@ -12,21 +12,21 @@ rule extract:
     benchmark:
         f"{R}/benchmarks/extract/{{vision}}-{{shard}}.tsv"
     wildcard_constraints:
-        vision="|".join(config["backbones"]["vision"]),
+        vision=one_of(config["backbones"]["vision"]),
     threads: config["training"]["threads"]
     resources:
         **gpus(min(config["training"]["gpus"], 1)),
         cpus_per_task=config["training"]["threads"],
-        mem_mb=growing(config["features"]["mem_mb"]),
-        runtime=growing(config["features"]["runtime"]),
+        mem_mb=memory(config["features"]["mem_mb"]),
+        runtime=config["features"]["runtime"],
     params:
         shard=lambda wildcards: int(wildcards.shard),
         options=options(without(config["features"], "mem_mb", "runtime")),
     shell:
         recorded("extract", "vision", "shard")
-        + "routevl extract --images {input.data}/train/images.json {input.data}/val/images.json {input.data}/test/images.json "
-        "--backbone {input.backbone} --shard {params.shard} {params.options} "
-        "--threads {resources.cpus_per_task} --output {output} &> {log}"
+        + "routevl extract --images {input.data:q}/train/images.json {input.data:q}/val/images.json {input.data:q}/test/images.json "
+        "--backbone {input.backbone:q} --shard {params.shard} {params.options} "
+        "--threads {resources.cpus_per_task} --output {output:q} &> {log:q}"
 
 
 rule index_features:
@@ -39,7 +39,7 @@ rule index_features:
     benchmark:
         f"{R}/benchmarks/index_features/{{vision}}.tsv"
     wildcard_constraints:
-        vision="|".join(config["backbones"]["vision"]),
+        vision=one_of(config["backbones"]["vision"]),
     localrule: True
     shell:
-        recorded("index_features", "vision") + "routevl index-features --shards {input} --output {output} &> {log}"
+        recorded("index_features", "vision") + "routevl index-features --shards {input:q} --output {output:q} &> {log:q}"

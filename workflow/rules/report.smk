@@ -21,14 +21,14 @@ rule table:
     benchmark:
         f"{R}/benchmarks/table/{{name}}.tsv"
     wildcard_constraints:
-        name="|".join(TABLES),
+        name=one_of(TABLES),
     localrule: True
     params:
         results=lambda wildcards: R,
     shell:
         recorded("table", "name")
-        + "routevl table --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
-        "--published {input.published} --claims {input.claims} --output {output.csv} &> {log}"
+        + "routevl table --name {wildcards.name:q} --experiments {input.experiments:q} --results {params.results:q} "
+        "--published {input.published:q} --claims {input.claims:q} --output {output.csv:q} &> {log:q}"
 
 
 rule figure:
@@ -49,14 +49,14 @@ rule figure:
     benchmark:
         f"{R}/benchmarks/figure/{{name}}.tsv"
     wildcard_constraints:
-        name="|".join(FIGURES),
+        name=one_of(FIGURES),
     localrule: True
     params:
         results=lambda wildcards: R,
     shell:
         recorded("figure", "name")
-        + "routevl figure --name {wildcards.name} --experiments {input.experiments} --results {params.results} "
-        "--data {input.data}/test --output {output.svg} &> {log}"
+        + "routevl figure --name {wildcards.name:q} --experiments {input.experiments:q} --results {params.results:q} "
+        "--data {input.data:q}/test --output {output.svg:q} &> {log:q}"
 
 
 rule tables:
@@ -101,5 +101,5 @@ rule provenance:
         results=lambda wildcards: R,
         configuration=json.dumps(config),
     shell:
-        recorded("provenance") + "routevl provenance --results {params.results} --configuration {params.configuration:q} "
-        "--experiments {input.experiments} --output {output} &> {log}"
+        recorded("provenance") + "routevl provenance --results {params.results:q} --configuration {params.configuration:q} "
+        "--experiments {input.experiments:q} --output {output:q} &> {log:q}"

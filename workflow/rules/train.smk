@@ -16,16 +16,16 @@ rule probe:
     resources:
         **gpus(min(config["training"]["gpus"], 1)),
         cpus_per_task=config["training"]["threads"],
-        mem_mb=growing(config["training"]["mem_mb"]),
-        runtime=growing(config["training"]["runtime"]),
+        mem_mb=memory(config["training"]["mem_mb"]),
+        runtime=time_to_restart(config["training"]["runtime"]),
     params:
         inputs=run_input_options,
         settings=run_settings,
         threads=config["training"]["threads"],
         workers=config["training"]["workers"],
     shell:
-        recorded("probe", "run") + "routevl probe {params.inputs} --output {output} "
-        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log}"
+        recorded("probe", "run") + "routevl probe {params.inputs} --output {output:q} "
+        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 
 rule train:
@@ -43,8 +43,8 @@ rule train:
     resources:
         **gpus(config["training"]["gpus"]),
         cpus_per_task=config["training"]["threads"] * PROCESSES,
-        mem_mb=growing(config["training"]["mem_mb"]),
-        runtime=growing(config["training"]["runtime"]),
+        mem_mb=memory(config["training"]["mem_mb"]),
+        runtime=config["training"]["runtime"],
     params:
         launch=LAUNCH,
         inputs=run_input_options,
@@ -57,6 +57,6 @@ rule train:
         log_every=config["training"]["log_every"],
     shell:
         recorded("train", "run") + "{params.launch} train {params.inputs} {params.prepared} "
-        "--model {output.model} --predictions {output.predictions} --checkpoint {params.checkpoint} "
+        "--model {output.model:q} --predictions {output.predictions:q} --checkpoint {params.checkpoint:q} "
         "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
-        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log}"
+        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"

@@ -1,0 +1,121 @@
+"""What the rules ask a cluster for, refuse, and put into one job."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dry_runs import change_configuration, dry_run, expect_message
+
+JOB = re.compile(r"^(?:local)?rule (\S+):\n((?:    .*\n)*)", re.MULTILINE)
+SHEET = "config/experiments/demo.tsv"
+
+
+def planned(workflow: Path, *options: str) -> list[tuple[str, dict[str, str]]]:
+    """The rule of each job, and what Snakemake says of it by the names that it uses."""
+    status, output = dry_run(workflow, *options)
+    assert status == 0, output
+    return [(rule, dict(re.findall(r"^    (\w+): (.*)$", details, re.MULTILINE))) for rule, details in JOB.findall(output)]
+
+
+def asked_for(workflow: Path, attempt: int) -> dict[str, tuple[int, int]]:
+    """Memory and minutes of a job of each rule, at an attempt."""
+    found = {}
+    for rule, job in planned(workflow, "--attempt", str(attempt)):
+        resources = dict(re.findall(r"(\w+)=(\d+)", job["resources"]))
+        if "runtime" in resources:
+            found[rule.partition("_seed")[0]] = int(resources["mem_mb"]), int(resources["runtime"])
+    return found
+
+
+def test_b08_retries_that_resume_ask_for_the_same_time_and_none_for_more_than_the_limits(workflow: Path) -> None:
+    change_configuration(workflow, "data.runtime", 25)
+    change_configuration(workflow, "training.runtime", 90)
+    change_configuration(workflow, "training.mem_mb", 5000)
+    first, third = asked_for(workflow, 1), asked_for(workflow, 3)
+    assert first["train"] == (5000, 90) and third["train"] == (15000, 90)
+    assert first["extract"] == (4000, 60) and third["extract"] == (12000, 60)
+    assert first["prepare"] == (2000, 25) and third["prepare"] == (6000, 75)
+    assert first["world"] == (2000, 30) and third["world"] == (6000, 90)
+    assert first["pretrain_text"] == (4000, 60) and third["pretrain_text"] == (12000, 90)
+    assert {time for _, time in third.values()} <= {60, 75, 90}  # 90 is the longest that the configuration asks for
+    change_configuration(workflow, "max_runtime", 100)
+    change_configuration(workflow, "max_mem_mb", 9000)
+    third = asked_for(workflow, 3)
+    assert third["train"] == (9000, 90) and third["prepare"] == (6000, 75) and third["score_vqa_blind_r4_e3"] == (9000, 100)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *(("results", value, f"configuration: results: the path {value!r} is empty, begins with - or ~, ")
+          for value in ("", "-x", "~/x", " x", "{x}", "x\ny", "x\x85y")),
+        ("experiments", "-x", "configuration: experiments: the path '-x' is"),
+        ("data.root", "{x}", "configuration: data.root: the path '{x}' is"),
+        ("backbones.text.other", {"path": "~/x"}, "configuration: backbones.text.other.path: the path '~/x' is"),
+        *(("results", value, f"configuration: results: {value!r} is no folder of its own") for value in (".", "/", "a/../b")),
+        *(("backbones.text", {name: {"path": "x"}}, f"backbones.text: {name!r} does not match")
+          for name in ("..", "-x", "a b", "{x}", "x" * 101)),
+        ("max_runtime", 59, "configuration: features.runtime: 60 is more than max_runtime, 59"),
+        ("max_mem_mb", 3000, "configuration: features.mem_mb: 4000 is more than max_mem_mb, 3000"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_b08_b20_what_no_command_or_cluster_can_carry_is_refused(workflow: Path, key: str, value: Any, message: str) -> None:
+    change_configuration(workflow, key, value)
+    expect_message(workflow, message)
+
+
+def test_b20_names_in_the_sheet_are_no_patterns(workflow: Path) -> None:
+    """`.` in a run's name is a dot, and no target is taken for a run that it is like."""
+    sheet = workflow / SHEET
+    sheet.write_text(sheet.read_text().replace("vqa_blind_r4_e3", "vqa.blind"))
+    assert "train" in dict(planned(workflow, "results/models/vqa.blind_seed1"))
+    status, output = dry_run(workflow, "results/models/vqaXblind_seed1")
+    assert status != 0 and "MissingRuleException" in output
+
+
+def test_b20_sources_may_lie_anywhere(workflow: Path) -> None:
+    """In the data's root itself, beside it, or under an absolute path."""
+    change_configuration(workflow, "world", None)
+    sources = [
+        {"split": split, "images": images, "captions": f"{images}/captions.json"}
+        for split, images in (("train", "."), ("val", "../beside"), ("test", str(workflow / "else where")))
+    ]
+    change_configuration(workflow, "data.sources", sources)
+    change_configuration(workflow, "data.root", "my data")
+    folders = [workflow / "my data", workflow / "beside", workflow / "else where"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "captions.json").touch()
+    [(_, job)] = [job for job in planned(workflow, "results/data") if job[0] == "prepare"]
+    assert {(workflow / path).resolve() for path in job["input"].split(", ")} == {
+        *folders, *(folder / "captions.json" for folder in folders),
+    }  # fmt: skip
+
+
+def scoring(workflow: Path) -> dict[str, list[str]]:
+    """The predictions of each scoring job, by the job's rule."""
+    jobs = planned(workflow)
+    return {rule: [w for w in job["input"].split(", ") if "predictions" in w] for rule, job in jobs if rule.startswith("score_")}
+
+
+def test_b12_a_new_row_changes_the_scoring_of_its_own_baseline_alone(workflow: Path) -> None:
+    before = scoring(workflow)
+    for rule, predictions in before.items():
+        assert rule == "score_" + predictions[0].removeprefix("results/predictions/") and len(predictions) <= 8
+    sheet = workflow / SHEET
+    lines = sheet.read_text().splitlines()
+    [place] = [n for n, line in enumerate(lines) if line.startswith("vqa_lora_none_r16_e1\t")]
+    new = lines[place].replace("vqa_lora_none_r16_e1\t", "vqa_new\t")
+    sheet.write_text("\n".join([*lines[: place + 1], new, *lines[place + 1 :]]) + "\n")
+    after = scoring(workflow)
+    assert after == before | {"score_vqa_new_seed1": ["results/predictions/vqa_new_seed1"]}
+    cells = lines[place].split("\t")
+    column = lines[0].split("\t").index("versus")
+    cells[0], cells[column] = "vqa_newer", "vqa_lora_none_r16_e1"
+    sheet.write_text("\n".join([*lines[: place + 1], "\t".join(cells), *lines[place + 1 :]]) + "\n")
+    changed = {rule for rule, predictions in scoring(workflow).items() if before.get(rule) != predictions}
+    assert changed == {"score_vqa_lora_none_r16_e1_seed1"}
