@@ -3,10 +3,10 @@
     make test-kills N=1000 SEED=1        so many kills
     make test-kills ONLY=37 SEED=1       series 37 of that seed alone, in the same folder of results
 
-The real workflow makes all results once, undisturbed. Its manifests say what each job ran. A *series* is one of these jobs, alone,
-in a copy of all results from which its outputs are taken away: it is started and killed again and again, at moments drawn
-uniformly over its undisturbed length, and then let end. Its processes are forked from one that has imported everything. After each
-kill an output is whole or not there, and nothing says "Traceback". In the end
+The real workflow makes all results once, undisturbed. Its manifests say what each job ran. A *series* is one of these jobs,
+alone, in a copy of all results from which its outputs are taken away: it is started and killed again and again, at moments drawn
+uniformly over its undisturbed length, and then let end. Its processes are forked from one that has imported everything. After
+each kill an output is whole or not there, and nothing says "Traceback". In the end
 
 * every output is sha256-equal to the undisturbed one (timing.json, which holds measurements, excepted);
 * nothing else is there, and no other file was touched (inode and time of change);
@@ -55,12 +55,9 @@ EXPERIMENTS = [
 ]
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1")
 KINDS = (*SIGNALS, "full disk", "torn checkpoint", "Snakemake", "SLURM")
-STATUS = {
-    "SIGKILL": {-9},
-    "SIGTERM": {143, -15},
-    "SIGUSR1": {143, -10},
-    "SIGINT": {130, -2},
-}  # negative: before its handlers stood
+# negative: the signal came before its handler was there; 138: so it was with the command that was recorded
+STATUS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGUSR1": {143, 138, -10}, "SIGINT": {130, -2}}
+KEPT = ("results/manifests/.past", "results/manifests/.hashes")  # the recorder's: of jobs that failed, of what it has read
 KILLS = 4  # of a series
 RESUME_SECONDS = 5.0
 PER_SNAKEMAKE_KILL = 100  # kills of single jobs
@@ -102,6 +99,7 @@ class Outcome:
 
 def make_reference(folder: Path) -> None:
     """The project with all its results, as the workflow makes them."""
+    folder.mkdir(parents=True)
     make_project(folder, EXPERIMENTS)
     command = [sys.executable, "workflow/run.py", "results", "--cores", "2"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
@@ -117,7 +115,7 @@ def make_reference(folder: Path) -> None:
 def jobs_of(project: Path) -> list[Job]:
     """The workflow's jobs by their manifests, beside a prediction, a crate, and a recorded job."""
     found = []
-    for path in sorted((project / "results/manifests").glob("*/*.json")):
+    for path in sorted((project / "results/manifests").glob("[a-z]*/*.json")):
         manifest = json.loads(path.read_text())
         stage, command = manifest["rule"], manifest["command"][1:]
         outputs = [output["path"] for output in manifest["outputs"]]
@@ -157,7 +155,7 @@ def digests_of(folder: Path, outputs: list[str]) -> dict[str, str]:
     for output in outputs:
         path = folder / output
         paths = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] if path.exists() else []
-        for file in paths:
+        for file in (file for file in paths if file.name != ".snakemake_timestamp"):
             measured = file.name in MEASUREMENTS or "manifests" in file.parts
             found[str(file.relative_to(folder))] = "" if measured else hashlib.sha256(file.read_bytes()).hexdigest()
     return found
@@ -168,7 +166,7 @@ def stamps_of(folder: Path, but: list[str]) -> dict[str, tuple[int, int]]:
     return {
         name: (path.stat().st_ino, path.stat().st_mtime_ns)
         for name, path in files_of(folder).items()
-        if not any(name == other or name.startswith(f"{other}/") for other in but)
+        if not any(name == other or name.startswith(f"{other}/") for other in (*but, *KEPT))
     }
 
 
@@ -271,8 +269,10 @@ class Series:
             with self.place():
                 self.copy()
                 if self.job.stage not in self.lengths:
-                    begun = time.monotonic()
                     self.finish()
+                    self.remove_outputs()
+                    begun = time.monotonic()  # a second time: the first one reads everything from the disk
+                    end_of(start(self.job, self.project, self.notes))
                     self.lengths[self.job.stage] = time.monotonic() - begun
                     self.remove_outputs()
                 {"full disk": self.fill_the_disk, "torn checkpoint": self.tear_the_checkpoint}.get(self.kind, self.kill)()
@@ -323,9 +323,10 @@ class Series:
             deadline = time.monotonic() + moment
             while process.exitcode is None and time.monotonic() < deadline:
                 time.sleep(0.001)
-            if process.exitcode is not None:
+            if process.exitcode is not None:  # too late: once more
                 self.see("status", process.exitcode == 0, lambda status=process.exitcode: f"{status} before a kill")
-                return
+                self.remove_outputs()
+                continue
             group = whole_group or self.kind == "SIGKILL"
             (os.killpg if group else os.kill)(process.pid, number)
             if again and self.kind == "SIGINT":  # as `routevl record` does
@@ -335,7 +336,7 @@ class Series:
             self.killed += self.kind == "SIGKILL"
             self.look_at(status, {0, *STATUS[self.kind]}, step, models)
             if status == 0:
-                return
+                self.remove_outputs()
 
     def fill_the_disk(self) -> None:
         """Less space than the outputs need, or where no file system could be mounted files smaller than the largest output."""
@@ -348,8 +349,9 @@ class Series:
             status = end_of(process)
             if self.mounted:
                 self.leave_space(None)
-            if status == 0:
-                return
+            if status == 0:  # it had space enough
+                self.remove_outputs()
+                continue
             self.count()
             self.look_at(status, {2}, step, models)
             reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
@@ -360,7 +362,7 @@ class Series:
 
     def leave_space(self, free: int | None) -> None:
         used = shutil.disk_usage(self.project).used
-        size = 2**30 if free is None else max(used + free, 4096)
+        size = 2**30 if free is None else (used + free) // 4096 * 4096  # whole pages
         subprocess.run(["mount", "-o", f"remount,size={size}", str(self.project)], check=True)
 
     def tear_the_checkpoint(self) -> None:
@@ -370,7 +372,8 @@ class Series:
             time.sleep(self.random.random() * self.lengths[self.job.stage])
             os.killpg(process.pid, signal.SIGKILL)
             if end_of(process) == 0:
-                return
+                self.remove_outputs()
+                continue
             self.killed = 10**6  # steps are made again
             if not path.exists():
                 continue
@@ -406,7 +409,7 @@ class Series:
         for output in self.job.outputs:
             names = [name for name in self.expected if name == output or name.startswith(f"{output}/")]
             there = [name for name in names if name in here]
-            self.see("whole or absent", len(there) in (0, len(names)), lambda: f"of {output} there are only {there}")
+            self.see("whole or absent", len(there) in (0, len(names)), lambda there=there: f"only {there} are there")
         if self.job.training:
             now = self.step_of_checkpoint()
             finished = bool(self.whole_outputs())

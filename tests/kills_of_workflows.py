@@ -1,4 +1,4 @@
-"""The parts of the kill matrix that kill more than one job: the whole workflow with its Snakemake, and jobs that SLURM preempts."""
+"""The kill matrix beyond single jobs: the whole workflow with its Snakemake, and jobs that SLURM preempts."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def start_workflow(project: Path) -> subprocess.Popen:
 def finished_jobs(project: Path) -> dict[str, tuple[int, ...]]:
     """Each job that has a manifest, and the times of change of its outputs."""
     found = {}
-    for path in (project / "results/manifests").glob("*/*.json"):
+    for path in (project / "results/manifests").glob("[a-z]*/*.json"):
         outputs = [project / output["path"] for output in json.loads(path.read_text())["outputs"]]
         if all(output.exists() for output in outputs):
             found[f"{path.parent.name} {path.stem}"] = tuple(output.stat().st_mtime_ns for output in outputs)
@@ -115,7 +115,7 @@ def slurm_is_running() -> bool:
 def kill_slurm_jobs(count: int, seed: int, reference: Path, folder: Path, new: Callable[..., Any]) -> Any:
     """A training job, preempted so many times and submitted again.
 
-    SLURM tells a job that it preempts to stop (SIGTERM to all its processes), and kills what is left of it; `scancel` does the same.
+    SLURM tells a job that it preempts to stop (SIGTERM to all its processes) and kills what is left; `scancel` does the same.
     """
     outcome = new(-2, "train by SLURM")
     rng = random.Random(f"{seed} slurm")

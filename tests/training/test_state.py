@@ -1,4 +1,4 @@
-"""The state of training: what is saved and restored, whose run it is, what a stop signal and a second job find, what is deleted."""
+"""The state of training: what is saved, restored and deleted, whose run it is, what a stop signal and a second job find."""
 
 from __future__ import annotations
 
@@ -162,11 +162,6 @@ def test_b23_a_killed_run_with_another_optimiser_a_moving_buffer_and_other_gener
 ) -> None:
     """The buffer is none of the method's tensors, and scales the embeddings by what numpy and Python draw."""
     monkeypatch.setattr(optimisation, "AdamW", OPTIMISERS[name])
-    build = Method.beside
-
-    def beside(method: Method, inputs: dict[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
-        return build(method, inputs, visual)
-
     new = trainer.Trainer.__init__
 
     def with_buffer(self: trainer.Trainer, *arguments: Any) -> None:
@@ -300,9 +295,8 @@ def test_b05_a_users_folder_for_checkpoints_is_kept(small_world: SmallWorld, tmp
 
 def routevl(*words: object, code: str = "") -> subprocess.Popen:
     """The command line in a process group of its own; `code` is run first."""
-    script = (
-        f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}\nfrom routevl.cli import main; main()"
-    )
+    own = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell may have had it ignored
+    script = f"{own}\n{code}\nfrom routevl.cli import main; main()"
     command = [sys.executable, "-c", script, *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -341,7 +335,14 @@ def test_b18_a_recorded_stage_ends_so_too_when_the_terminal_and_the_recorder_sen
 
 
 def test_b18_a_stop_signal_during_imports_is_one_line() -> None:
-    slow = "import sys, time; sys.meta_path.insert(0, type('F', (), {'find_spec': lambda self, n, *a: n == 'routevl.training.train' and (print('importing', flush=True), time.sleep(60)) and None or None})())"
+    slow = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *others):
+        if name == "routevl.training.train":
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())"""
     process = routevl("train", code=slow)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)

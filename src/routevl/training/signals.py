@@ -39,20 +39,25 @@ def ignore_stop_signals() -> None:
 
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
-    """In the body a stop signal raises Stopped, so that files that are being written are removed on the way out."""
-    last = -SAME_PRESS
+    """In the body a stop signal raises Stopped, so that files that are being written are removed on the way out.
+
+    Libraries in C that are being imported may make an error of their own of it; that is Stopped too in the end.
+    """
+    came, last = 0, -SAME_PRESS
 
     def stop(number: int, frame: Any) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
+        nonlocal came, last
+        came, before, last = number, last, time.monotonic()
         if last - before >= SAME_PRESS:
             raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in handled()}
     try:
         yield
-    except KeyboardInterrupt:
-        ignore_stop_signals()
+    except BaseException as error:
+        if came:
+            ignore_stop_signals()
+            raise Stopped(came) from error
         raise
     finally:
         for number, handler in before.items():
