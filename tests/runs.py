@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ VISION_WIDTH = {"vqa": 16, "caption": 24}  # captioning then has a visual projec
 BATCH_SIZE = {"vqa": 5, "caption": 7}  # does not divide the number of examples
 EPOCHS = 2
 STEPS = {"vqa": EPOCHS * 8, "caption": EPOCHS * 9}
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Give this process its handlers of stop signals back, which training in it replaces."""
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -56,12 +68,8 @@ class Run:
 
     def train(self) -> Run:
         """Train in this process, to the end."""
-        handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
-        try:
+        with own_signals():
             run_stage("train", *self.argv)
-        finally:
-            for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
-                signal.signal(number, handler)
         return self
 
     def trainer(self) -> Trainer:
@@ -99,6 +107,7 @@ def start(
 
     def main() -> None:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have told the tests to ignore it
         run.root.mkdir(parents=True, exist_ok=True)
         log = os.open(run.root / "log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
         os.dup2(log, 1)

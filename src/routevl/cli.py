@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import signal
 import sys
 from typing import NoReturn
 
 from routevl.errors import RoutevlError
 from routevl.startup import importing, log_modules
+from routevl.training.signals import exit_status, stop_signals_raise
 
 # stage -> (module with its add_arguments and run, suffix of these, what it does); in the order in which data flows
 STAGES = {
@@ -43,7 +45,7 @@ STAGES = {
 
 # what the disk or the user can cause, as against a fault of the program
 USER_ERRORS = {
-    getattr(errno, name) for name in "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY EACCES EPERM EROFS ENOSPC EDQUOT EIO".split()
+    getattr(errno, name) for name in "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO".split()
 }
 
 
@@ -55,9 +57,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    """Run one stage. Bad input, or a library that is not installed, ends with one line on stderr and exit status 2."""
+    """Run one stage. Bad input, or a library that is not installed, ends with one line on stderr and exit status 2; a stop signal
+    with one line too, and 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1."""
     try:
-        _run()
+        with stop_signals_raise():
+            _run()
+    except KeyboardInterrupt as error:
+        number = signal.Signals(next(iter(error.args), signal.SIGINT))
+        _fail(f"{sys.argv[1]}: stopped by {number.name}", exit_status(number))
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "routevl":
             raise
@@ -89,6 +96,6 @@ def _run() -> None:
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     print("routevl: error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

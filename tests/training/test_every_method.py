@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import SmallWorld, command_line, run_stage
-from runs import TASKS, Run, assert_same_outcome, new_run
+from runs import TASKS, Run, assert_same_outcome, new_run, own_signals
 from test_several_processes import exit_statuses, start_processes
 
 from routevl.methods.table import METHODS, method_class
@@ -48,7 +48,7 @@ def stop_after(run: Run, steps: int) -> None:
             trainer.stop.number = signal.SIGTERM
 
     trainer._train_step = step_and_stop
-    with pytest.raises(SystemExit) as stopped:
+    with own_signals(), pytest.raises(SystemExit) as stopped:
         trainer.fit()
     assert stopped.value.code == EXIT_STOPPED
 

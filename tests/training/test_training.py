@@ -17,16 +17,30 @@ from typing import Any
 import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
-from runs import EPOCHS, STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start, wait_for
+from runs import (
+    EPOCHS,
+    STEPS,
+    TASKS,
+    Run,
+    assert_same_outcome,
+    exit_status,
+    leftovers,
+    new_run,
+    own_signals,
+    signal_at_call,
+    start,
+    wait_for,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from routevl import cli
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
-from routevl.training.checkpoint import load_checkpoint
+from routevl.training.checkpoint import load_checkpoint, save_checkpoint
 from routevl.training.predict import write_predictions
-from routevl.training.signals import EXIT_STOPPED
+from routevl.training.signals import EXIT_STOPPED, STOP_SIGNALS
+from routevl.training.signals import exit_status as stopped_by
 from routevl.training.trainer import Trainer
 
 
@@ -49,7 +63,9 @@ def baseline(baselines: dict[str, Run], task: str) -> Run:
 # --------------------------------------------------------------------------------- interrupted and resumed
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(
     small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str, workers: int, number: int
@@ -59,7 +75,7 @@ def test_run_interrupted_again_and_again_ends_in_the_same_bits(
     randomness = random.Random(f"{task} {workers} {number}")
     moments = [(VisionLanguageModel, "text_inputs", randomness.randint(4, 9)) for _ in range(4)] + [(os, "replace", 2)]
     randomness.shuffle(moments)
-    expected = -number if number == signal.SIGKILL else EXIT_STOPPED
+    expected = -number if number == signal.SIGKILL else stopped_by(number)
     interruptions = 0
     while (status := exit_status(start(run, signal_at_call(*moments[interruptions], number)))) != 0:
         assert status == expected
@@ -115,14 +131,15 @@ def stop_at_first_step(run: Run) -> None:
         trainer.stop.number = signal.SIGTERM
 
     trainer._train_step = step_and_stop
-    trainer.fit()
+    with own_signals():
+        trainer.fit()
 
 
 def json_of_checkpoint(run: Run) -> dict[str, Any]:
     return load_checkpoint(run.checkpoint)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_stop_signal_to_the_whole_process_group_leaves_a_checkpoint(
     small_world: SmallWorld, tmp_path: Path, baselines: dict[str, Run], number: int
 ) -> None:
@@ -143,7 +160,8 @@ def test_stop_signal_to_the_whole_process_group_leaves_a_checkpoint(
     process = start(run, sabotage)
     wait_for(run.root / "waiting")
     os.killpg(process.pid, number)
-    assert exit_status(process) == EXIT_STOPPED
+    os.kill(process.pid, number)  # `routevl record` passes it on once more
+    assert exit_status(process) == stopped_by(number)
     assert json_of_checkpoint(run)["step"] == 5
     assert "Traceback" not in (run.root / "log").read_text()
     assert exit_status(start(run)) == 0
@@ -566,7 +584,10 @@ def test_incomplete_checkpoint_is_refused(unfinished: Run, lacking: str) -> None
         del tensors["random/cpu"]
     if lacking == "key of the record":
         del record["history"]
-    save_file(tensors, unfinished.checkpoint, metadata=None if lacking == "record" else {"record": json.dumps(record)})
+    if lacking == "record":
+        save_file(tensors, unfinished.checkpoint)
+    else:
+        save_checkpoint(unfinished.checkpoint, tensors, record)
     with pytest.raises(RoutevlError, match="a damaged checkpoint"):
         unfinished.train()
 

@@ -28,6 +28,7 @@ from routevl.features.index import TOKENS
 from routevl.files import atomic_file
 from routevl.options import at_least
 from routevl.progress import progress
+from routevl.training.signals import ignore_stop_signals_of_others
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 IMAGES_PER_CHUNK = 512  # 196 patches of width 768 in float32: 0.3 GB on the device, and as much in memory while it is written
@@ -192,7 +193,8 @@ def _load_batches(
 ) -> Iterator[Tensor]:
     """Pixels (B, 3, H, W) of each batch; bad images raise their one-line error here, not inside a worker."""
     load = partial(_pixels, transform=backbone.transform)
-    loader = DataLoader(batches, batch_size=None, collate_fn=load, num_workers=workers, pin_memory=device.type == "cuda")
+    options = {"num_workers": workers, "worker_init_fn": ignore_stop_signals_of_others}
+    loader = DataLoader(batches, batch_size=None, collate_fn=load, pin_memory=device.type == "cuda", **options)
     for pixels in loader:
         if isinstance(pixels, str):
             raise RoutevlError(pixels)

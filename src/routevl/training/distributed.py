@@ -56,8 +56,8 @@ def average(
     return dict(zip(losses, averaged[offset:-1], strict=True))
 
 
-def any_process(accelerator: Accelerator, value: bool) -> bool:
-    """Whether it is so in any of the processes, which all ask at the same points."""
+def greatest(accelerator: Accelerator, value: int) -> int:
+    """The greatest of the processes' values, which all ask for at the same points."""
     if accelerator.num_processes == 1:
         return value
-    return accelerator.reduce(torch.tensor(float(value), device=accelerator.device), "sum").item() > 0
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())

@@ -1,4 +1,4 @@
-"""Stop signals: a training job that is told to stop first writes its checkpoint."""
+"""Stop signals: every stage ends in one line and leaves nothing half-written; training writes its checkpoint first."""
 
 from __future__ import annotations
 
@@ -6,17 +6,70 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STOPPED = 143  # 128 + SIGTERM: told to stop, checkpoint written
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+EXIT_STOPPED = 143  # 128 + SIGTERM, after SIGUSR1 too: a scheduler's word
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
+SAME_PRESS = 1.0  # seconds; the terminal sends Ctrl-C to all processes, and `routevl record` passes its own on
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal came; the first argument is its number."""
+
+
+def exit_status(number: int) -> int:
+    """The exit status of a process that was told to stop by that signal, and did so in good order."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+
+
+def handled() -> list[signal.Signals]:
+    """The stop signals of this process. A shell lets the jobs that a script starts behind itself ignore Ctrl-C: so it stays."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def ignore_stop_signals() -> None:
+    """From here on nothing interrupts the way out, up to the end of the interpreter."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """In the body a stop signal raises Stopped, so that files that are being written are removed on the way out.
+
+    Libraries in C that are being imported may make an error of their own of it; that is Stopped too in the end.
+    """
+    came, last = 0, -SAME_PRESS
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal came, last
+        came, before, last = number, last, time.monotonic()
+        if last - before >= SAME_PRESS:
+            raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in handled()}
+    try:
+        yield
+    except BaseException as error:
+        if came:
+            ignore_stop_signals()
+            raise Stopped(came) from error
+        raise
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 class StopSignal:
-    """The stop signal that this process got, if any; `number` is None until then."""
+    """The stop signal that this process got, if any; `number` is 0 until then."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.number = 0
 
     def remember(self) -> None:
         """From here on a stop signal is noted, for the training loop to see."""
@@ -24,27 +77,26 @@ class StopSignal:
         def note(number: int, frame: Any) -> None:
             self.number = number
 
-        for number in STOP_SIGNALS:
+        for number in handled():
             signal.signal(number, note)
 
     def exit_at_once(self, message: str) -> None:
         """From here on a stop signal, or one that came before, ends the process with a message on stderr."""
 
         def leave(number: int, frame: Any) -> NoReturn:
-            for other in STOP_SIGNALS:
-                signal.signal(other, signal.SIG_IGN)  # one is enough, and the way out must not be interrupted
+            ignore_stop_signals()  # one is enough
             print(message, file=sys.stderr, flush=True)
-            raise SystemExit(EXIT_STOPPED)
+            raise SystemExit(exit_status(number))
 
-        for number in STOP_SIGNALS:
+        for number in handled():
             signal.signal(number, leave)
         if self.number:
             leave(self.number, None)
 
 
 def ignore_stop_signals_of_others(worker: int) -> None:
-    """In a process that loads batches: obey stop signals of the main process alone. A scheduler may signal all processes of a
-    job, but the main process needs its loaders until the checkpoint is written."""
+    """In a process that loads batches: obey stop signals of the main process alone. A scheduler, or Ctrl-C, may signal all
+    processes of a job, but the main process needs its loaders until the checkpoint is written."""
     main_process = os.getppid()
 
     def wait() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from routevl import settings as run_settings
@@ -36,22 +37,44 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         RoutevlError: wrong settings or inputs; the loss is no longer a finite number.
-        SystemExit: with EXIT_STOPPED, after SIGTERM or SIGUSR1; the checkpoint is then on disk.
+        SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
     """
     settings = run_settings.from_arguments(arguments)
     check_execution(arguments)
     check_replaceable(arguments.model, "run.json")  # before the work, not after it
     check_replaceable(arguments.predictions, "results.json")
     accelerator = new_accelerator(settings)
-    with lock(Path(arguments.checkpoint) / "lock") if accelerator.is_main_process else nullcontext() as held:
+    model, predictions, checkpoint = Path(arguments.model), Path(arguments.predictions), Path(arguments.checkpoint)
+    with lock(checkpoint / "lock") if accelerator.is_main_process else nullcontext() as held:
         if held:
             os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
         accelerator.wait_for_everyone()
         trainer = Trainer(settings, arguments, accelerator)
-        trainer.fit()
-        trainer.write_model(Path(arguments.model))
-        trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
-        write_predictions(trainer.task, accelerator, Path(arguments.predictions), trainer.to_predict, arguments.workers)
+        # a job that waited for the lock finds what the other one has made, one that was killed what itself has
+        trained = trainer.load_model(model)
+        finished = trained and (predictions / "results.json").exists()
+        accelerator.wait_for_everyone()
+        if finished:
+            print(f"train {trainer.run}: {model} and {predictions} are finished: delete them to train again", file=sys.stderr)
+        elif not trained:
+            trainer.fit()
+            if accelerator.is_main_process:
+                (predictions / "results.json").unlink(missing_ok=True)  # of another model, as from here on
+            trainer.write_model(model)
+        if not finished:
+            trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
+            write_predictions(trainer.task, accelerator, predictions, trainer.to_predict, arguments.workers)
         if accelerator.is_main_process:
-            shutil.rmtree(arguments.checkpoint)
+            _forget(checkpoint)
     accelerator.end_training()
+
+
+def _forget(checkpoint: Path) -> None:
+    """Delete what training has written into the checkpoint's folder, and the folder unless it holds anything else."""
+    for path in [checkpoint / "checkpoint.safetensors", *checkpoint.glob(".checkpoint.safetensors.*.tmp"), checkpoint / "lock"]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        checkpoint.rmdir()

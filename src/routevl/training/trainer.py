@@ -19,20 +19,27 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, sha256_of, write_json
+from routevl.files import atomic_folder, read_json, sha256_of, write_json
 from routevl.methods.base import Method
 from routevl.options import words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.tasks.base import Task
-from routevl.training.checkpoint import digests, load_checkpoint, restore_training_state, save_checkpoint, training_state
+from routevl.training.checkpoint import (
+    digests,
+    load_checkpoint,
+    refuse_other_names,
+    restore_training_state,
+    save_checkpoint,
+    training_state,
+)
 from routevl.training.clock import Clock
-from routevl.training.distributed import any_process, average
+from routevl.training.distributed import average, greatest
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import data_loader, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
-from routevl.training.signals import EXIT_STOPPED, StopSignal
+from routevl.training.signals import StopSignal, exit_status, ignore_stop_signals
 
 
 class Trainer:
@@ -40,12 +47,13 @@ class Trainer:
 
     Several processes train one model: each takes its share of every batch, and all make the same step. Batches, the loss over a
     batch, and so the gradients are those of one process, but for the last bits (sums are cut differently) and for dropout. Only
-    the first process writes. Runs are bit-equal, resumed or not, where they have equally many processes.
+    the first process writes. Runs are bit-equal, resumed or not, where they have equally many processes and CPU threads.
 
     Attributes:
         task, model: of the run; the model is on the accelerator's device.
         examples, validation, to_predict: the training, validation and test split.
         step: optimiser steps so far, of `total_steps`.
+        identity: what two runs have alike that end in the same bits, of which run.json keeps record.
     """
 
     def __init__(self, settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -64,6 +72,8 @@ class Trainer:
         for items in (self.examples, self.validation, self.to_predict):
             self.task.visual.check(items.unique("image_id"))  # an error where an image is not there
         self.inputs = inputs | of_prepared | {"data": _fingerprint_of_data(self.task)}
+        self.execution = {"processes": accelerator.num_processes, "threads": arguments.threads}
+        self.identity = settings.as_record() | self.inputs | self.execution
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
         # not for DDP: the gradients are averaged here
@@ -79,7 +89,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []  # the lines of training.jsonl
         self.best: dict[str, Tensor] = {}  # the model's tensors after the best epoch so far
         self.best_epoch: dict[str, Any] = {}  # its line of the history
-        self.clock = Clock()
+        self.clock = Clock(accelerator.device)
         self.stop = StopSignal()
         self.checkpoint = Path(arguments.checkpoint) / "checkpoint.safetensors"
 
@@ -90,7 +100,7 @@ class Trainer:
 
         Raises:
             RoutevlError: the checkpoint is damaged or of another run; the loss is no longer a finite number.
-            SystemExit: with EXIT_STOPPED, after a stop signal; the checkpoint is then on disk.
+            SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
         """
         self.stop.remember()
         self._resume()
@@ -138,11 +148,12 @@ class Trainer:
         self.clock.stop(examples)
 
     def _stop_if_told(self) -> None:
-        if any_process(self.accelerator, self.stop.number is not None):
+        if number := greatest(self.accelerator, self.stop.number):
             self._save()
             print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
             self.accelerator.end_training()
-            raise SystemExit(EXIT_STOPPED)
+            ignore_stop_signals()
+            raise SystemExit(exit_status(number))
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, and remember the epoch's weights if they are the best so far."""
@@ -185,17 +196,16 @@ class Trainer:
     # -- the state
 
     def _save(self) -> None:
-        tensors = training_state(self.task.model, self.optimisation.optimiser)
+        tensors, optimiser = training_state(self.task.model, self.optimisation.optimiser)
         if not self.accelerator.is_main_process:
             return
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         record = {
-            "settings": self.settings.as_record(),
-            "inputs": self.inputs,
-            "processes": self.accelerator.num_processes,
+            "run": self.identity | self._environment(),
             "step": self.step,
             "history": self.history,
             "best_epoch": self.best_epoch,
+            "optimiser": optimiser,
             "schedule": self.optimisation.schedule.state_dict(),
             "clock": self.clock.as_record(),
         }
@@ -204,30 +214,36 @@ class Trainer:
     def _resume(self) -> None:
         if not self.checkpoint.exists():
             return
-        tensors, record = load_checkpoint(self.checkpoint)
-        optimiser, schedule = self.optimisation.optimiser, self.optimisation.schedule
+        tensors, record = self._read_checkpoint()
         try:
-            self._check_same_run(record["settings"] | record["inputs"] | {"processes": record["processes"]})
-            restore_training_state(tensors, self.task.model, optimiser)
             self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
-            self.clock = Clock(**record["clock"])
-            schedule.load_state_dict(record["schedule"])
-        except KeyError as error:
-            raise RoutevlError(f"{self.checkpoint}: a damaged checkpoint (it lacks {error}); delete it to start again") from error
-        self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
-        for group, learning_rate in zip(optimiser.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = learning_rate
+            self.clock = Clock(self.accelerator.device, **record["clock"])
+            self.best = {name.removeprefix("best/"): tensors.pop(name) for name in sorted(tensors) if name.startswith("best/")}
+            refuse_other_names(self.best, self.task.model.tensors() if self.best_epoch else ())
+            restore_training_state(tensors, record["optimiser"], self.task.model, self.optimisation.optimiser)
+            self.optimisation.schedule.load_state_dict(record["schedule"])
+        except (KeyError, RoutevlError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise RoutevlError(f"{self.checkpoint}: a damaged checkpoint ({reason}); delete it to start again") from error
         print(f"train {self.run}: resuming from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
 
-    def _check_same_run(self, before: dict[str, Any]) -> None:
-        """Raise RoutevlError where the unfinished run had other settings or inputs than this one; names the first."""
-        now = self.settings.as_record() | self.inputs | {"processes": self.accelerator.num_processes}
+    def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The checkpoint's tensors and record. Raises RoutevlError where it is damaged, or of another run than this one."""
+        tensors, record = load_checkpoint(self.checkpoint)
+        before = record.get("run", {})
+        now = self.identity | self._environment()
         for name in now | before:
             if before.get(name) != now.get(name):
                 raise RoutevlError(
                     f"{self.checkpoint}: the unfinished run has {name} {before.get(name)!r}, now it is {now.get(name)!r}: "
                     f"delete {self.checkpoint.parent} to start again"
                 )
+        return tensors, record
+
+    def _environment(self) -> dict[str, str]:
+        """What else changes the last bits, so that a run cannot go on with another. The model of the CPU or GPU does so too, but
+        the scheduler chooses it, and a run that it has stopped must go on."""
+        return {"device": self.accelerator.device.type, "torch": torch.__version__}
 
     # -- the result
 
@@ -235,7 +251,7 @@ class Trainer:
         """Write the run's folder: the best epoch's weights, the last one's under last/, metrics, settings and timing.
         The best epoch's weights are left in the model, in all processes."""
         model = self.task.model
-        state = digests(training_state(model, self.optimisation.optimiser))
+        state = digests(training_state(model, self.optimisation.optimiser)[0])
         if not self.accelerator.is_main_process:
             self._restore_best()
             return
@@ -252,6 +268,7 @@ class Trainer:
                 "run": self.run,
                 "settings": self.settings.as_record(),
                 "inputs": self.inputs,
+                "execution": self.execution,
                 "best_epoch": self.best_epoch,
                 "trainable_params": sum(counts.values()),
                 "trainable_params_by_part": counts,
@@ -259,8 +276,24 @@ class Trainer:
                 "text_model_params": self.task.text_model_params,
             }
             write_json(temporary / "run.json", record)
-            timing = self.clock.summary(self.accelerator.device) | {"processes": self.accelerator.num_processes}
+            timing = self.clock.summary() | {"processes": self.accelerator.num_processes}
             write_json(temporary / "timing.json", timing)
+
+    def load_model(self, folder: Path) -> bool:
+        """Load the run's folder where it is finished: of the same settings, inputs, processes and threads.
+
+        Raises:
+            RoutevlError: it is, but the checkpoint is damaged or of another run.
+        """
+        if not (folder / "run.json").exists():
+            return False
+        record = read_json(folder / "run.json")
+        if record["settings"] | record["inputs"] | record.get("execution", {}) != self.identity:
+            return False
+        if self.checkpoint.exists():
+            self._read_checkpoint()
+        self.task.model.load(folder)
+        return True
 
     def _restore_best(self) -> None:
         tensors = self.task.model.tensors()
