@@ -1,4 +1,4 @@
-"""Image files: what is read is the image that was prepared, in RGB by a stated rule; what cannot be read is said as what it is."""
+"""Image files: what is read is the image that was prepared, in RGB by a stated rule, and what cannot be is said as what it is."""
 
 from __future__ import annotations
 
