@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -198,21 +199,40 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, parse_float: Callable[[str], Any] = float) -> Any:
     """Read a JSON file, plain or gzip-compressed (by its first two bytes, whatever its name).
 
+    Half a surrogate pair, which is no character and cannot be written again, becomes U+FFFD. Of a key that an object has twice
+    the last value counts, as in the official tools.
+
+    Args:
+        parse_float: makes the value of a number with a fraction or an exponent, as in json.loads.
+
     Raises:
-        RoutevlError: the file is missing, truncated or not JSON.
+        RoutevlError: the file is missing, truncated, not JSON, or nested too deeply to be read.
     """
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
-        return json.loads(data)
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        return json.loads(_whole_characters(text), parse_float=parse_float)
     except FileNotFoundError:
         raise RoutevlError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise RoutevlError(f"{path}: not a readable JSON file ({error})") from error
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
+
+
+def _whole_characters(text: str) -> str:
+    """JSON with U+FFFD for each half of a surrogate pair, whether it stands there as it is or as an escape."""
+    if not _SURROGATE.search(text):
+        return text
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return _ESCAPE.sub(lambda escape: r"\ufffd" if escape[1] else escape[0], text)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone
 from routevl.errors import RoutevlError
-from routevl.features.images import read_image, read_image_lists
+from routevl.features.images import read_image_lists, read_images
 from routevl.methods.base import Method
 from routevl.settings import VISUAL_TOKENS
 
@@ -35,9 +35,10 @@ class LiveVision:
             self.length, self.width = self.encoder(self.of(self.image_ids[:1])).shape[1:]
 
     def of(self, image_ids: Sequence[int]) -> Tensor:
-        """Pixels, float32 (n, 3, H, W). Raises RoutevlError for an unknown or unreadable image."""
+        """Pixels, float32 (n, 3, H, W). Raises RoutevlError for unknown images, and for all that `read_image` refuses."""
         self.check(image_ids)
-        return torch.stack([self.transform(read_image(self.files[int(image_id)])) for image_id in image_ids])
+        images = read_images(self.files[int(image_id)] for image_id in image_ids)
+        return torch.stack([self.transform(image) for image in images])
 
     def check(self, image_ids: Sequence[int]) -> None:
         """Raise RoutevlError for an image that no split lists."""

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
-import numpy
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +25,7 @@ from transformers import (
 from routevl.backbones import fetch, pretrain_text, pretrain_vision
 from routevl.backbones.folder import fingerprint_of
 from routevl.backbones.text import load_text_backbone
-from routevl.backbones.vision import load_vision_backbone, to_rgb
+from routevl.backbones.vision import load_vision_backbone
 from routevl.errors import RoutevlError
 
 TINY = "--seed 1 --epochs 1 --hidden-size 16 --layers 1 --heads 2 --batch-size 8".split()
@@ -189,32 +188,6 @@ def test_fingerprint_follows_weights_and_preprocessing_only(folders: dict[str, P
     preprocessor = copy / "preprocessor_config.json"
     preprocessor.write_text(preprocessor.read_text().replace("0.5", "0.4"))
     assert fingerprint_of(copy) != before
-
-
-def test_images_of_every_mode_become_rgb() -> None:
-    red = Image.new("RGB", (8, 6), (200, 10, 20))
-    for mode in ("RGB", "RGBA", "CMYK", "HSV", "YCbCr", "P"):
-        image = to_rgb(red.quantize() if mode == "P" else red.convert(mode))
-        difference = numpy.abs(numpy.asarray(image, dtype=int) - numpy.asarray(red, dtype=int)).max()
-        assert image.mode == "RGB" and difference < 12, mode
-    assert to_rgb(Image.new("L", (4, 4), 77)).getpixel((0, 0)) == (77, 77, 77)
-    assert to_rgb(Image.new("1", (4, 4), 1)).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(numpy.full((4, 4), 128 * 257, dtype=numpy.uint16))
-    assert to_rgb(deep).getpixel((0, 0)) == (128, 128, 128)
-
-
-def test_transparency_is_shown_on_white() -> None:
-    assert to_rgb(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert to_rgb(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    palette = Image.new("P", (4, 4), 0)
-    palette.info["transparency"] = 0
-    assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_exif_orientation_is_applied() -> None:
-    image = Image.new("RGB", (10, 4))
-    image.getexif()[0x0112] = 6  # rotated by a quarter
-    assert to_rgb(image).size == (4, 10)
 
 
 @pytest.mark.parametrize(

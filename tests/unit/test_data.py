@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -160,7 +161,15 @@ def test_wrong_files_are_one_clear_error(tmp_path, reader, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"questions": [', b"\x1f\x8b\x08broken", b"\xff\xfe"])
+DEEP = b"[" * 100_000 + b"]" * 100_000
+TORN_ZIP = bytearray(gzip.compress(json.dumps(questions_file(list(range(1000)))).encode()))
+TORN_ZIP[60:70] = bytes(10)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"questions": [', b"\x1f\x8b\x08broken", b"\xff\xfe", bytes(TORN_ZIP), DEEP, b"1" * 5000],
+)
 def test_unreadable_files(tmp_path, content):
     path = tmp_path / "file.json"
     path.write_bytes(content)
@@ -283,6 +292,67 @@ def test_prepared_files_are_official_and_agree(tmp_path, make_source):
         assert captions["images"][0]["width"] == 4 and captions["licenses"] == [{"id": 1, "name": "test"}]
         header = {"info", "task_type", "data_type", "data_subtype", "license"}
         assert header | {"questions"} == set(QUESTIONS.read(folder / "questions.json"))
+
+
+def test_b11_the_images_bytes_are_prepared(tmp_path, make_source):
+    source = make_source()
+    for number, path in enumerate(sorted(Path(source["images"]).iterdir())):
+        path.write_bytes(b"x" * number)
+    prepare_run(tmp_path / "data", [source])
+    images = [image for split in ("train", "val", "test") for image in read_json(tmp_path / "data" / split / "images.json")]
+    assert len(images) == 10
+    for image in images:
+        assert list(image) == ["id", "file_name", "sha256"]
+        assert image["sha256"] == hashlib.sha256(Path(image["file_name"]).read_bytes()).hexdigest()
+    captions = read_captions(tmp_path / "data" / "train" / "captions.json")
+    assert not any("sha256" in image for image in captions["images"])
+
+
+def test_b11_each_image_is_hashed_once(tmp_path, make_source, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(prepare, "sha256_of", lambda path: hashed.append(path) or "0" * 64)
+    sources = [make_source(asked=False), make_source(captioned=False)]
+    prepare_run(tmp_path / "data", sources)
+    assert len(hashed) == len(set(hashed)) == 10
+
+
+def test_h10_prepared_texts_are_whole_characters(tmp_path, make_source):
+    source, half = make_source(), "what \ud83d"
+    questions, annotations, captions = (json.loads(Path(source[k]).read_text()) for k in ("questions", "annotations", "captions"))
+    for question, annotation, caption in zip(
+        questions["questions"], annotations["annotations"], captions["annotations"], strict=True
+    ):
+        question["question"] = caption["caption"] = annotation["question_type"] = annotation["multiple_choice_answer"] = half
+        annotation["answers"][0]["answer"] = half
+    for kind, content in (("questions", questions), ("annotations", annotations), ("captions", captions)):
+        save(Path(source[kind]), content)
+    prepare_run(tmp_path / "data", [source])
+    folder = tmp_path / "data" / "train"
+    prepared = read_pair(folder / "questions.json", folder / "annotations.json")
+    assert prepared[0][0]["question"] == prepared[1][0]["multiple_choice_answer"] == "what \ufffd"
+    assert read_captions(folder / "captions.json")["annotations"][0]["caption"] == "what \ufffd"
+    assert read_json(tmp_path / "data" / "answers.json") == ["what \ufffd"]
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "x" * 5000 + ".jpg", "caf\ud83d.jpg"])
+def test_h10_a_name_that_no_file_can_have(tmp_path, make_source, name):
+    source = make_source()
+    content = captions_file(list(range(1, 11)))
+    content["images"][4]["file_name"] = name
+    save(Path(source["captions"]), content)
+    with pytest.raises(RoutevlError, match=r"no such image, but .*captions\.json refers to the image 5; 1 of 10 images"):
+        prepare_run(tmp_path / "data", [source])
+
+
+def test_h10_a_file_name_that_is_no_text(tmp_path, make_source):
+    source = make_source()
+    images = Path(source["images"])
+    name = os.fsencode(images / "COCO_val2014_000000000003.jpg")
+    os.rename(name, name.replace(b"val2014_", b"caf\xe9_"))
+    del source["captions"]
+    with pytest.raises(RoutevlError, match=r"images\.json: cannot hold .*caf\\udce9"):
+        prepare_run(tmp_path / "data", [source])
+    assert not (tmp_path / "data").exists()
 
 
 def test_sources_merge_into_named_splits(tmp_path, make_source):
@@ -418,6 +488,15 @@ def test_a_split_that_lacks_the_questions_of_the_others(tmp_path, make_source):
         ({"split": {"train": 0.6, "val": 0.2, "test": 0.3, "seed": 1}}, "fractions that sum to 1"),
         ({"split": {"train": float("nan"), "val": 1, "seed": 1}}, "fractions that sum to 1"),
         ({"split": {"karpathy": "nowhere.json"}}, "nowhere.json: no such file"),
+        ({"split": {"karpathy": 3}}, r"data\[0\].split.karpathy must be string"),
+        ({"split": {"train": 0.6, "val": 0.2, "test": 0.2, "seed": 1.5}}, "split.seed must be integer"),
+        ({"split": {"train": 0.6, "val": 0.2, "test": 0.2, "seed": -1}}, "split.seed must be bigger than or equal to 0"),
+        ({"split": {"train": 1.6, "val": -0.8, "test": 0.2, "seed": 1}}, "split.val must be bigger than or equal to 0"),
+        ({"split": {"train": "1", "seed": 1}}, "split.train must be number"),
+        ({"images": 3}, r"data\[0\].images must be string"),
+        ({"images": "a\0b"}, "expected a folder of images .embedded null byte"),
+        ({"captions": "a\0b"}, "not a readable JSON file .embedded null byte"),
+        ({"missing_images": "Drop"}, "missing_images must be one of .'error', 'drop'"),
         ({"annotations": None}, "needs captions, or questions and annotations"),
         ({"annotations": None, "questions": None, "captions": None}, "needs captions, or questions and annotations"),
     ],
@@ -435,6 +514,7 @@ def test_wrong_sources(tmp_path, make_source, changed, message):
         ('{"images": "x"}', "--sources: not a list of sources"),
         ("[3]", "--sources: not a list of sources"),
         ("nowhere.json", "--sources: not a list of sources"),
+        ("[" * 100_000, "--sources: not a list of sources.*recursion"),
     ],
 )
 def test_wrong_lists_of_sources(tmp_path, text, message):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -33,19 +33,15 @@ class VisionBackbone:
         model: the torch module, float32, in evaluation mode, without gradients.
         width: d, the width of both kinds of tokens.
         fingerprint: sha256 of the weights, config and preprocessing (`fingerprint_of`).
-        preprocess: an RGB image -> float32 (3, H, W).
+        transform: an upright RGB image, as `routevl.features.images` reads it -> float32 (3, H, W), resized, cropped, normalised.
         tokens_of: the model and pixels -> what `encode` returns.
     """
 
     model: nn.Module
     width: int
     fingerprint: str
-    preprocess: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Tensor]
     tokens_of: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-
-    def transform(self, image: Image.Image) -> Tensor:
-        """A PIL image of any size and mode -> float32 (3, H, W), resized, cropped and normalised."""
-        return self.preprocess(to_rgb(image))
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) -> pooled (B, d) and patches (B, L, d).
@@ -72,9 +68,9 @@ def _load_timm(folder: Path, fingerprint: str) -> VisionBackbone:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise RoutevlError(f"backbone {folder}: timm cannot load it ({first_line(error)})") from None
-    preprocess = create_transform(**resolve_model_data_config(model), is_training=False)
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
     frozen = model.float().eval().requires_grad_(False)
-    return VisionBackbone(frozen, model.num_features, fingerprint, preprocess, _timm_tokens)
+    return VisionBackbone(frozen, model.num_features, fingerprint, transform, _timm_tokens)
 
 
 def _timm_tokens(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,10 +89,10 @@ def _load_transformers_vision(folder: Path, fingerprint: str) -> VisionBackbone:
     check_complete(folder, model_class, missing)
     processor = of_the_folder(AutoImageProcessor, folder, "preprocessor_config.json")
 
-    def preprocess(image: Image.Image) -> Tensor:
+    def transform(image: Image.Image) -> Tensor:
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
-    return VisionBackbone(model, config.hidden_size, fingerprint, preprocess, _transformers_tokens)
+    return VisionBackbone(model, config.hidden_size, fingerprint, transform, _transformers_tokens)
 
 
 def _vision_model_class(config: PretrainedConfig, folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -115,17 +111,3 @@ def _transformers_tokens(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tens
     patches = (height // model.config.patch_size) * (width // model.config.patch_size)
     pooled = output.pooler_output if output.pooler_output is not None else hidden_states[:, 0]
     return pooled, hidden_states[:, hidden_states.shape[1] - patches :]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB: upright by its EXIF orientation, transparency on white.
-
-    Grey, palette, CMYK and 16-bit images are converted; the size stays as it is (up to the rotation).
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 or 32-bit grey: Pillow would clip it at 255 instead of scaling it
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -80,5 +80,5 @@ def file_names(folder: str | Path) -> list[str]:
     """The sorted names of a folder's entries; a RoutevlError where it does not exist or cannot be listed."""
     try:
         return sorted(entry.name for entry in Path(folder).iterdir())
-    except OSError as error:
-        raise RoutevlError(f"{folder}: expected a folder of images ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise RoutevlError(f"{folder}: expected a folder of images ({getattr(error, 'strerror', error)})") from error

@@ -16,7 +16,7 @@ PATTERNS = {
     "folder": r"\w[\w.-]*",
     "urls": f"{URL}(,{URL})*",
     "checksum": "(sha256:[0-9a-f]{64})?",
-    "bytes": "([1-9][0-9]*)?",
+    "bytes": "([1-9][0-9]{0,17})?",
     "licence": ".+",
     "terms": URL,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,34 @@ from typing import Any
 import numpy
 
 from routevl.data.coco import file_names, images_in_folder, read_captions, read_karpathy_splits
-from routevl.data.records import INTEGER, SPLITS, STRING, Format, Record, check_unique, write_records
+from routevl.data.records import INTEGER, SPLITS, STRING, Format, Record, check_unique, parse_number, write_records
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder
+from routevl.files import atomic_folder, sha256_of
 from routevl.metrics.vqa import normalize_answer
 from routevl.options import at_least
+from routevl.progress import progress
 
+SOURCE_FILES = ("images", "questions", "annotations", "captions")
+SHARE = {"type": "number", "minimum": 0}
+SPLIT_OF_SOURCE = {
+    "type": ["string", "object"],
+    "properties": {
+        "train": SHARE, "val": SHARE, "test": SHARE, "seed": {"type": "integer", "minimum": 0}, "karpathy": STRING
+    },
+}  # fmt: skip
+SOURCES = Format(
+    "a list of sources as data.sources in the configuration",
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                **dict.fromkeys(SOURCE_FILES, STRING), "split": SPLIT_OF_SOURCE, "missing_images": {"enum": ["error", "drop"]}
+            },
+        },
+    },
+)  # fmt: skip
 QUESTION_FIELDS = ("image_id", "question", "question_id")
 ANNOTATION_FIELDS = ("image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers")
 VOCABULARY = Format(
@@ -62,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write {train,val,test}/{images,questions,annotations,captions}.json and answers.json, or nothing.
 
+    images.json holds [{"id": int, "file_name": str, "sha256": str, of the file's bytes}]: whatever reads an image later can tell
+    that it is the one that was prepared.
+
     Raises:
         RoutevlError: a source, an official file or the vocabulary is wrong, images are missing, ids clash,
             an image is in two splits, or a split is empty.
@@ -73,9 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
         answers = read_vocabulary(arguments.vocabulary)
     else:
         answers = build_vocabulary(splits, arguments.answer_splits or ("train", "val"), arguments.minimum_answer_count)
+    hashes = _hash_images([path for split in splits.values() for path in split.images.values()])
     with atomic_folder(arguments.output, "answers.json") as folder:
         for name, split in splits.items():
-            _write_split(folder / name, name, split)
+            _write_split(folder / name, name, split, hashes)
         write_records(folder / "answers.json", answers)
     for name, split in splits.items():
         print(f"{name}: {len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions")
@@ -111,9 +138,11 @@ class Source:
 def parse_sources(text: str) -> list[Source]:
     """Parse `--sources`, or raise RoutevlError."""
     try:
-        return [Source(**entry) for entry in json.loads(text)]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RoutevlError(f"--sources: not a list of sources as data.sources in the configuration ({error})") from None
+        return [Source(**entry) for entry in SOURCES.check("--sources", json.loads(text, parse_float=parse_number))]
+    except RoutevlError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RoutevlError(f"--sources: not {SOURCES.name} ({error})") from None
 
 
 # ------------------------------------------------------------------------------ reading and merging
@@ -175,19 +204,21 @@ def _find_images(source: Source, image_records: dict[int, Record], referred: dic
     folder = Path(source.images)
     present = set(file_names(folder))
     numbered = images_in_folder(folder) if referred.keys() - image_records.keys() else {}
-    found = {}
-    for image_id, reference in referred.items():
+    found, missing = {}, {}
+    for image_id in referred:
         name = image_records.get(image_id, {}).get("file_name") or numbered.get(image_id)
-        if name is not None and (name in present or (folder / name).is_file()):
+        if name is not None and (name in present or os.path.isfile(folder / name)):
             found[image_id] = folder / name
-        elif source.missing_images != "drop":
-            raise RoutevlError(
-                f"{folder / (name or f'[..._]{image_id:012d}.[jpg|jpeg|png]')}: no such image, but {reference} refers to the "
-                f"image {image_id} (put it there, or set the source's missing_images to 'drop')"
-            )
-    if len(found) < len(referred):
-        missing = len(referred) - len(found)
-        print(f"{folder}: dropped what is about {missing} of {len(referred)} images, which are missing")
+        else:
+            missing[image_id] = folder / (name or f"[..._]{image_id:012d}.[jpg|jpeg|png]")
+    if missing and source.missing_images != "drop":
+        image_id, path = next(iter(missing.items()))
+        raise RoutevlError(
+            f"{path}: no such image, but {referred[image_id]} refers to the image {image_id}; {len(missing)} of {len(referred)} "
+            "images are missing (put them there, or set the source's missing_images to 'drop')"
+        )
+    if missing:
+        print(f"{folder}: dropped what is about {len(missing)} of {len(referred)} images, which are missing")
     return found
 
 
@@ -290,7 +321,14 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
 # ------------------------------------------------------------------------------------------ writing
 
 
-def _write_split(folder: Path, name: str, split: Split) -> None:
+def _hash_images(paths: list[Path]) -> dict[Path, str]:
+    """The sha256 of each file, in hexadecimal; each is read once, several at a time, since it is the disk that takes the time."""
+    with ThreadPoolExecutor() as pool:
+        hashes = progress(pool.map(sha256_of, paths), len(paths), "hashing images")
+        return dict(zip(paths, hashes, strict=True))
+
+
+def _write_split(folder: Path, name: str, split: Split, hashes: dict[Path, str]) -> None:
     folder.mkdir()
     info = {"description": f"the {name} split of routevl's sources"}
     header = {"info": info, "task_type": "Open-Ended", "data_type": "mixed", "data_subtype": name, "license": {}}
@@ -304,7 +342,7 @@ def _write_split(folder: Path, name: str, split: Split) -> None:
         "images": [split.image_records.get(image_id) or images[image_id] for image_id in captioned],
         "annotations": split.captions,
     }
-    write_records(folder / "images.json", list(images.values()))
+    write_records(folder / "images.json", [image | {"sha256": hashes[split.images[n]]} for n, image in images.items()])
     write_records(folder / "questions.json", header | {"questions": questions})
     write_records(folder / "annotations.json", header | {"annotations": annotations})
     write_records(folder / "captions.json", captions)

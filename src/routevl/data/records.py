@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from routevl.files import read_json
 Record = dict[str, Any]
 
 SPLITS = ("train", "val", "test")
-INTEGER, STRING = {"type": "integer"}, {"type": "string"}
+INTEGER = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}  # what a tensor of ids can hold
+STRING = {"type": "string"}
 
 
 def object_of(*optional: str, **fields: Record) -> Record:
@@ -23,9 +25,9 @@ def object_of(*optional: str, **fields: Record) -> Record:
     return {"type": "object", "required": [name for name in fields if name not in optional], "properties": fields}
 
 
-def list_of(**fields: Record) -> Record:
-    """The schema of a list of objects that have all these fields and may have others."""
-    return {"type": "array", "items": object_of(**fields)}
+def list_of(*optional: str, **fields: Record) -> Record:
+    """The schema of a list of such objects."""
+    return {"type": "array", "items": object_of(*optional, **fields)}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,17 @@ class Format:
             raise RoutevlError(f"{place}: not {self.name}: {error.message}") from None
 
     def read(self, path: str | Path) -> Any:
-        """Read a file, plain or gzip-compressed, or raise RoutevlError where it is missing, not JSON or does not fit."""
-        return self.check(path, read_json(path))
+        """Read a file as `read_json`, or raise RoutevlError where it is missing, not JSON or does not fit.
+
+        3.0 is the integer 3, as in JSON Schema: an id that some tool wrote as a float is that id.
+        """
+        return self.check(path, read_json(path, parse_number))
+
+
+def parse_number(text: str) -> int | float:
+    """The value of a number with a fraction or an exponent; exact where it is whole, so that no id becomes another one."""
+    value = float(text)
+    return int(Decimal(text)) if value.is_integer() else value
 
 
 def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> None:
@@ -65,5 +76,12 @@ def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> No
 
 
 def write_records(path: Path, content: Any) -> None:
-    """Write JSON on one line, as the official files are, into a folder that is itself written whole or not at all."""
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write JSON on one line, as the official files are, into a folder that is itself written whole or not at all.
+
+    Raises:
+        RoutevlError: a text, such as the name of a file, is not of Unicode characters.
+    """
+    try:
+        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    except UnicodeEncodeError as error:
+        raise RoutevlError(f"{path}: cannot hold {ascii(error.object[max(0, error.start - 80) : error.end])}: no UTF-8") from None

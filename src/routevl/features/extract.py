@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone
-from routevl.errors import RoutevlError
-from routevl.features.images import ImageFile, read_image, read_image_lists, slice_of_shard
-from routevl.features.index import TOKENS
+from routevl.features.images import BadImages, ImageFile, read_image_lists, read_images, slice_of_shard
+from routevl.features.index import TOKENS, digest_of_ids
 from routevl.files import atomic_file
 from routevl.options import at_least
 from routevl.progress import progress
@@ -56,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     Finished chunks are kept beside it in `<output>.partial` until it is complete: an interrupted extraction resumes from them.
 
     Raises:
-        RoutevlError: a bad image list, image or backbone, or an empty shard; no output is written then.
+        RoutevlError: a bad image list, image or backbone, or an empty shard; no output is written then. All bad images of the
+            shard are named, at the end: the chunks without any are finished.
     """
     torch.set_num_threads(arguments.threads)
     all_images = read_image_lists(arguments.images)
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         "precision": arguments.precision,
         "shard": str(arguments.shard),
         "shards": str(arguments.shards),
-        "image_list": hashlib.sha256(",".join(str(image.image_id) for image in all_images).encode()).hexdigest(),
+        "image_list": digest_of_ids(image.image_id for image in all_images),
     }
     folder = Path(f"{arguments.output}.partial")
     chunks = _plan_chunks(images, folder, metadata)
@@ -90,7 +90,7 @@ class Chunk(NamedTuple):
     metadata: dict[str, str]
 
     def is_done(self) -> bool:
-        """Whether the file holds just these images, from just these files, by this backbone."""
+        """Whether the file holds just these images, of just this content, by this backbone."""
         try:
             with safe_open(self.path, framework="np") as file:
                 return file.metadata() == self.metadata
@@ -113,14 +113,17 @@ def _plan_chunks(images: list[ImageFile], folder: Path, metadata: dict[str, str]
 
 
 def _digest_of_sources(images: list[ImageFile]) -> str:
-    """Changes with the images' ids, files, sizes and times: a chunk of replaced images is not reused."""
+    """Changes with the images' ids and content, so that a chunk of replaced images is not reused.
+
+    Where no hash of the content is known, it changes with the files' names, sizes and times.
+    """
     digest = hashlib.sha256()
     for image in images:
-        try:
+        content = image.sha256
+        if content is None and os.path.isfile(image.file_name):
             status = os.stat(image.file_name)
-        except OSError:
-            raise RoutevlError(f"image {image.image_id}: no such file: {image.file_name}") from None
-        digest.update(f"{image.image_id} {image.file_name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            content = f"{image.file_name} {status.st_size} {status.st_mtime_ns}"
+        digest.update(f"{image.image_id} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -128,13 +131,17 @@ def _fill_chunks(chunks: list[Chunk], backbone: VisionBackbone, tokens: list[str
     missing = [chunk for chunk in chunks if not chunk.is_done()]
     if len(missing) < len(chunks):
         print(f"extract: {len(chunks) - len(missing)} of {len(chunks)} chunks are there already", flush=True)
-    encoded = _encode_chunks(missing, backbone, tokens, arguments)
+    problems: list[str] = []
+    encoded = _encode_chunks(missing, backbone, tokens, arguments, problems)
     with ThreadPoolExecutor(max_workers=1) as writer:  # the device goes on with the next chunk while the disk writes this one
         written = writer.submit(lambda: None)
         for chunk, tensors in zip(missing, encoded, strict=True):
             written.result()
-            written = writer.submit(chunk.write, tensors)
+            if tensors is not None:
+                written = writer.submit(chunk.write, tensors)
         written.result()
+    if problems:
+        raise BadImages(problems)
 
 
 def _join_chunks(chunks: list[Chunk], output: Path, metadata: dict[str, str]) -> None:
@@ -167,10 +174,11 @@ def _join_chunks(chunks: list[Chunk], output: Path, metadata: dict[str, str]) ->
 
 
 def _encode_chunks(
-    chunks: list[Chunk], backbone: VisionBackbone, tokens: list[str], arguments: argparse.Namespace
-) -> Iterator[dict[str, Tensor]]:
+    chunks: list[Chunk], backbone: VisionBackbone, tokens: list[str], arguments: argparse.Namespace, problems: list[str]
+) -> Iterator[dict[str, Tensor] | None]:
     """The tensors of each chunk in turn; one data loader runs over the batches of all of them.
 
+    What is wrong with images is added to `problems`; a chunk with bad images is None, and the rest of it is read but not encoded.
     A GPU gets its batches from pinned memory and keeps their features until the chunk ends, so that it never waits for this
     process in between.
     """
@@ -180,9 +188,16 @@ def _encode_chunks(
     batches = [chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)]
     loaded = progress(_load_batches(batches, backbone, device, arguments.workers), len(batches), "extract")
     for chunk in chunks:
-        parts = []
+        parts, known = [], len(problems)
         for _ in range(math.ceil(len(chunk.images) / size)):
-            parts.append(_encode_batch(next(loaded), backbone, tokens, device, arguments.precision))
+            pixels = next(loaded)
+            if isinstance(pixels, list):
+                problems += pixels
+            elif len(problems) == known:
+                parts.append(_encode_batch(pixels, backbone, tokens, device, arguments.precision))
+        if len(problems) > known:
+            yield None
+            continue
         tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in tokens}
         yield {"image_ids": torch.tensor([image.image_id for image in chunk.images]), **tensors}
     next(loaded, None)  # lets the progress report its end
@@ -190,23 +205,18 @@ def _encode_chunks(
 
 def _load_batches(
     batches: list[list[ImageFile]], backbone: VisionBackbone, device: torch.device, workers: int
-) -> Iterator[Tensor]:
-    """Pixels (B, 3, H, W) of each batch; bad images raise their one-line error here, not inside a worker."""
+) -> Iterator[Tensor | list[str]]:
+    """Of each batch the pixels (B, 3, H, W), or what is wrong with its images."""
     load = partial(_pixels, transform=backbone.transform)
     options = {"num_workers": workers, "worker_init_fn": ignore_stop_signals_of_others}
-    loader = DataLoader(batches, batch_size=None, collate_fn=load, pin_memory=device.type == "cuda", **options)
-    for pixels in loader:
-        if isinstance(pixels, str):
-            raise RoutevlError(pixels)
-        yield pixels
+    yield from DataLoader(batches, batch_size=None, collate_fn=load, pin_memory=device.type == "cuda", **options)
 
 
-def _pixels(images: list[ImageFile], transform: Callable[[Image], Tensor]) -> Tensor | str:
-    """A batch's pixels, or the message of an error."""
+def _pixels(images: list[ImageFile], transform: Callable[[Image], Tensor]) -> Tensor | list[str]:
     try:
-        return torch.stack([transform(read_image(image)) for image in images])
-    except RoutevlError as error:
-        return str(error)
+        return torch.stack([transform(image) for image in read_images(images)])
+    except BadImages as error:  # which a worker process could not raise in one line
+        return error.problems
 
 
 def _encode_batch(

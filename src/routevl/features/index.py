@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,11 @@ def _check_shards(shards: list[dict[str, Any]]) -> None:
     numbers = [shard["shard"] for shard in shards]
     if numbers != list(range(first["number of shards"])):
         raise RoutevlError(f"--shards: found the shards {numbers}, expected each of {first['number of shards']} once")
+
+
+def digest_of_ids(image_ids: Iterable[int]) -> str:
+    """The sha256, in hexadecimal, of all image ids in their order: `image_list` of a shard's metadata."""
+    return hashlib.sha256(",".join(map(str, image_ids)).encode()).hexdigest()
 
 
 def open_shard(path: Path, framework: str) -> Any:

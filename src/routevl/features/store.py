@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from routevl.errors import RoutevlError
-from routevl.features.index import open_shard
+from routevl.features.index import digest_of_ids, open_shard
 from routevl.files import read_json
 
 
@@ -29,7 +30,7 @@ class Features:
 
     Raises:
         RoutevlError: no index or shard, tokens that were not stored, a backbone other than `expected_fingerprint`, or a shard of
-            another one.
+            another backbone, precision, shape or list of images than the index or the other shards have.
     """
 
     def __init__(self, folder: str | Path, tokens: str = "pooled", expected_fingerprint: str | None = None) -> None:
@@ -47,16 +48,29 @@ class Features:
             )
         self.width: int = index["width"]
         self.length: int = lengths[tokens]
-        ids, self._shards = zip(*(self._open(shard["file"], tokens) for shard in index["shards"]), strict=True)
+        ids, self._shards, image_lists = zip(*(self._open(shard, tokens, index) for shard in index["shards"]), strict=True)
         self.image_ids = torch.cat(ids)  # shards are contiguous slices of the sorted ids, so these are sorted
         self._starts = torch.tensor([0, *map(len, ids)]).cumsum(0)
+        image_list = digest_of_ids(self.image_ids.tolist())
+        for shard, of_shard in zip(index["shards"], image_lists, strict=True):
+            if of_shard != image_list:
+                raise self._misfit(shard, "of another list of images than the other shards, or in another place among them")
 
-    def _open(self, file: str, tokens: str) -> tuple[Tensor, Tensor]:
-        """A shard's ids (m,) and features (m, ...), which are read from disk when they are asked for."""
-        with open_shard(self._folder / file, "pt") as shard:
-            if (shard.metadata() or {}).get("backbone_fingerprint") != self.fingerprint:
-                raise RoutevlError(f"{self._folder / file}: of another backbone than its index says; index the features again")
-            return shard.get_tensor("image_ids"), shard.get_tensor(tokens)
+    def _open(self, entry: dict[str, Any], tokens: str, index: dict[str, Any]) -> tuple[Tensor, Tensor, str]:
+        """A shard's ids (m,), its features (m, ...), which are read from disk when they are asked for, and its `image_list`."""
+        with open_shard(self._folder / entry["file"], "pt") as shard:
+            metadata = shard.metadata() or {}
+            for key, name in (("backbone_fingerprint", "backbone"), ("precision", "precision")):
+                if metadata.get(key) != index[key]:
+                    raise self._misfit(entry, f"of another {name} than its index says")
+            ids, features = shard.get_tensor("image_ids"), shard.get_tensor(tokens)
+        shape = len(ids), features.numel()
+        if shape != (entry["n"], entry["n"] * self.length * self.width):
+            raise self._misfit(entry, "of another shape than its index says")
+        return ids, features, metadata.get("image_list", "")
+
+    def _misfit(self, entry: dict[str, Any], problem: str) -> RoutevlError:
+        return RoutevlError(f"{self._folder / entry['file']}: {problem}; index the features again")
 
     def __len__(self) -> int:
         return len(self.image_ids)

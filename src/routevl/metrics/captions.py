@@ -11,6 +11,7 @@ import unicodedata
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,26 @@ from routevl.errors import RoutevlError
 from routevl.metrics.java import Meteor, start_meteor, tokenize
 from routevl.metrics.results import read_results
 
-MISSING = {"SPICE": "not computed: its Stanford CoreNLP models are not part of the installed packages"}
+SPICE_MISSING = "not computed: its Stanford CoreNLP models are not part of the installed packages"
+# METEOR aligns 1,000 words within half a second. Its time and memory grow with the square of the words: 20,000 of them end it.
+METEOR_WORDS = 1000
+FEW_IMAGES = 100
 
 
 class CaptionScores(NamedTuple):
-    """Scores as fractions (CIDEr may exceed 1): of all captions, with None for what is `MISSING`, and CIDEr by image id."""
+    """The scores of one system.
+
+    Attributes:
+        metrics: of all captions, as fractions (CIDEr may exceed 1); None for what is missing.
+        cider_by_image: CIDEr by image id.
+        missing: metric that is None to the reason.
+        remarks: sentences about metrics that say little, and why.
+    """
 
     metrics: dict[str, float | None]
     cider_by_image: dict[int, float]
+    missing: dict[str, str]
+    remarks: list[str]
 
 
 def one_line(caption: str) -> str:
@@ -39,7 +52,9 @@ def one_line(caption: str) -> str:
     return "".join(character for character in spaced if unicodedata.category(character) != "Cc")
 
 
-def score(references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[int, str]]) -> list[CaptionScores]:
+def score(
+    references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[int, str]], names: Sequence[object] = ()
+) -> list[CaptionScores]:
     """Score the captions of one or more systems, each one caption per image.
 
     METEOR loads its tables for about ten seconds, once for all systems.
@@ -48,9 +63,10 @@ def score(references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[
         references: image_id to one or more reference captions, for every image of the candidates; CIDEr's document
             frequencies come from the images that a system captions.
         candidates: of each system, image_id to the caption to score: any text, possibly empty; one or more images.
+        names: what messages call each system, such as its file.
 
     Raises:
-        RoutevlError: no reference holds a word, or a Java program failed.
+        RoutevlError: no reference holds a word, or a Java program failed; names the image, where METEOR failed at one.
     """
     with start_meteor() as meteor:
         captioned = {image: references[image] for system in candidates for image in system}
@@ -58,7 +74,13 @@ def score(references: Mapping[int, Sequence[str]], candidates: Sequence[Mapping[
         tokens = {image: [next(tokenized) for _ in captions] for image, captions in captioned.items()}
         if not any(map(any, tokens.values())):
             raise RoutevlError(f"no reference caption of the {len(tokens)} images to score holds a word")
-        return [_score_one({image: tokens[image] for image in system}, system, meteor) for system in candidates]
+        scores = []
+        for system, name in zip_longest(candidates, names):
+            try:
+                scores.append(_score_one({image: tokens[image] for image in system}, system, meteor))
+            except RoutevlError as error:
+                raise RoutevlError(f"{name}: {error}" if name else str(error)) from None
+        return scores
 
 
 def _tokens(captions: Iterable[str]) -> list[str]:
@@ -75,10 +97,33 @@ def _score_one(reference_tokens: Mapping[int, list[str]], candidates: Mapping[in
     bleu, _ = Bleu(4).compute_score(reference_tokens, candidate_tokens, verbose=0)
     rouge, _ = Rouge().compute_score(reference_tokens, candidate_tokens)
     cider, cider_by_image = Cider().compute_score(reference_tokens, candidate_tokens)
-    meteor_score = meteor.corpus_score(list(reference_tokens.values()), texts)
+    too_long = [image for image in candidates if _most_words(reference_tokens[image] + candidate_tokens[image]) > METEOR_WORDS]
+    missing = {"SPICE": SPICE_MISSING}
+    if too_long:
+        missing["METEOR"] = f"not computed: {_named(too_long)} a caption of more than {METEOR_WORDS:,} words"
+    meteor_score = None if too_long else meteor.corpus_score(reference_tokens, dict(zip(candidates, texts, strict=True)))
     metrics: dict[str, float | None] = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
     metrics |= {"METEOR": meteor_score, "ROUGE_L": float(rouge), "CIDEr": float(cider), "SPICE": None}
-    return CaptionScores(metrics, dict(zip(candidates, cider_by_image.tolist(), strict=True)))
+    by_image = dict(zip(candidates, cider_by_image.tolist(), strict=True))
+    return CaptionScores(metrics, by_image, missing, _remarks(len(by_image)))
+
+
+def _most_words(texts: Iterable[str]) -> int:
+    return max(len(text.split(" ")) for text in texts)
+
+
+def _named(images: Sequence[int]) -> str:
+    """For example "image 3 has", or "image 3 and 11 others have"."""
+    return f"image {images[0]} has" if len(images) == 1 else f"image {images[0]} and {len(images) - 1} others have"
+
+
+def _remarks(n_images: int) -> list[str]:
+    if n_images >= FEW_IMAGES:
+        return []
+    return [
+        f"CIDEr of {n_images} images says little: it weighs words by how few of just these images' references have them, so that "
+        "words which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
+    ]
 
 
 def score_files(annotations: str | Path, results: Sequence[str | Path], subset: bool = False) -> list[CaptionScores]:
@@ -99,7 +144,7 @@ def score_files(annotations: str | Path, results: Sequence[str | Path], subset: 
         if not system:
             raise RoutevlError(f"{path}: holds no captions to score")
         candidates.append(system)
-    return score(references, candidates)
+    return score(references, candidates, results)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -110,6 +155,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    """Print the scores as fractions, and what is missing and why, as JSON."""
+    """Print the scores as fractions, what is missing or says little, and why, as JSON."""
     (scores,) = score_files(arguments.annotations, [arguments.results], arguments.subset)
-    print(json.dumps(scores.metrics | {"missing": MISSING, "n": len(scores.cider_by_image)}, indent=1))
+    report = {"missing": scores.missing, "remarks": scores.remarks, "n": len(scores.cider_by_image)}
+    print(json.dumps(scores.metrics | report, indent=1))

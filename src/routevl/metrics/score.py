@@ -24,7 +24,7 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
             group = scores.by_answer_type.get(answer_type)
             metrics[metric] = group.accuracy if group else None
         metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
-        summary = {"n": len(scores.by_question), "metrics": metrics}
+        summary = {"n": len(scores.by_question), "metrics": metrics, "remarks": scores.remarks}
         yield summary, {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
 
 
@@ -34,7 +34,7 @@ def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
 
     for scores in captions.score_files(split / "captions.json", results):
         by_image = dict(sorted(scores.cider_by_image.items()))
-        summary = {"n": len(by_image), "metrics": scores.metrics, "missing": captions.MISSING}
+        summary = {"n": len(by_image), "metrics": scores.metrics, "missing": scores.missing, "remarks": scores.remarks}
         yield summary, {"ids": list(by_image), "CIDEr": list(by_image.values())}
 
 

@@ -29,6 +29,12 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # The official code passes the flag re.UNICODE (32) to `sub` where the largest number of replacements belongs.
 _MOST_PERIODS = 32
 
+ENOUGH_ANSWERS = 4  # an answer is compared with those of the other annotators, and three of them make it right
+FEW_ANSWERS = (
+    "{few} of {n} questions have the answers of fewer than four annotators: no answer to them gets 100%, and none gets anything "
+    "where there is one annotator"
+)
+
 # Every one of these is recognised when one of its apostrophes is left out.
 _CONTRACTED = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -56,12 +62,16 @@ class GroupAccuracy(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """VQA accuracy, in percent and not rounded: of all questions, of the types that occur, and by question_id."""
+    """VQA accuracy, in percent and not rounded: of all questions, of the types that occur, and by question_id.
+
+    `remarks` are sentences about what it cannot tell, and why.
+    """
 
     overall: float
     by_answer_type: dict[str, GroupAccuracy]
     by_question_type: dict[str, GroupAccuracy]
     by_question: dict[int, float]
+    remarks: list[str]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -122,6 +132,7 @@ def score(annotations: Sequence[dict[str, Any]], predictions: Mapping[int, str])
     by_question: dict[int, float] = {}
     by_answer_type: dict[str, list[float]] = defaultdict(list)
     by_question_type: dict[str, list[float]] = defaultdict(list)
+    few = sum(len(annotation["answers"]) < ENOUGH_ANSWERS for annotation in annotations)
     for annotation in annotations:
         question_id = annotation["question_id"]
         answers = [answer["answer"] for answer in annotation["answers"]]
@@ -134,6 +145,7 @@ def score(annotations: Sequence[dict[str, Any]], predictions: Mapping[int, str])
         by_answer_type={name: _mean(by_answer_type[name]) for name in sorted(by_answer_type)},
         by_question_type={name: _mean(by_question_type[name]) for name in sorted(by_question_type)},
         by_question=by_question,
+        remarks=[FEW_ANSWERS.format(few=few, n=len(annotations))] if few else [],
     )
 
 
@@ -169,5 +181,6 @@ def run(arguments: Namespace) -> None:
         "perAnswerType": {name: round(group.accuracy, 2) for name, group in scores.by_answer_type.items()},
         "perQuestionType": {name: round(group.accuracy, 2) for name, group in scores.by_question_type.items()},
         "n": len(scores.by_question),
+        "remarks": scores.remarks,
     }
     print(json.dumps(report, indent=1, ensure_ascii=False))

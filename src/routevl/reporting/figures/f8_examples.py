@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image, ImageOps
 
 from routevl.errors import RoutevlError
+from routevl.features.images import ImageFile, read_image, read_image_lists
 from routevl.files import read_json
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.results import read_items
@@ -50,7 +50,7 @@ class _System(NamedTuple):
 class _Example(NamedTuple):
     """One cell of the figure: an image, and the lines below it with their colours."""
 
-    image: Path
+    image: ImageFile
     lines: list[tuple[str, str]]
 
 
@@ -92,7 +92,7 @@ def _section(inputs: FigureInputs, task: str, runs: pd.DataFrame) -> tuple[_Sect
     title, systems = _systems(inputs, task, runs)
     scored = systems[-1].scores.index
     items = (_questions if task == "vqa" else _references)(inputs.need("data"))
-    images = {entry["id"]: Path(entry["file_name"]) for entry in read_json(inputs.need("data") / "images.json")}
+    images = {image.image_id: image for image in read_image_lists([inputs.need("data") / "images.json"])}
     if unknown := [item for item in scored if item not in items]:
         raise RoutevlError(f"{inputs.data}: holds no item {unknown[0]}, which {systems[-1].run} was scored on")
     groups = _right_and_wrong(systems) if task == "vqa" else _quarters(systems[-1])
@@ -234,21 +234,17 @@ def _draw_example(figure: Figure, example: _Example, left: float, top: float) ->
     width, height = figure.get_size_inches()
     box = (left / width, (top - _IMAGE_HEIGHT) / height, _CELL / width, _IMAGE_HEIGHT / height)
     axes = figure.add_axes(box, anchor="W")
-    axes.imshow(_read_image(example.image), interpolation="nearest")
+    axes.imshow(_pixels(example.image), interpolation="nearest")
     axes.set_axis_off()
     for number, (line, color) in enumerate(example.lines):
         _write(figure, left, top - _IMAGE_HEIGHT - 0.14 - number * _LINE, line, color=color)
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """An RGB image, upright, and no larger than the page can show."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            upright.thumbnail((_IMAGE_PIXELS, _IMAGE_PIXELS))
-            return np.asarray(upright)
-    except OSError as error:
-        raise RoutevlError(f"{path}: not a readable image ({error})") from None
+def _pixels(file: ImageFile) -> np.ndarray:
+    """An image's pixels, uint8 (H, W, 3), no more than the page can show."""
+    image = read_image(file)
+    image.thumbnail((_IMAGE_PIXELS, _IMAGE_PIXELS))
+    return np.asarray(image)
 
 
 def _write(figure: Figure, x: float, y: float, text: str, fontsize: float = 7, **options: Any) -> None:
