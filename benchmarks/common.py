@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.files import write_json
@@ -139,8 +138,3 @@ def random_gpt2(layers: int, width: int) -> GPT2LMHeadModel:
     """A frozen GPT-2 with random weights; 12 layers of width 768 are GPT-2. Token 0 is <bos> and <eos>."""
     config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // HEAD_WIDTH, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).requires_grad_(False)
-
-
-def layer_norms(model: nn.Module) -> list[str]:
-    """The names of a model's layer norms, which runs train beside the method."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]

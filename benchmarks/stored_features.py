@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import add_arguments, in_turn, layer_norms, prepare, random_roberta, ratios, report, seconds_of
+from common import add_arguments, in_turn, prepare, random_roberta, ratios, report, seconds_of
 from torch import Tensor
 from vision import draw_images, run_stage, save_random_backbone
 
@@ -21,6 +21,7 @@ from routevl.backbones.vision import VisionBackbone, load_vision_backbone
 from routevl.features import extract, index
 from routevl.features.images import read_image, read_image_lists
 from routevl.features.store import Features
+from routevl.methods.base import layer_norms
 from routevl.methods.table import new_method
 from routevl.tasks.vqa import VqaModel
 from routevl.visual import StoredFeatures, VisualSource

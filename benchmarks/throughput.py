@@ -25,11 +25,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import add_arguments, in_turn, layer_norms, machine_of, prepare, random_gpt2, random_roberta, report
+from common import add_arguments, in_turn, machine_of, prepare, random_gpt2, random_roberta, report
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from routevl.methods.base import layer_norms
 from routevl.methods.table import new_method
 from routevl.routing import ROUTING
 from routevl.tasks.base import VisionLanguageModel

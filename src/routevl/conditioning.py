@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, cat, nn
+import torch
+from torch import Tensor, nn
 
 from routevl.errors import RoutevlError
 
@@ -30,11 +31,15 @@ class Call:
         streams: what `prepare` made of the given ones; empty where the call has none.
         generating: whether the batch may be larger than that of the streams, by the number of beams.
         position: how many positions came before, in a cache.
+        within: the call that this one was made in, such as a forward pass with an image of its own in a search.
+        kept: what `projected` has computed already, for the steps of a generation.
     """
 
     streams: Mapping[Any, Any]
     generating: bool = False
     position: int = 0
+    within: Call | None = None
+    kept: dict[Any, Tensor] = field(default_factory=dict)
 
 
 # The running calls of all models in this thread. One variable for all: a ContextVar can be neither copied nor pickled.
@@ -92,16 +97,39 @@ class Conditioning:
         Raises:
             RoutevlError: the call has no such stream, or one of another batch size.
         """
+        value, beams = self._stream(key, batch_size, name)
+        return value if beams == 1 else value.repeat_interleave(beams, 0)
+
+    def projected(self, key: Any, text: Tensor, name: str, projection: nn.Module) -> Tensor:
+        """A layer's projection of a stream: (b, ..., d) -> (B, ..., r), for the text's hidden states (B, ..., d), whose dtype and
+        device it gets; errors as `per_example`.
+
+        It is projected before it is repeated for beams. While tokens are generated it stays the same, so that later steps find it
+        kept (not where a gradient or a compiled graph is wanted).
+        """
+        value, beams = self._stream(key, len(text), name)
+        kept, place = self.call().kept, (key, projection, beams, text.dtype, text.device)
+        if place in kept:
+            return kept[place]
+        result = projection(value.to(text.device, text.dtype))
+        if beams > 1:
+            result = result.repeat_interleave(beams, 0)
+        if self.call().generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kept[place] = result
+        return result
+
+    def _stream(self, key: Any, batch_size: int, name: str) -> tuple[Any, int]:
+        """A stream as the call has it, and how many beams there are for each of its rows."""
         call = self.call()
         if key not in call.streams:
             raise RoutevlError(f"a layer of this model reads {name}, but the call has none: pass {name} to it")
         value = call.streams[key]
         if value is None or value.shape[0] == batch_size:
-            return value
+            return value, 1
         beams, remainder = divmod(batch_size, value.shape[0])
         if not call.generating or remainder or beams == 0:
             raise RoutevlError(f"{name} has batch size {value.shape[0]} but the text has {batch_size}: they must be equal")
-        return value.repeat_interleave(beams, 0)
+        return value, beams
 
     def per_position(self, key: Any, shape: tuple[int, int], name: str) -> Tensor:
         """A stream for the (batch_size, length) positions that are computed now, behind those in the cache; errors as
@@ -112,7 +140,7 @@ class Conditioning:
             if not self.call().generating:
                 raise RoutevlError(f"{name} has {value.shape[1]} positions but the text has {start + length}: they must be equal")
             last = value[:, -1:]
-            value = cat([value, last.expand(-1, start + length - value.shape[1], *last.shape[2:])], dim=1)
+            value = torch.cat([value, last.expand(-1, start + length - value.shape[1], *last.shape[2:])], dim=1)
         return value[:, start : start + length]
 
     def call(self) -> Call:
@@ -136,29 +164,30 @@ class Conditioning:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        given = self._taken_from(kwargs)
-        before = self.call()
-        if before.generating:
-            call = replace(before, position=_cached_positions(kwargs))
+        given, before, position = self._taken_from(kwargs), self.call(), _cached_positions(kwargs)
+        if before.generating and not given:
+            call = replace(before, position=position)
         else:
-            call = Call(self.prepare(given) if given else {}, position=_cached_positions(kwargs))
+            call = Call(self.prepare(given) if given else {}, position=position, within=before if before.generating else None)
         _RUNNING.set({**_RUNNING.get(), self: call})
         if module.training and given:
             self._keep_streams_when_checkpointing()
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.call().generating:
-            _RUNNING.set({model: call for model, call in _RUNNING.get().items() if model is not self})
+        call = self.call()
+        if not call.generating:
+            others = {model: running for model, running in _RUNNING.get().items() if model is not self}
+            _RUNNING.set(others if call.within is None else {**others, self: call.within})
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         given = self._taken_from(kwargs)
-        prompts = next((v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+        prompts = _number_of_prompts(self.model, args, kwargs) if given else 0
         for name, value in given.items():
-            if prompts is not None and value.shape[0] != prompts.shape[0]:
+            if value.shape[0] != prompts:
                 raise RoutevlError(
-                    f"{name} has batch size {value.shape[0]} but there are {prompts.shape[0]} prompts: they must be equal "
-                    "(beams are no prompts)"
+                    f"{name} has batch size {value.shape[0]} but there {'is' if prompts == 1 else 'are'} {prompts} "
+                    f"prompt{'s' * (prompts != 1)}: they must be equal (beams are no prompts)"
                 )
         call = Call(self.prepare(given) if given else {}, generating=True)
         return self.run_with(call, type(self.model).generate, self.model, *args, **kwargs)
@@ -203,3 +232,13 @@ def _cached_positions(kwargs: Mapping[str, Any]) -> int:
     """How many positions a forward pass finds in its cache."""
     cache = kwargs.get("past_key_values")
     return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+
+
+def _number_of_prompts(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """How many texts transformers' `generate` begins with, before it makes beams of them: the rows of its input, else of any
+    tensor that is given, else one."""
+    inputs = ("inputs", "input_ids", getattr(model, "main_input_name", "input_ids"), "inputs_embeds", "encoder_outputs")
+    given = next((value for value in (*args[:1], *map(kwargs.get, inputs)) if value is not None), None)
+    if given is None:
+        given = next((value for value in kwargs.values() if isinstance(value, Tensor)), [None])
+    return len(given if isinstance(given, (Tensor, list)) else given[0])

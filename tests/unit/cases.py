@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
+from routevl.methods.base import layer_norms
 from routevl.methods.table import METHODS, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
@@ -105,10 +106,9 @@ def build(
     text_model = TEXT_MODELS[kind](dropout).eval().requires_grad_(False)
     if checkpointing:
         text_model.activation_checkpointing_enable()
-    layer_norms = [name for name, module in text_model.named_modules() if isinstance(module, nn.LayerNorm)]
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     chosen = new_method(method, options, "test")
-    arguments = (text_model, chosen, scores_of(text_model), layer_norms if norms else [], visual, prefix)
+    arguments = (text_model, chosen, scores_of(text_model), layer_norms(text_model) if norms else [], visual, prefix)
     if kind == "roberta":
         return VqaModel(7, *arguments).eval()
     return {"gpt2": CaptionModel, "bart": EncoderDecoderModel}[kind](*arguments).eval()

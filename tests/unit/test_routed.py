@@ -296,7 +296,7 @@ def test_missing_or_wrong_features_are_clear_errors(method: str, model: str) -> 
 @pytest.mark.parametrize(("method", "model"), EVERY)
 def test_features_of_another_width_get_one_trainable_projection(method: str, model: str, tmp_path: Path) -> None:
     adapted = build(method, model, "mul", visual_width=20)
-    assert trainable(adapted) == trainable(build(method, model, "mul")) + 20 * D
+    assert trainable(adapted) == trainable(build(method, model, "mul")) + 20 * D + D
     input_ids, features = inputs(width=20)
     output = adapted(input_ids, visual_features=features)[0]
     output.square().mean().backward()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from routevl.errors import RoutevlError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -73,12 +75,19 @@ class Method:
         """As `build`, of a vision model that runs in the training process (needs "pixels")."""
         return vision_model
 
+    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Module | None:
+        """The built model's own trainable projection of the image's tokens, (B, L_v, width) -> (B, L_v, d), which the visual prefix
+        reads too; asked for only where the widths differ. None: it has none, and the task makes one.
+        """
+        return None
+
     def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
         """What travels beside a call of the text model, by the names of the streams that its layers declare.
 
         Args:
             inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask.
-            visual: (B, L_v, d_v), the image's tokens; None where the run is blind.
+            visual: the image's tokens, (B, L_v, d), or as wide as the vision model gives them where the built model projects them
+                itself; None where the run is blind.
         """
         return {}
 
@@ -111,10 +120,19 @@ class Method:
 
 
 def layer_norms(text_model: nn.Module) -> list[str]:
-    """The full names of a model's layer norms."""
-    from torch.nn import LayerNorm
+    """The full names of a model's layer norms, RMSNorm and its like among them: modules with parameters and without parts, of a
+    class whose name ends in Norm.
 
-    return [name for name, module in text_model.named_modules() if isinstance(module, LayerNorm)]
+    Raises:
+        RoutevlError: there are none.
+    """
+    named = [(name, module) for name, module in text_model.named_modules() if type(module).__name__.endswith("Norm")]
+    names = [name for name, module in named if not [*module.children()] and [*module.parameters()]]
+    if not names:
+        raise RoutevlError(
+            f"{type(text_model).__name__} has no layer norm to train (a class named ...Norm): set freeze_layer_norm"
+        )
+    return names
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -24,6 +24,7 @@ class PeftMethod(Method):
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         from peft import get_peft_model
 
+        check_ends(train_also, text_model)
         try:
             return get_peft_model(text_model, self.config(text_model, train_also))
         except ValueError as error:  # an option or a model that peft refuses
@@ -47,3 +48,15 @@ class PeftMethod(Method):
             raise KeyError(f"{different[0]} is only in one of them")
         if different := [name for name, tensor in saved.items() if not tensor.equal(loaded[name].to(tensor.device))]:
             raise KeyError(f"{different[0]} could not be set")
+
+
+def check_ends(names: list[str], text_model: nn.Module) -> None:
+    """Raise RoutevlError where peft, which compares the ends of names, would take other modules for those of the list too."""
+    ends = tuple(names)
+    others = [name for name, _ in text_model.named_modules() if name not in names and name.endswith(ends)]
+    if others:
+        end = next(end for end in ends if others[0].endswith(end))
+        raise RoutevlError(
+            f"{others[0]} would be trained as a layer norm, since peft compares the ends of names and one is called {end!r}: "
+            "set freeze_layer_norm, or take a method that is not peft's"
+        )

@@ -32,7 +32,7 @@ class VisionLanguageModel(nn.Module):
         prepared: what the method's phase before training found.
         train_also: names of modules that are trained beside the method.
         visual: where the image comes from; where its width is not d, one trainable linear layer brings it to d, for the prefix
-            and for the method alike.
+            and for the method alike: the method's own where it has one, so that its adapter can be used without this class.
         prefix: put the visual tokens before the text's embeddings.
 
     Raises:
@@ -54,14 +54,18 @@ class VisionLanguageModel(nn.Module):
         self.sees_image = prefix or method.uses_image
         self.width = text_model.config.hidden_size
         self.vision = visual.encoder
-        needs_projection = self.sees_image and visual.width != self.width
-        self.visual_projection = nn.Linear(visual.width, self.width) if needs_projection else nn.Identity()
         try:
             self.text_model = method.build(text_model, prepared, train_also)
         except KeyError as error:
             if not prepared:
                 raise
             raise RoutevlError(f"--prepared was found for another text model: it has no {error}") from error
+        self.visual_projection, self.method_projects = nn.Identity(), False
+        if (
+            self.sees_image and visual.width != self.width
+        ):  # drawn after the method, so that baselines and routed twins start alike
+            own = method.visual_projection(self.text_model, visual.width)
+            self.visual_projection, self.method_projects = own or nn.Linear(visual.width, self.width), own is not None
 
     def text_inputs(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
         """The text model's arguments: embeddings behind the visual prefix, their mask, and what travels beside the call.
@@ -70,12 +74,13 @@ class VisionLanguageModel(nn.Module):
         (B, 3, H, W), float32; inputs_embeds (B, P + L_t, d) with P = L_v with the prefix, else 0.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
-        visual = None
-        if self.sees_image:
-            visual = self.visual_projection(self.vision(image))  # (B, L_v, d)
+        visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
+        if visual is not None and (self.prefix or not self.method_projects):
+            projected = self.visual_projection(visual)  # (B, L_v, d)
             if self.prefix:
-                embeddings = torch.cat([visual.to(embeddings.dtype), embeddings], dim=1)
-                attention_mask = torch.cat([attention_mask.new_ones(visual.shape[:2]), attention_mask], dim=1)
+                embeddings = torch.cat([projected.to(embeddings.dtype), embeddings], dim=1)
+                attention_mask = torch.cat([attention_mask.new_ones(projected.shape[:2]), attention_mask], dim=1)
+            visual = visual if self.method_projects else projected
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         return inputs | self.method.beside(inputs, visual)
 

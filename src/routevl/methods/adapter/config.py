@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from routevl.errors import RoutevlError
 from routevl.methods.adapter import Adapter
-from routevl.methods.routed.config import RoutedConfig
+from routevl.methods.routed.config import MethodType, RoutedConfig
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RoutedAdapterConfig(RoutedConfig):
         RoutevlError: a rank that is not positive, an unknown routing function, scale or activation.
     """
 
-    PEFT_TYPE: ClassVar[str] = "ROUTED_ADAPTER"
+    PEFT_TYPE: ClassVar[MethodType] = MethodType("ROUTED_ADAPTER")
     options_class: ClassVar[type] = Adapter.Options
 
     activation: str = field(
@@ -33,7 +33,6 @@ class RoutedAdapterConfig(RoutedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.PEFT_TYPE
         if self.activation not in ACT2FN:
             raise RoutevlError(
                 f"activation {self.activation!r} is not one of transformers' activations ({', '.join(sorted(ACT2FN))})"

@@ -48,7 +48,7 @@ class RoutedAdapterLayer(RoutedLayer):
         dtype = result.dtype
         for adapter in self.adapters_in_use():
             down, up = self.adapter_down[adapter], self.adapter_up[adapter]
-            result = result.to(down.weight.dtype)
+            result = self._cast_input_dtype(result, down.weight.dtype)
             update = up(self.activation[adapter](self.routed(adapter, down, result)))
             result = result + update if self.residual[adapter] else update
         return result.to(dtype)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from routevl.errors import RoutevlError
 from routevl.methods.adapter.config import RoutedAdapterConfig
 from routevl.methods.adapter.layer import RoutedAdapterLayer
 from routevl.methods.routed.tuner import RoutedTuner, register
@@ -25,13 +21,6 @@ class RoutedAdapterModel(RoutedTuner):
     prefix = "adapter_"
     tuner_layer_cls = RoutedAdapterLayer
     target_module_mapping = TARGET_MODULES
-
-    def _new_layer(self, target: nn.Module, name: str) -> RoutedAdapterLayer:
-        if not isinstance(target, (nn.Linear, Conv1D)):
-            raise RoutevlError(
-                f"target module {name} is a {type(target).__name__}: routed adapters follow Linear and Conv1D modules"
-            )
-        return RoutedAdapterLayer(target, self.conditioning)
 
 
 register(RoutedAdapterConfig.PEFT_TYPE, RoutedAdapterConfig, RoutedAdapterModel)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from routevl.methods.base import NoOptions, layer_norms
-from routevl.methods.peft_method import PeftMethod
+from routevl.methods.peft_method import PeftMethod, check_ends
 from routevl.options import option
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ class LNTuning(FromPeft):
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         from peft import LNTuningConfig
 
-        return LNTuningConfig(target_modules=layer_norms(text_model))
+        norms = layer_norms(text_model)
+        check_ends(norms, text_model)
+        return LNTuningConfig(target_modules=norms)
 
     def part_of(self, name: str) -> str:
         return "layer_norm"
@@ -115,6 +117,7 @@ class PromptLearning(FromPeft):
             return super().build(text_model, prepared, train_also)
         from routevl.methods.from_peft.prompts import PromptedCausalLM
 
+        check_ends(train_also, text_model)
         return PromptedCausalLM(text_model, self.config(text_model, train_also))
 
 

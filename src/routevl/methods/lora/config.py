@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from routevl.methods.lora import Lora
-from routevl.methods.routed.config import RoutedConfig
+from routevl.methods.routed.config import MethodType, RoutedConfig
 
 
 @dataclass
@@ -20,7 +20,7 @@ class RoutedLoraConfig(RoutedConfig):
         RoutevlError: a rank that is not positive, an unknown routing function or scale, a dropout outside [0, 1).
     """
 
-    PEFT_TYPE: ClassVar[str] = "ROUTED_LORA"
+    PEFT_TYPE: ClassVar[MethodType] = MethodType("ROUTED_LORA")
     options_class: ClassVar[type] = Lora.Options
 
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
@@ -32,7 +32,3 @@ class RoutedLoraConfig(RoutedConfig):
             "with its own bottleneck. None: GPT-2's c_attn adapts query and value, not key; {}: nothing is fused."
         },
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = self.PEFT_TYPE

@@ -61,7 +61,7 @@ class RoutedLoraLayer(RoutedLayer):
         dtype = result.dtype
         for adapter in self.adapters_in_use():
             down, up, fused = self.lora_A[adapter], self.lora_B[adapter], self.fused[adapter]
-            text = self.lora_dropout[adapter](hidden_states.to(down.weight.dtype))
+            text = self.lora_dropout[adapter](self._cast_input_dtype(hidden_states, down.weight.dtype))
             routed = self.routed(adapter, down, text, parts=sum(fused)) * self.scaling[adapter]
             if fused == [True]:
                 result = result + up(routed)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from routevl.errors import RoutevlError
 from routevl.methods.lora.config import RoutedLoraConfig
 from routevl.methods.lora.layer import RoutedLoraLayer
 from routevl.methods.routed.tuner import RoutedTuner, register
@@ -26,11 +23,6 @@ class RoutedLoraModel(RoutedTuner):
         if peft_config.fused_projections is None:
             peft_config.fused_projections = FUSED_PROJECTIONS.get(model_config.get("model_type"), {})
         return super()._prepare_adapter_config(peft_config, model_config)
-
-    def _new_layer(self, target: nn.Module, name: str) -> RoutedLoraLayer:
-        if not isinstance(target, (nn.Linear, Conv1D)):
-            raise RoutevlError(f"target module {name} is a {type(target).__name__}: routed LoRA adapts Linear and Conv1D modules")
-        return RoutedLoraLayer(target, self.conditioning)
 
 
 register(RoutedLoraConfig.PEFT_TYPE, RoutedLoraConfig, RoutedLoraModel)

@@ -11,7 +11,7 @@ from routevl.options import option
 from routevl.routing import ROUTING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 VISUAL_SCALES = ("none", "tanh", "layer_norm")
 
@@ -34,6 +34,12 @@ class RoutedMethod(PeftMethod):
     @property
     def uses_image(self) -> bool:
         return self.options.routing != "none"
+
+    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Module | None:
+        return text_model.base_model.project_from(width)
+
+    def part_of(self, name: str) -> str:
+        return "visual_projection" if ".visual_projection." in name else super().part_of(name)
 
     def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
         return {"visual_features": visual} if self.uses_image else {}

@@ -12,10 +12,24 @@ from routevl.methods.routed import RoutedOptions
 from routevl.options import check_value
 
 
+class MethodType(str):
+    """A `peft_type` that is none of peft's enum: an equal, plain string in files and mappings, with what peft asks of the enum's
+    members, which are strings too: `value`, and the name behind a dot in `str()`."""
+
+    @property
+    def value(self) -> str:
+        """The plain string."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"MethodType.{self.value}"
+
+
 @dataclass
 class RoutedConfig(PeftConfig):
     """The fields that every routed method has. Unknown fields are a TypeError, wrong values a RoutevlError (a ValueError)."""
 
+    PEFT_TYPE: ClassVar[MethodType]
     options_class: ClassVar[type] = RoutedOptions  # the fields that a run may set, with their bounds
 
     r: int = field(default=8, metadata={"help": "Rank of the bottleneck."})
@@ -41,11 +55,12 @@ class RoutedConfig(PeftConfig):
     )
     visual_scale: str = field(
         default="none",
-        metadata={"help": "Parameter-free scaling of the visual features before anything else: none, tanh or layer_norm."},
+        metadata={"help": "Parameter-free scaling of the visual features, projected where need be: none, tanh or layer_norm."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = self.PEFT_TYPE
         for f in fields(self.options_class):
             check_value(self.options_class, f.name, getattr(self, f.name), type(self).__name__)
         if self.visual_width is not None and self.visual_width <= 0:

@@ -14,6 +14,11 @@ from routevl.errors import RoutevlError
 if TYPE_CHECKING:
     from routevl.routing import RoutingFunction
 
+CANNOT_MERGE = (
+    "ROUTED_LORA and ROUTED_ADAPTER depend on the image and cannot be merged into the weights (merge_and_unload, merge_adapter, "
+    "unmerge_adapter): use unload() for the base model"
+)
+
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
     """A frozen module with routed bottlenecks, one per adapter. Subclasses add the projections and the forward pass."""
@@ -31,9 +36,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         route = self.route[adapter]
         if route is None:
             return x_t
-        features = self.conditioning.per_example(("visual_features", adapter), len(hidden_states), "visual_features")
+        x_v = self.conditioning.projected(("visual_features", adapter), hidden_states, "visual_features", down)
         mask = self.conditioning.per_example("visual_mask", len(hidden_states), "visual_mask")
-        x_v = down(features.to(hidden_states.dtype))
+        mask = None if mask is None else mask.to(x_v.device)  # layers may be on several devices
         shape = x_t.shape
         x_t = x_t.reshape(shape[0], -1, shape[-1])  # (B, L_t, parts * r)
         if parts == 1:
@@ -46,9 +51,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.route]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """A routed adapter depends on the image, so it has no fixed weight to merge.
+        """A routed adapter has no fixed weight to merge. Raises RoutevlError always, as `unmerge` does."""
+        raise RoutevlError(CANNOT_MERGE)
 
-        Raises:
-            RoutevlError: always.
-        """
-        raise RoutevlError("a routed adapter depends on the image and cannot be merged into the weights: use unload()")
+    def unmerge(self) -> None:
+        """See `merge`."""
+        raise RoutevlError(CANNOT_MERGE)

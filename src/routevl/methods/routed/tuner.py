@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from routevl.conditioning import PER_EXAMPLE, Conditioning, refuse_a_second
 from routevl.errors import RoutevlError
 from routevl.methods.routed.config import RoutedConfig
-from routevl.methods.routed.layer import RoutedLayer
+from routevl.methods.routed.layer import CANNOT_MERGE, RoutedLayer
 
 # name -> parameter-free scaling of the visual features x_R, (B, L_v, d) -> the same
 VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,6 +26,7 @@ VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "layer_norm": lambda features: nn.functional.layer_norm(features, features.shape[-1:]),
 }
+OF_LORA = ("add_weighted_adapter", "subtract_mutated_init")  # methods of peft's LoraModel, which would be looked for in the model
 STREAMS = {"visual_features": PER_EXAMPLE, "visual_mask": PER_EXAMPLE}
 
 
@@ -36,10 +41,14 @@ def register(peft_type: str, config_class: type[PeftConfig], model_class: type[B
 
 
 class RoutedTuner(BaseTuner):
-    """peft's tuner for routed methods. Subclasses name their layer and how to wrap a module in it.
+    """peft's tuner for routed methods. Subclasses name their layer, a RoutedLayer.
 
-    `model(...)` and `model.generate(...)` take `visual_features` (B, L_v, d) and `visual_mask` (B, L_v), bool, beside their own
-    arguments; the features are scaled and projected once per call.
+    `model(...)` and `model.generate(...)` take `visual_features` (B, L_v, d_v) and `visual_mask` (B, L_v), bool, beside their own
+    arguments; the features are projected, where d_v is not d, and scaled once per call.
+
+    Attributes:
+        visual_projection: adapter name -> the trainable Linear(d_v, d), only where the widths differ; for a prefix too.
+        routed_width: name of an adapter that routes -> d, the width that all its modules work on.
     """
 
     uses_shared_state = True
@@ -50,8 +59,8 @@ class RoutedTuner(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: RoutedConfig, adapter_name: str) -> None:
         self.conditioning = Conditioning(model, STREAMS, self._prepare)
-        self.visual_projection = nn.ModuleDict()  # adapter name -> Linear(visual_width, d), only where the widths differ
-        self.routed_width: dict[str, int] = {}  # name of an adapter that routes -> d, the width that all its modules work on
+        self.visual_projection = nn.ModuleDict()
+        self.routed_width: dict[str, int] = {}
 
     def _prepare_adapter_config(self, peft_config: RoutedConfig, model_config: dict) -> RoutedConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
@@ -59,9 +68,28 @@ class RoutedTuner(BaseTuner):
             peft_config.target_modules = sorted(peft_config.target_modules)
         return peft_config
 
-    def _new_layer(self, target: nn.Module, name: str) -> RoutedLayer:
-        """Wrap `target` in this method's layer. Raises RoutevlError for a module type that the method cannot adapt."""
-        raise NotImplementedError
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """peft's own, which leaves the model as it was where it fails, and the other adapters as trainable as they were."""
+        trained = {name: projection.weight.requires_grad for name, projection in self.visual_projection.items()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            if config.visual_width is not None:
+                with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
+                    self.project_from(config.visual_width, adapter_name)
+        except Exception:
+            self._take_back(adapter_name)
+            raise
+        for name, trainable in trained.items():
+            self.visual_projection[name].requires_grad_(trainable)
+
+    def _take_back(self, adapter: str) -> None:
+        """Remove what an injection that failed has done."""
+        layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
+        if any(layer.route.keys() - {adapter} for layer in layers):
+            self.delete_adapter(adapter)
+        else:
+            self.unload()
 
     def _create_and_replace(
         self,
@@ -74,23 +102,44 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, RoutedLayer) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config, current_key)
-        if peft_config.routing != "none":
-            self._route_at_width(peft_config, adapter_name, layer.width, current_key)
+        if peft_config.routing != "none" and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
+            raise RoutevlError(
+                f"target module {current_key} works on width {layer.width} but others on {self.routed_width[adapter_name]}: "
+                "routing needs one width, that of the visual features"
+            )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _route_at_width(self, config: RoutedConfig, adapter: str, width: int, name: str) -> None:
-        """Check that all modules share one width, to which the visual features are projected where need be."""
-        if self.routed_width.setdefault(adapter, width) != width:
-            raise RoutevlError(
-                f"target module {name} works on width {width} but others on {self.routed_width[adapter]}: "
-                "routing needs one width, that of the visual features"
-            )
-        if config.visual_width not in (None, width) and adapter not in self.visual_projection:
-            projection = nn.Linear(config.visual_width, width, bias=False)
-            self.visual_projection[adapter] = projection.requires_grad_(not config.inference_mode)
+    def _new_layer(self, target: nn.Module, name: str) -> RoutedLayer:
+        kind = type(target).__name__
+        if not isinstance(target, (nn.Linear, Conv1D)):
+            raise RoutevlError(f"target module {name} is a {kind}: routed methods adapt Linear and Conv1D modules")
+        if isinstance(target, NonDynamicallyQuantizableLinear):
+            raise RoutevlError(f"target module {name} is a {kind}, whose weight nn.MultiheadAttention reads without calling it")
+        return self.tuner_layer_cls(target, self.conditioning)
+
+    def project_from(self, width: int, adapter: str = "default") -> nn.Linear | None:
+        """Let an adapter take visual features of another width than its modules', through a trainable projection.
+
+        Args:
+            width: d_v, which becomes `visual_width` in the adapter's config.
+
+        Returns:
+            Linear(d_v, d), on the modules' device; None where the adapter does not route, or d_v is d.
+        """
+        config = self.peft_config[adapter]
+        if self.routed_width.get(adapter, width) == width:
+            return None
+        layer = next(module for module in self.model.modules() if isinstance(module, RoutedLayer) and adapter in module.route)
+        config.visual_width = width
+        projection = nn.Linear(width, self.routed_width[adapter])
+        if not projection.weight.is_meta:
+            projection.to(next(layer.get_submodule(layer.adapter_layer_names[0])[adapter].parameters()))
+        trainable = adapter in self.active_adapters and not config.inference_mode
+        self.visual_projection[adapter] = projection.requires_grad_(trainable)
+        return projection
 
     def _prepare(self, given: dict[str, Tensor]) -> dict[Any, Tensor | None]:
         """x_R (B, L_v, d) of each adapter that routes, and the mask.
@@ -109,7 +158,7 @@ class RoutedTuner(BaseTuner):
         return {("visual_features", name): self._prepare_for(name, features) for name in routed} | {"visual_mask": mask}
 
     def _prepare_for(self, adapter: str, features: Tensor) -> Tensor:
-        """x_R for one adapter: width checked, scaled, projected: (B, L_v, visual width) -> (B, L_v, d)."""
+        """x_R for one adapter: width checked, projected, scaled: (B, L_v, d_v) -> (B, L_v, d)."""
         config = self.peft_config[adapter]
         expected = config.visual_width or self.routed_width[adapter]
         if features.shape[-1] != expected:
@@ -117,11 +166,12 @@ class RoutedTuner(BaseTuner):
                 f"visual_features has width {features.shape[-1]} but adapter {adapter!r} expects {expected}: "
                 "set visual_width in its config to the features' width"
             )
-        features = VISUAL_SCALES[config.visual_scale](features)
         if adapter in self.visual_projection:
-            projection = self.visual_projection[adapter].to(features.device)
-            features = projection(features.to(projection.weight.dtype))
-        return features
+            projection = self.visual_projection[adapter]
+            features = projection(features.to(projection.weight))  # its device and dtype
+        return VISUAL_SCALES[config.visual_scale](features)
+
+    # -- what peft asks of a tuner: the projections, which are on no layer, follow the layers; what cannot be done is refused
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """peft's own, with the adapters' visual projections made trainable or frozen along with them."""
@@ -129,15 +179,63 @@ class RoutedTuner(BaseTuner):
         for name, projection in self.visual_projection.items():
             projection.requires_grad_(name in self.active_adapters and not inference_mode)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """peft's own, for the visual projections too."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.visual_projection:
+                self.visual_projection[name].requires_grad_(requires_grad)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """peft's own, with what routing keeps for the adapter removed too."""
+        """peft's own, with what routing keeps for the adapter removed too; the adapter that it makes active is trainable."""
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         for kept in (self.visual_projection, self.routed_width):
             if adapter_name in kept:
                 del kept[adapter_name]
+        for name in self.active_adapters if was_active else ():
+            if name in self.visual_projection:
+                self.visual_projection[name].requires_grad_(True)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.visual_projection:
+            self.visual_projection[adapter_name].float()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RoutedConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        saved = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        parts, own = (*cls.tuner_layer_cls.adapter_layer_names, "visual_projection"), model.state_dict().keys()
+        missing = [n for n in own if n not in saved and any(f".{part}.{adapter_name}." in n for part in parts)]
+        unexpected = [name for name in saved if name not in own and any(f".{part}." in name for part in parts)]
+        if missing or unexpected:
+            what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the model has not"
+            raise RoutevlError(f"{config.peft_type.value}: the adapter {what}: it is damaged, or of another model")
+        return saved
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        for name in ("adapter_names", "alora_offsets"):  # peft takes them out of the call
+            if kwargs.get(name) is not None:
+                raise RoutevlError(
+                    f"{name} is not possible with {self.peft_config[self.active_adapters[0]].peft_type.value}: all examples of a "
+                    "call go through the active adapter; use set_adapter() and one call for each adapter"
+                )
+        yield
 
     def _check_merge_allowed(self) -> None:
-        raise RoutevlError("a routed adapter depends on the image and cannot be merged into the weights: use unload()")
+        raise RoutevlError(CANNOT_MERGE)
+
+    def unmerge_adapter(self) -> None:
+        """Raises RoutevlError: nothing can be merged."""
+        raise RoutevlError(CANNOT_MERGE)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_LORA:
+            raise AttributeError(f"{type(self).__name__} has no {name}: it is for peft's LORA, not for routed methods")
+        return super().__getattr__(name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
