@@ -10,6 +10,7 @@
 # make docs                  write the parts of the documentation that are made from the code
 # make test                  run the tests
 # make test-pythons          the tests of the methods on every supported Python that is on this machine
+# make test-matrix           the tests of the methods on other versions of peft, transformers and torch; VERSIONS='torch==2.12.1'
 # make test-slurm            run the workflow on a real SLURM, installed and started on this machine (as root, Debian or Ubuntu)
 # make env                   set up the environment in .venv alone; PYTHON=<path> names the Python to make it with
 # make lint                  check the style of the code and of the workflow
@@ -33,7 +34,7 @@ RESULTS ?= results
 EXPERIMENTS ?=
 export CONFIG RESULTS EXPERIMENTS DATA ROBERTA GPT2 VIT
 
-.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-slurm lint lock
+.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-matrix test-slurm lint lock
 
 env: $(VENV)/.complete
 
@@ -119,6 +120,11 @@ test-pythons: env
 	  said="$$said== Python $$v: $$word\n"; \
 	done; \
 	printf "$$said"; exit $$status
+
+# The newest minor releases of each unless VERSIONS names others; prints the table of docs/COMPATIBILITY.md. Each version has an
+# environment of its own in .venv-matrix, which is deleted after its turn unless KEEP=1.
+test-matrix: env
+	$(BIN)/python workflow/test_matrix.py $(if $(KEEP),--keep) $(VERSIONS)
 
 # On a SLURM of this machine's own; as root, it installs and starts one.
 test-slurm: env

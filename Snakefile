@@ -5,6 +5,7 @@
 #   snakemake --report report.html                                 all of it in one page, once it is made
 #   snakemake --cores 2 audit                                      whether everything still stands
 #   snakemake --cores 2 crate                                      everything, described as an RO-Crate
+#   snakemake --cores 2 release                                    every run as it can be published, with its model card
 #   snakemake --cores 2 tables --configfile config/paper.yaml      another configuration: targets stand before --configfile
 from snakemake.utils import min_version
 
@@ -27,6 +28,7 @@ include: "workflow/rules/features.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/release.smk"
 
 
 rule all:
@@ -35,6 +37,7 @@ rule all:
         rules.tables.input,
         rules.figures.input,
         rules.provenance.output,
+        released(),
     localrule: True
 
 

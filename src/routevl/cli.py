@@ -34,6 +34,7 @@ STAGES = {
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
     "table": ("routevl.reporting.tables", "", "make a table from results"),
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
+    "release": ("routevl.reporting.release", "", "write a run with its model card as it can be published"),
     "record": ("routevl.provenance.record", "", "run a job's command and write its manifest"),
     "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),
     "crate": ("routevl.provenance.crate", "", "describe results and all their jobs as a Workflow Run RO-Crate"),

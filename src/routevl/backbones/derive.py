@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from routevl.backbones.derivations import DERIVATIONS, read_options
-from routevl.backbones.folder import check_folder, fingerprint_of
+from routevl.backbones.folder import DERIVED, check_folder, fingerprint_of, origin_of
 from routevl.files import atomic_folder, write_json
 from routevl.options import read_words
 
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Derive a backbone. Its folder also gets derived.json: how, from which weights, and what the derivation says of the result.
+    """Derive a backbone. Its folder also gets derived.json: how, from which weights, and what the derivation says of the result;
+    of a source that is from the hub, or derived itself, also where that comes from (`Origin`).
 
     Raises:
         RoutevlError: not a backbone, an unknown derivation, or a wrong option.
@@ -34,5 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     with atomic_folder(arguments.output, "config.json") as folder:
         found = derive(source, options, Path(folder))
         record = {"by": arguments.by, "options": asdict(options), "source_fingerprint": fingerprint_of(source), **found}
-        write_json(folder / "derived.json", record)
+        origin = origin_of(source)
+        if origin.hub_id or origin.derivations:
+            record["source"] = asdict(origin)
+        write_json(folder / DERIVED, record)
     print(f"derive-backbone: {', '.join(f'{name} {value}' for name, value in found.items())}")

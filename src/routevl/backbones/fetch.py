@@ -15,12 +15,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from routevl.backbones.folder import check_folder
+from routevl.backbones.folder import SOURCE, check_folder
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, sha256_of, write_json
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-FILES_OF_A_BACKBONE = ["*.json", "*.txt", "*.safetensors"]
+FILES_OF_A_BACKBONE = ["*.json", "*.txt", "*.safetensors", "README.md"]  # the model card names the licence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             published = file.resolve().name  # the cache names large files by the sha256 that the hub gives
             if SHA256.fullmatch(published) and published != hashes[file.name]:
                 raise RoutevlError(f"{file}: its sha256 is {hashes[file.name]}, not the published {published}; delete it")
-        write_json(folder / "source.json", {"hub_id": arguments.hub_id, "commit": snapshot.name, "sha256": hashes})
+        write_json(folder / SOURCE, {"hub_id": arguments.hub_id, "commit": snapshot.name, "sha256": hashes})
 
 
 def _hub_snapshot(hub_id: str, revision: str) -> Path:

@@ -1,15 +1,43 @@
-"""Backbones as folders: whether a folder is one, and its fingerprint."""
+"""Backbones as folders: whether a folder is one, its fingerprint, its name for readers, and where it comes from."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from routevl.errors import RoutevlError
-from routevl.files import sha256_of
+from routevl.files import read_json, sha256_of
 
 # Only what decides the features: a tokenizer or a model card beside the weights does not.
 FILES_OF_A_FINGERPRINT = ("*.safetensors", "config.json", "preprocessor_config.json")
+SOURCE, DERIVED, PRETRAINING = "source.json", "derived.json", "pretraining.json"  # what its folder says of where it comes from
+LICENSE_KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a backbone comes from, as far as its folder tells.
+
+    Attributes:
+        hub_id, commit, license: of the Hugging Face hub model that it is, or is derived from; `license` holds those of
+            LICENSE_KEYS that the model's card has.
+        pretraining: what pretraining.json says, of a backbone that this package made.
+        derivations: how it was derived, each {"by": name, "options": {...}}, the first one first.
+    """
+
+    hub_id: str | None = None
+    commit: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
+    derivations: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def is_on_the_hub(self) -> bool:
+        """Whether it is a model of the hub as it stands there."""
+        return self.hub_id is not None and not self.derivations
 
 
 def check_folder(path: str | Path) -> Path:
@@ -36,3 +64,37 @@ def fingerprint_of(folder: str | Path) -> str:
     for file in sorted(file for pattern in FILES_OF_A_FINGERPRINT for file in Path(folder).glob(pattern)):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def public_name(path: str | Path) -> str:
+    """A folder's path for readers, in a form that no hub id has; of one outside the working directory its last part alone."""
+    inside = not Path(path).is_absolute() and ".." not in Path(path).parts
+    return f"./{Path(path).as_posix() if inside else Path(path).resolve().name}"
+
+
+def origin_of(folder: str | Path) -> Origin:
+    """Where a backbone comes from. Raises RoutevlError where one of the records in its folder is no JSON file."""
+    folder = Path(folder)
+    source, derived, pretraining = (
+        read_json(folder / name) if (folder / name).is_file() else {} for name in (SOURCE, DERIVED, PRETRAINING)
+    )
+    if "source" in derived:
+        of = derived["source"]
+        origin = Origin(**{**of, "derivations": tuple(of["derivations"])})
+    else:  # a derived backbone's folder may have its source's records too
+        license = _license_of(folder) if source else {}
+        origin = Origin(source.get("hub_id"), source.get("commit"), license, pretraining)
+    step = ({"by": derived["by"], "options": derived["options"]},) if derived else ()
+    return replace(origin, derivations=(*origin.derivations, *step))
+
+
+def _license_of(folder: Path) -> dict[str, str]:
+    """What the model card of a hub model says of its licence."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        metadata = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, YAMLError):  # no such file, or no readable metadata
+        return {}
+    return {key: metadata[key] for key in LICENSE_KEYS if isinstance(metadata.get(key), str)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from routevl.backbones.folder import PRETRAINING
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.options import at_least
@@ -114,5 +115,5 @@ def write_record(folder: Path, stage: str, quality: dict[str, float], arguments:
         for name, value in vars(arguments).items()
         if isinstance(value, int | float | str) and name not in ("output", "stage")
     }
-    write_json(folder / "pretraining.json", {"stage": stage, "held_out": quality, "settings": settings})
+    write_json(folder / PRETRAINING, {"stage": stage, "held_out": quality, "settings": settings})
     print(f"{stage}: held-out " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from routevl.backbones.folder import check_folder
+from routevl.backbones.folder import check_folder, origin_of, public_name
 from routevl.backbones.from_transformers import check_complete, load_transformers, of_the_folder, transformers_config
 from routevl.errors import RoutevlError
 
@@ -28,6 +28,9 @@ TEXT_MODELS = {
 
 def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a text model in float32, in evaluation mode and frozen, with its tokenizer.
+
+    Its `name_or_path`, which libraries write into what they save, is its hub id where the folder is a copy of a hub model, and
+    its config has that model's commit; else it is the folder's `public_name`.
 
     Args:
         path: its folder.
@@ -46,6 +49,10 @@ def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, Pr
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     model, missing = load_transformers(model_class, folder, **({"add_pooling_layer": False} if has_pooler else {}))
     check_complete(folder, model_class, missing)
+    origin = origin_of(folder)
+    on_the_hub = origin.is_on_the_hub
+    model.name_or_path = model.config.name_or_path = origin.hub_id if on_the_hub else public_name(path)
+    model.config._commit_hash = origin.commit if on_the_hub else None  # where transformers has it of a model from the hub
     return model, of_the_folder(AutoTokenizer, folder, "tokenizer")
 
 

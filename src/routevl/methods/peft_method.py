@@ -34,7 +34,12 @@ class PeftMethod(Method):
         return "layer_norm" if ".modules_to_save." in name else "method"
 
     def save(self, text_model: nn.Module, folder: Path) -> None:
-        text_model.save_pretrained(folder)
+        text_model.active_peft_config.revision = getattr(
+            text_model.config, "_commit_hash", None
+        )  # of base_model_name_or_path, on the hub
+        # "auto" would ask the hub for the text model's config; no method here trains its embeddings
+        text_model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink()  # peft's empty template; `routevl.training.card` writes the card of a run
 
     def load(self, text_model: nn.Module, folder: Path) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -27,6 +27,7 @@ class TaskRow:
         metric: the main one of metrics.json; `score` says what it is.
         scale: what stored scores are multiplied by for readers.
         metrics: all columns of its table's csv, and `shown` those that readers see, with their headings.
+        pipeline_tag, metric_types: how the Hugging Face hub calls the task, and each shown metric.
     """
 
     label: str
@@ -39,6 +40,8 @@ class TaskRow:
     scale: float
     metrics: tuple[str, ...]
     shown: Mapping[str, str]
+    pipeline_tag: str
+    metric_types: Mapping[str, str]
 
 
 TASKS = {
@@ -53,6 +56,8 @@ TASKS = {
         scale=1.0,
         metrics=("accuracy", "yes_no", "number", "other"),
         shown={"accuracy": "Accuracy", "yes_no": "Yes/no", "number": "Number", "other": "Other"},
+        pipeline_tag="visual-question-answering",
+        metric_types=dict.fromkeys(("accuracy", "yes_no", "number", "other"), "accuracy"),
     ),
     "caption": TaskRow(
         label="Captioning",
@@ -65,6 +70,8 @@ TASKS = {
         scale=100.0,  # captioning metrics are stored as fractions
         metrics=("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE"),
         shown={"Bleu_4": "B@4", "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"},
+        pipeline_tag="image-to-text",
+        metric_types={"Bleu_4": "bleu", "METEOR": "meteor", "ROUGE_L": "rouge", "CIDEr": "cider"},
     ),
 }
 

@@ -25,6 +25,7 @@ from routevl.options import words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.tasks.base import Task
+from routevl.training.card import Card
 from routevl.training.checkpoint import (
     digests,
     load_checkpoint,
@@ -248,8 +249,8 @@ class Trainer:
     # -- the result
 
     def write_model(self, folder: Path) -> None:
-        """Write the run's folder: the best epoch's weights, the last one's under last/, metrics, settings and timing.
-        The best epoch's weights are left in the model, in all processes."""
+        """Write the run's folder: the best epoch's weights, the last one's under last/, both with a model card, metrics,
+        settings and timing. The best epoch's weights are left in the model, in all processes."""
         model = self.task.model
         state = digests(training_state(model, self.optimisation.optimiser)[0])
         if not self.accelerator.is_main_process:
@@ -276,6 +277,10 @@ class Trainer:
                 "text_model_params": self.task.text_model_params,
             }
             write_json(temporary / "run.json", record)
+            examples = {"train": len(self.examples), "val": len(self.validation), "test": len(self.to_predict)}
+            card = Card(record, self.arguments, examples, model.text_model)
+            card.write(temporary)
+            card.write(temporary / "last", self.history[-1])
             timing = self.clock.summary() | {"processes": self.accelerator.num_processes}
             write_json(temporary / "timing.json", timing)
 

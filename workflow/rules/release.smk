@@ -1,0 +1,31 @@
+# Runs as they can be published: the adapter with a model card that has its test scores. Not part of `all`: a release is asked for,
+# `snakemake release` for all runs or <results>/release/<run> for one. What has been released once is then kept up to date.
+
+
+rule release_run:
+    input:
+        model=f"{R}/models/{{run}}",
+        scores=f"{R}/scores/{{run}}",
+    output:
+        directory(f"{R}/release/{{run}}"),
+    log:
+        f"{R}/logs/release/{{run}}.log",
+    benchmark:
+        f"{R}/benchmarks/release/{{run}}.tsv"
+    localrule: True
+    params:
+        manifest=f"{R}/manifests/train/{{run}}.json",
+    shell:
+        recorded("release", "run") + "routevl release --model {input.model} --scores {input.scores} "
+        "--manifest {params.manifest} --output {output} &> {log}"
+
+
+rule release:
+    input:
+        expand(f"{R}/release/{{run}}", run=RUNS),
+    localrule: True
+
+
+def released():
+    """What has been released, so that `all`, and an audit, know of it."""
+    return [f"{R}/release/{run}" for run in RUNS if Path(f"{R}/manifests/release/{run}.json").exists()]
