@@ -50,7 +50,7 @@ def run(arguments: Namespace) -> None:
     digest = f"Digest of this manifest: `{manifest['digest']}`"
     after = provenance(public_name(arguments.manifest), digest)
     card.text = f"{before}## Test scores\n\n{_scores(task, scored, items)}\n\n{PROVENANCE}\n\n{after}\n"
-    with atomic_folder(arguments.output) as folder:
+    with atomic_folder(arguments.output, "README.md") as folder:
         for file in sorted(model.iterdir()):
             if file.is_file() and not file.name.startswith("."):
                 shutil.copyfile(file, folder / file.name)
