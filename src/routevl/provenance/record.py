@@ -22,6 +22,7 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of, write_json
 from routevl.provenance.manifest import HASHES, Entry, Manifest, describe, digest_of, past_of, set_aside, write_manifest
 from routevl.startup import MODULES_VARIABLE, PACKAGE
+from routevl.surroundings import PYTHON_VARIABLES, variables_without
 
 LOCK = Path("envs/requirements.lock")
 DIST_INFO = re.compile(r"(.+)-([^-]+)\.dist-info")
@@ -87,13 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run_command(command: list[str]) -> tuple[int, Any, dict[str, list[str]]]:
-    """Exit status, resource usage and loaded modules of a command; stop signals are passed on to it.
-
-    It does not see PYTHONPATH, by which a cluster's module system puts its own packages before the environment's.
-    """
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """Exit status, resource usage and loaded modules of a command; stop signals are passed on to it."""
     with tempfile.NamedTemporaryFile("r", prefix="routevl-modules-") as log:
-        process = subprocess.Popen(command, env=own | {MODULES_VARIABLE: log.name})
+        process = subprocess.Popen(command, env=variables_without(PYTHON_VARIABLES) | {MODULES_VARIABLE: log.name})
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: process.send_signal(number))
         _, wait_status, usage = os.wait4(process.pid, 0)
@@ -151,7 +148,7 @@ def _version_control() -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Python, the lock file and the environment's packages by the names of their folders, which are quick to list."""
-    unseen = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # by jobs
+    unseen = {folder for name in PYTHON_VARIABLES for folder in os.environ.get(name, "").split(os.pathsep)}  # by jobs
     folders = (Path(folder) for folder in reversed(sys.path) if folder not in unseen)  # of two, the first counts, as for imports
     found = (DIST_INFO.fullmatch(entry.name) for folder in folders for entry in folder.glob("*.dist-info"))
     packages = {_normalised(match[1]): match[2] for match in found if match}

@@ -14,6 +14,7 @@ from pathlib import Path
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.provenance.manifest import Manifest, manifest_paths, read_manifest
+from routevl.surroundings import variables_for_snakemake
 
 CONFIG = "config.json"  # beside the manifests: which configuration files the workflow was run with
 SHELL_COMMAND = re.compile(r"^Shell command: (routevl record .*) &> ", re.MULTILINE)
@@ -133,7 +134,7 @@ def read_plan(results: Path) -> Plan:
     """Every job of the configuration as it is now. Raises RoutevlError where Snakemake cannot tell."""
     program, *options = snakemake(results, "--dry-run", "--forceall", "--printshellcmds", "--nocolor")
     command = [str(Path(sys.executable).with_name(program)), *options]
-    dry_run = subprocess.run(command, capture_output=True, text=True)
+    dry_run = subprocess.run(command, env=variables_for_snakemake(), capture_output=True, text=True)
     if dry_run.returncode != 0:
         raise RoutevlError(f"the workflow cannot be planned now: {(dry_run.stdout + dry_run.stderr).strip()[-500:]}")
     plan = {}
