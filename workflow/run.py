@@ -30,7 +30,7 @@ def main() -> int:
     # Jobs inherit the lock: those that outlive a killed Snakemake end before a new one starts beside them.
     with lock(".snakemake/run.lock") as held:
         if any(Path(".snakemake/locks").glob("*")):  # left by a Snakemake that was killed; none other can be running
-            subprocess.run([*SNAKEMAKE, "--unlock", "--quiet", "all", *options], check=True)
+            subprocess.run([*SNAKEMAKE, *options, "--unlock", "--quiet", "all"], check=True)
         environment = os.environ | {LOG_VARIABLE: str(startup_log.absolute())}
         status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
         wall = time.time() - started

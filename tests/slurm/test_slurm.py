@@ -119,7 +119,7 @@ def jobs(project: Path, run: str = "") -> list[dict[str, str]]:
     """SLURM's records of the project's jobs, or of those that trained one run, in the order of submission."""
     lines = slurm_command("scontrol", "--oneliner", "show", "job").splitlines()
     records = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
-    return [job for job in records if job.get("WorkDir") == str(project) and job["Comment"].endswith(run)]
+    return [job for job in records if job.get("WorkDir") == str(project) and job["Comment"].endswith(run and f"_wildcards_{run}")]
 
 
 def states(project: Path, run: str = "") -> list[str]:
