@@ -81,7 +81,7 @@ report: env given
 	$(SNAKEMAKE) --report report.html $(GIVEN)
 
 given:
-	@test -f "$$CONFIG" || { echo "routevl: error: CONFIG=$$CONFIG is not a file" >&2; exit 2; }
+	@test -f "$$CONFIG" || { printf 'routevl: error: CONFIG=%s is not a file\n' "$$CONFIG" >&2; exit 2; }
 
 # From what the workflow has made
 audit crate: env

@@ -32,7 +32,7 @@ def main() -> int:
     with lock(".snakemake/run.lock") as held:
         environment = variables_for_snakemake() | {LOG_VARIABLE: str(startup_log.absolute())}
         if any(Path(".snakemake/locks").glob("*")):  # left by a Snakemake that was killed; none other can be running
-            subprocess.run([*SNAKEMAKE, "--unlock", "--quiet", "all", *options], env=environment, check=True)
+            subprocess.run([*SNAKEMAKE, *options, "--unlock", "--quiet", "all"], env=environment, check=True)
         status = subprocess.run([*SNAKEMAKE, *options], env=environment, pass_fds=(held.fileno(),)).returncode
         wall = time.time() - started
     if status == 0 and startup_log.exists() and len(startup_log.read_text().splitlines()) > 1:

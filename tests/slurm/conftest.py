@@ -1,4 +1,5 @@
-"""A real SLURM of one node on this machine: partitions cpu and gpu, two GPUs that are only device files, no accounting."""
+"""A real SLURM of one node on this machine: partitions cpu and gpu with limits, two GPUs that are only device files, no
+accounting."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ FOLDER = Path("/run/routevl-tests")  # keys, states, logs and process ids of the
 CONFIGURATION = Path("/etc/slurm")  # SLURM_CONF does not reach the steps of a job: Snakemake's plugin takes it away
 MARK = "# Written by the tests of routevl, removed at their end."
 
-# MinJobAge: finished jobs can be looked at. OverMemoryKill: stands in for the memory limits that cgroups set on a cluster.
+MAX_TIME = 60  # minutes of a job, as much as the tests' configuration gives to training
+MAX_MEM = 3000  # MB
+# EnforcePartLimits: what asks for more than a partition allows is refused, and not left in the queue. MinJobAge: finished jobs
+# can be looked at. OverMemoryKill: stands in for the memory limits that cgroups set on a cluster.
 SLURM_CONF = f"""{MARK}
 ClusterName=routevl
 SlurmctldHost={{host}}(127.0.0.1)
@@ -49,8 +53,9 @@ MinJobAge=3600
 MailProg=/bin/true
 GresTypes=gpu
 NodeName={{host}} NodeAddr=127.0.0.1 CPUs=8 RealMemory=16000 Gres=gpu:2 State=UNKNOWN
-PartitionName=cpu Nodes={{host}} Default=YES MaxTime=INFINITE State=UP
-PartitionName=gpu Nodes={{host}} MaxTime=INFINITE State=UP
+EnforcePartLimits=ALL
+PartitionName=cpu Nodes={{host}} Default=YES MaxTime={MAX_TIME} MaxMemPerNode={MAX_MEM} State=UP
+PartitionName=gpu Nodes={{host}} MaxTime={MAX_TIME} MaxMemPerNode={MAX_MEM} State=UP
 """
 # With files, jobs are given CUDA_VISIBLE_DEVICES; which files does not matter.
 GRES_CONF = f"""{MARK}

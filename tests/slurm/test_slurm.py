@@ -17,6 +17,8 @@ import pytest
 import yaml
 from tiny_project import BIN, PROJECT, environment, make_project, row
 
+from .conftest import MAX_MEM, MAX_TIME
+
 EXPERIMENTS = [
     row("none", "vqa", epochs="2", feeds="T1"),
     row("mul", "vqa", "routing=mul", versus="none", epochs="2", seeds="1,2", feeds="T1"),
@@ -54,9 +56,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project, with all results computed without SLURM."""
     project = make_project(tmp_path_factory.mktemp("reference"), EXPERIMENTS)
     shutil.copytree(PROJECT / "slurm", project / "slurm")
-    change(project / "slurm/profile.yaml", **{"slurm-init-seconds-before-status-checks": 1})
+    limits = {"gpu_flag": "gpus", "max_runtime": MAX_TIME, "max_mem_mb": MAX_MEM}
+    change(project / "slurm/profile.yaml", **{"slurm-init-seconds-before-status-checks": 1, "config": limits})
     config = yaml.safe_load((project / "config/config.yaml").read_text())
-    small = {"features": config["features"] | {"shards": 1}, "training": config["training"] | {"mem_mb": 2000}}
+    assert {config[section]["runtime"] for section in ("training", "scoring")} == {MAX_TIME}
+    small = {"features": config["features"] | {"shards": 1, "mem_mb": 2000}, "training": config["training"] | {"mem_mb": 2000}}
     change(project / "config/config.yaml", **small)
     (project / "shell.sh").write_text(SHELL)
     command = [SNAKEMAKE, "--cores", "2", "--show-failed-logs"]
@@ -115,7 +119,7 @@ def jobs(project: Path, run: str = "") -> list[dict[str, str]]:
     """SLURM's records of the project's jobs, or of those that trained one run, in the order of submission."""
     lines = slurm_command("scontrol", "--oneliner", "show", "job").splitlines()
     records = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
-    return [job for job in records if job.get("WorkDir") == str(project) and job["Comment"].endswith(run)]
+    return [job for job in records if job.get("WorkDir") == str(project) and job["Comment"].endswith(run and f"_wildcards_{run}")]
 
 
 def states(project: Path, run: str = "") -> list[str]:
@@ -214,16 +218,19 @@ def test_a_cancelled_job_writes_its_checkpoint_and_is_tried_again_from_there(fin
     assert_resumed(finished, CANCELLED)
 
 
-def test_a_job_at_its_time_limit_is_tried_again_from_its_checkpoint(finished: Path) -> None:
+def test_b08_a_job_at_its_time_limit_goes_on_where_the_partition_allows_no_more(reference: Path, finished: Path) -> None:
+    """The partition gives no job more time than the first attempt had."""
     assert states(finished, OUT_OF_TIME) == ["TIMEOUT", "COMPLETED"]
+    assert {job["TimeLimit"] for job in jobs(finished, OUT_OF_TIME)[1:]} == {"01:00:00"}
     assert_resumed(finished, OUT_OF_TIME)
+    assert_same_run(reference, finished, OUT_OF_TIME)
 
 
-def test_a_job_out_of_memory_gets_more(finished: Path) -> None:
+def test_b08_a_job_out_of_memory_gets_more_up_to_what_the_partition_allows(finished: Path) -> None:
     first, second = jobs(finished, OUT_OF_MEMORY)
     assert first["JobState"] in ("FAILED", "OUT_OF_MEMORY") and second["JobState"] == "COMPLETED"
     assert "Exceeded job memory limit" in Path(first["StdOut"]).read_text()
-    assert (first["MinMemoryNode"], second["MinMemoryNode"]) == ("2000M", "4000M")
+    assert (first["MinMemoryNode"], second["MinMemoryNode"]) == ("2000M", f"{MAX_MEM}M")
 
 
 # ------------------------------------------------------------------------------------------- other ways to go on
@@ -265,6 +272,8 @@ def test_runs_packed_into_one_allocation(reference: Path, tmp_path: Path) -> Non
     """They follow each other on one GPU. When their allocation is cancelled, finished ones are kept, and the others go on."""
     project = copy_of(reference, tmp_path, "data", "backbones", "features")
     change(project / "slurm/profile.yaml", config={"gpu_flag": "gres"})
+    training = yaml.safe_load((project / "config/config.yaml").read_text())["training"]
+    change(project / "config/config.yaml", training=training | {"runtime": MAX_TIME // 2})  # two fit into an allocation
     runs = RUNS[:2]
     options = ["--profile", "slurm/packing.yaml", *(f"results/models/{run}" for run in runs)]
     process = start(project, *options)
@@ -282,7 +291,7 @@ def test_runs_packed_into_one_allocation(reference: Path, tmp_path: Path) -> Non
     assert model.stat().st_mtime_ns == before
     assert_resumed(project, second)
     asked_for = [(job["TimeLimit"], job["TresPerNode"], job["MinMemoryNode"]) for job in jobs(project)]
-    assert asked_for == [("02:00:00", "gres:gpu:1", "2000M"), ("01:00:00", "gres:gpu:1", "2000M")]
+    assert asked_for == [("01:00:00", "gres:gpu:1", "2000M"), ("00:30:00", "gres:gpu:1", "2000M")]
     assert len(shells(project)) == 3 and {gpus for _, gpus, _, _ in shells(project)} <= GPUS
     for run in runs:
         assert_same_run(reference, project, run)
@@ -297,3 +306,18 @@ def test_a_slurm_that_does_not_answer_is_named(reference: Path, tmp_path: Path) 
     assert_ends(start(project, "--retries", "0", target, SLURM_CONF=str(configuration)), project, status=1)
     assert "Unable to contact slurm controller" in output(project)
     assert not (project / target).exists()
+
+
+@pytest.mark.parametrize("name", ["user's folder (1) é", "two \"kinds' of quotes", "5 $HOME"])
+def test_b20_a_job_runs_in_such_a_folder_or_is_refused_before(reference: Path, tmp_path: Path, name: str) -> None:
+    """The plugin quotes paths as Python does."""
+    project = tmp_path / name
+    project.mkdir()
+    copy_of(reference, project, "world")
+    process = start(project, "results/data", "--set-resources", "prepare:mem_mb=1000")
+    if name.startswith("user"):
+        assert_ends(process, project)
+        assert (project / "results/data/answers.json").exists() and states(project) == ["COMPLETED"]
+    else:
+        assert_ends(process, project, status=1)
+        assert "do not reach SLURM's jobs" in output(project) and jobs(project) == []

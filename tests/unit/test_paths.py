@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_project import BIN, copy_project, environment, make_project, row
+from tiny_project import BIN, PROJECT, copy_project, environment, make_project, row
 
 from routevl.data.datasets import read_datasets
 
@@ -125,3 +126,43 @@ def test_b20_h15_jobs_run_in_such_folders_and_touch_nothing_else(tmp_path: Path)
     assert {path.name for path in project.iterdir()} == before | {HOSTILE, ".snakemake"}
     assert "everything stands" in run(BIN / "routevl", "audit", figure)
     assert "Nothing to be done" in run(sys.executable, "workflow/run.py", HOSTILE, "--cores=2", figure, *given)
+
+
+@pytest.mark.parametrize(
+    ("target", "variable", "message"),
+    [
+        ("plan", "CONFIG", "plan: error: {}: no such file"),
+        ("tables", "CONFIG", "routevl: error: CONFIG={} is not a file"),
+        ("audit", "RESULTS", "routevl: error: {}: not in a folder of results that has manifests"),
+        ("sample", "DATA", "sample: error: DATA={!r} is not a folder; see config/sample.yaml for what it holds"),
+    ],
+)
+def test_b20_make_takes_any_path(target: str, variable: str, message: str) -> None:
+    path = HOSTILE.replace("$", "")  # which is make's own
+    command = ["make", "--old-file=env", f"BIN={BIN}", target, f"{variable}={path}"]
+    made = subprocess.run(command, cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert made.returncode == 2
+    assert made.stderr.splitlines()[0] == message.format(path)
+
+
+def test_b20_the_sample_takes_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And makes only those backbones that are the demo's own."""
+    data = tmp_path / HOSTILE
+    data.mkdir()
+    specification = importlib.util.spec_from_file_location("sample", PROJECT / "workflow/sample.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    ran: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(script.subprocess, "run", lambda command: ran.append(command[2:]) or done)
+    given = ["sample.py", str(data), "--cores", "2", "--roberta", "results/backbones/roberta", "--gpt2", f"my {HOSTILE}", "--vit"]
+    for vit in ("results/backbones/vit", "/models/vit"):
+        monkeypatch.setattr(sys, "argv", [*given, vit])
+        assert script.main() == 0
+        made, (*options, data_word, backbones_word) = ran
+        demos = ["results/backbones/roberta", vit][: 2 if vit.startswith("results") else 1]
+        assert made == ["results", "--cores", "2", *demos]
+        assert options == ["results/sample", "--cores", "2", "--configfile", "config/sample.yaml", "--config"]
+        assert yaml.safe_load(data_word.removeprefix("data="))["root"] == str(data)
+        assert yaml.safe_load(backbones_word.removeprefix("backbones="))["text"]["gpt2"] == {"path": f"my {HOSTILE}"}
+        ran.clear()

@@ -57,6 +57,14 @@ def experiment(tmp_path: Path) -> Experiment:
 # ------------------------------------------------------------------------------------------------- reading
 
 
+@pytest.mark.parametrize("name", ["..", ".hidden", "-n", "a b", "a/b", "a{b}", "a\nb", "é", "x" * 101, ""])
+def test_b20_names_that_would_break_paths_or_patterns(name: str, tmp_path: Path) -> None:
+    """A name is part of files, of Snakemake's rules and wildcards, and of SLURM's comments."""
+    sheet = write_sheet(tmp_path / "sheet.tsv", {"experiment": f'"{name}"'})  # quoted: it may have a line break
+    with pytest.raises(RoutevlError, match="is not of the form letters, digits, _, . and -, the first none of the last two"):
+        read_sheet(sheet)
+
+
 def test_a_row_is_read_with_its_types(experiment: Experiment) -> None:
     assert experiment == Experiment(
         experiment="mul",
