@@ -6,6 +6,7 @@
 # make docs                  write the parts of the documentation that are made from the code
 # make test                  run the tests
 # make test-pythons          the tests of the methods on every supported Python that is on this machine
+# make test-kills N=1000     kill every stage at random moments; SEED= draws others
 # make test-slurm            run the workflow on a real SLURM, installed and started on this machine (as root, Debian or Ubuntu)
 # make env                   set up the environment in .venv alone; PYTHON=<path> names the Python to make it with
 # make lint                  check the style of the code and of the workflow
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 RUN := $(BIN)/python workflow/run.py
 
-.PHONY: env demo demo-full sample plan codecheck docs test test-slow test-methods test-pythons test-slurm lint lock
+.PHONY: env demo demo-full sample plan codecheck docs test test-slow test-methods test-pythons test-kills test-slurm lint lock
 
 env: $(VENV)/.complete
 
@@ -99,6 +100,12 @@ test-pythons: env
 	  said="$$said== Python $$v: $$word\n"; \
 	done; \
 	printf "$$said"; exit $$status
+
+# How often, by which seed, with which series alone, and where results are kept for the next time
+N ?= 1000
+SEED ?= 1
+test-kills: env
+	$(BIN)/python tests/kills.py $(N) --seed $(SEED) --cores $(CORES) $(if $(ONLY),--only $(ONLY)) $(if $(FOLDER),--folder '$(FOLDER)')
 
 # On a SLURM of this machine's own; as root, it installs and starts one.
 test-slurm: env
