@@ -11,6 +11,7 @@
 # make test                  run the tests
 # make test-pythons          the tests of the methods on every supported Python that is on this machine
 # make test-matrix           the tests of the methods on other versions of peft, transformers and torch; VERSIONS='torch==2.12.1'
+# make test-kills N=1000     kill every stage at random moments; SEED= draws others
 # make test-slurm            run the workflow on a real SLURM, installed and started on this machine (as root, Debian or Ubuntu)
 # make env                   set up the environment in .venv alone; PYTHON=<path> names the Python to make it with
 # make lint                  check the style of the code and of the workflow
@@ -34,7 +35,7 @@ RESULTS ?= results
 EXPERIMENTS ?=
 export CONFIG RESULTS EXPERIMENTS DATA ROBERTA GPT2 VIT
 
-.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-matrix test-slurm lint lock
+.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-matrix test-kills test-slurm lint lock
 
 env: $(VENV)/.complete
 
@@ -125,6 +126,12 @@ test-pythons: env
 # environment of its own in .venv-matrix, which is deleted after its turn unless KEEP=1.
 test-matrix: env
 	$(BIN)/python workflow/test_matrix.py $(if $(KEEP),--keep) $(VERSIONS)
+
+# How often, by which seed, with which series alone, and where results are kept for the next time
+N ?= 1000
+SEED ?= 1
+test-kills: env
+	$(BIN)/python tests/kills.py $(N) --seed $(SEED) --cores $(CORES) $(if $(ONLY),--only $(ONLY)) $(if $(FOLDER),--folder '$(FOLDER)')
 
 # On a SLURM of this machine's own; as root, it installs and starts one.
 test-slurm: env

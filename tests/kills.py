@@ -10,9 +10,9 @@ each kill an output is whole or not there, and nothing says "Traceback". In the 
 
 * every output is sha256-equal to the undisturbed one (timing.json, which holds measurements, excepted);
 * nothing else is there, and no other file was touched (inode and time of change);
-* nothing was done twice: with stop signals a run makes each of its optimiser steps once, with SIGKILL it repeats less than
-  `checkpoint_every` of them for each kill; a model that is there is left alone;
-* a resumed training has made its first step 5 s after its start, imports excluded.
+* nothing was done twice: with stop signals a run makes each of its optimiser steps once, with SIGKILL and a full disk it
+  repeats at most `checkpoint_every` of them for each kill; a model that is there is left alone;
+* a resumed training has made its first step within 5 s of its start: of the call of the command line, all modules imported.
 
 Beside the signals: a full disk (a tmpfs with less space than the job needs, or where none can be mounted a limit on the size of
 files), a torn checkpoint, the whole workflow killed with its Snakemake, and a job that SLURM preempts, where a SLURM is running.
@@ -261,7 +261,7 @@ class Series:
         self.outcome = Outcome(number, job.stage)
         self.project, self.notes = folder / "project", folder
         self.expected = digests_of(reference, job.outputs)
-        self.killed = 0  # by SIGKILL
+        self.killed = 0  # without a word, so that its steps since the last checkpoint are lost
 
     def run(self) -> Outcome:
         self.folder.mkdir(parents=True)
@@ -353,6 +353,7 @@ class Series:
                 self.remove_outputs()
                 continue
             self.count()
+            self.killed += 1
             self.look_at(status, {2}, step, models)
             reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
             lines = self.log().splitlines()

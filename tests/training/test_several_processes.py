@@ -133,7 +133,7 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert all(parameter.grad is not None for parameter in trainer.optimisation.parameters)
 
 
-def test_gradients_that_some_process_lacks_count_as_zero_there_and_those_that_all_lack_stay_away(tmp_path: Path) -> None:
+def test_b24_gradients_that_some_process_lacks_count_as_zero_there_and_those_that_all_lack_stay_away(tmp_path: Path) -> None:
     """The processes have one and two examples, and the third has none, so that it does not count."""
 
     def average_three_parameters() -> None:

@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-backbone", required=True, metavar="FOLDER", help="the frozen text model")
     parser.add_argument("--vision-backbone", required=True, metavar="FOLDER", help="the model that made the features")
     parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads of each process; results depend on their number in the last bits"
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of each process; results depend on their number in the last bits, and a run resumes with the same",
     )
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that load batches, for each process; results do not depend on them"

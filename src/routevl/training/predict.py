@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Predict a split with a trained run.
 
+    It needs the run's backbones, but not its number of threads or processes: nothing is trained on from here, and other last bits
+    of the logits change no prediction but where two are equal to these bits.
+
     Raises:
         RoutevlError: not a trained run, or one of another text or vision model than those given.
     """
