@@ -6,6 +6,7 @@ The jars are pycocoevalcap's and get the same options as from its wrappers, but 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ METEOR_SECONDS = 60.0  # the longest silence about one caption, which takes mill
 METEOR_LOADING_SECONDS = 300.0
 # The same text and numbers in every locale; the serial collector keeps the process small.
 _JVM_OPTIONS = ("-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")
+# What the user's shell has set for other Java programs: heap sizes, agents, other classes.
+_OPTIONS_OF_OTHERS = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "CLASSPATH")
 _OUT_OF_MEMORY = re.compile("OutOfMemory|Could not reserve|insufficient memory")
 
 
@@ -41,7 +44,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     # No final line break, as in pycocoevalcap: it can change the tokens of the last caption.
     text = "\n".join(captions).encode("utf-8", errors="replace")
-    finished = subprocess.run(command, input=text, capture_output=True)
+    finished = subprocess.run(command, input=text, capture_output=True, env=_environment())
     if finished.returncode != 0:
         raise _java_error("the caption tokenizer", finished.stdout + finished.stderr)
     lines = finished.stdout.decode("utf-8").split("\n")[: len(captions)]  # the last line may or may not be ended
@@ -109,12 +112,16 @@ def start_meteor() -> Iterator[Meteor]:
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=jar.parent, stderr=log, **pipes)
+        process = subprocess.Popen(command, cwd=jar.parent, stderr=log, env=_environment(), **pipes)
         try:
             yield Meteor(process, log)
         finally:
             process.kill()
             process.communicate()  # closes the pipes
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _OPTIONS_OF_OTHERS}
 
 
 def _java_error(program: str, output: bytes) -> RoutevlError:
