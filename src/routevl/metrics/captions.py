@@ -125,8 +125,8 @@ def _remarks(n_images: int) -> list[str]:
     if n_images >= FEW_IMAGES:
         return []
     return [
-        f"CIDEr of {n_images} {'image' if n_images == 1 else 'images'} says little: it weighs words by how few of just these images' references have them, so that "
-        "words which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
+        f"CIDEr of {n_images} {'image' if n_images == 1 else 'images'} says little: it weighs words by how few of just these images' "
+        "references have them, so that words which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
     ]
 
 
