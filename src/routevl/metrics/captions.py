@@ -124,9 +124,10 @@ def _named(images: Sequence[int]) -> str:
 def _remarks(n_images: int) -> list[str]:
     if n_images >= FEW_IMAGES:
         return []
+    of_these = "1 image" if n_images == 1 else f"{n_images} images"
     return [
-        f"CIDEr of {n_images} {'image' if n_images == 1 else 'images'} says little: it weighs words by how few of just these images' "
-        "references have them, so that words which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
+        f"CIDEr of {of_these} says little: it weighs words by how few of just these images' references have them, so that words "
+        "which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
     ]
 
 
