@@ -407,6 +407,7 @@ def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
         ([row(checksum="sha256:abc")], "line 2: .*data.checksum must match pattern"),
         ([row(checksum="md5:" + "A" * 32)], "line 2: .*data.checksum must match pattern"),
         ([row(bytes="13 GB")], "line 2: .*data.bytes must match pattern"),
+        ([row(bytes="9" * 5000)], "line 2: .*data.bytes must match pattern"),
         ([row(licence="")], "line 2: .*data.licence must match pattern"),
         ([row(terms="none")], "line 2: .*data.terms must match pattern"),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
@@ -21,7 +22,8 @@ from routevl.features import extract, index
 from routevl.features.images import ImageFile, read_image, read_image_lists, slice_of_shard
 from routevl.features.index import TOKENS
 from routevl.features.store import Features
-from routevl.files import write_json
+from routevl.files import sha256_of, write_json
+from routevl.live_vision import LiveVision
 
 
 def run(stage: ModuleType, *options: object) -> None:
@@ -192,6 +194,86 @@ def test_damaged_image_is_one_clear_error(images: Path, backbone_folder: Path, d
     assert not (images / "shard.safetensors").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_h21_all_damaged_images_of_a_shard_are_named_in_one_run(
+    images: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    """In whatever batch or chunk they are; sound chunks are kept, so that the next run computes the others alone."""
+    monkeypatch.setattr(extract, "IMAGES_PER_CHUNK", 4)
+    whole = {number: (images / f"image{number}.jpg").read_bytes() for number in (1, 3, 5)}
+    (images / "image1.jpg").write_bytes(b"")
+    (images / "image3.jpg").unlink()
+    (images / "image5.jpg").write_bytes(whole[5][:600])
+    shard = images / "shard.safetensors"
+    with pytest.raises(RoutevlError, match="^3 images cannot be used: ") as caught:
+        make_shard(images, backbone_folder, shard, "--workers", workers)
+    for number in (1, 3, 5):
+        assert str(caught.value).count(f"image {100 - 3 * number}: ") == str(caught.value).count(f"image{number}.jpg") == 1
+    assert not shard.exists()
+    for number, content in whole.items():
+        (images / f"image{number}.jpg").write_bytes(content)
+    make_shard(images, backbone_folder, shard)
+    assert "1 of 3 chunks are there already" in capsys.readouterr().out
+
+
+def prepared(images: Path) -> dict[int, Path]:
+    """Adds the hashes to both lists, as `prepare` writes them; returns the files by id."""
+    files = {}
+    for path in (images / "train.json", images / "test.json"):
+        entries = json.loads(path.read_text())
+        files |= {entry["id"]: Path(entry["file_name"]) for entry in entries}
+        write_json(path, [entry | {"sha256": sha256_of(entry["file_name"])} for entry in entries])
+    return files
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_b11_an_image_swapped_after_prepare_is_refused(images: Path, backbone_folder: Path, workers: int) -> None:
+    by_hand = make_shard(images, backbone_folder, images / "by_hand.safetensors").read_bytes()
+    file, shard = prepared(images)[97], images / "shard.safetensors"
+    assert make_shard(images, backbone_folder, shard).read_bytes() == by_hand
+    content, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    shard.unlink()
+    Image.new("CMYK", (9, 9)).save(file)
+    os.utime(file, ns=times)
+    with pytest.raises(RoutevlError, match=r"^image 97: .*image1\.jpg is not the image that was prepared$"):
+        make_shard(images, backbone_folder, shard, "--workers", workers)
+    assert not shard.exists()
+    file.write_bytes(content)
+    assert make_shard(images, backbone_folder, shard).read_bytes() == by_hand
+
+
+def test_b11_chunks_are_of_the_images_that_were_prepared(images: Path) -> None:
+    """A file that changes its time is the same image; one that keeps size and time may be another."""
+    files = prepared(images)
+
+    def sources() -> str:
+        (chunk,) = extract._plan_chunks(read_image_lists([images / "train.json"]), images / "partial", {})
+        return chunk.metadata["sources"]
+
+    before = sources()
+    os.utime(files[97], ns=(1, 1))
+    assert sources() == before
+    content = files[97].read_bytes()
+    files[97].write_bytes(content[:-1] + b"!")
+    os.utime(files[97], ns=(1, 1))
+    prepared(images)
+    assert sources() != before
+
+
+def test_b11_a_run_from_pixels_refuses_a_swapped_image(images: Path, backbone_folder: Path) -> None:
+    files = prepared(images)
+    (images / "train").mkdir()
+    (images / "train.json").rename(images / "train" / "images.json")
+    (images / "test.json").unlink()
+    method = SimpleNamespace(adapt_vision=lambda model: model)
+    live = LiveVision(backbone_folder, method, images, "pooled")
+    assert live.of([100, 97]).shape == (2, 3, 32, 32)
+    for image_id in (97, 91):
+        files[image_id].write_bytes(b"no image")
+    with pytest.raises(RoutevlError, match="^2 images cannot be used: image 97: .* is not the image that was .*; image 91: "):
+        live.of([100, 97, 91])
+
+
 def test_lower_precision_is_close_and_recorded(images: Path, backbone_folder: Path) -> None:
     full = make_shard(images, backbone_folder, images / "full.safetensors")
     half = make_shard(images, backbone_folder, images / "half.safetensors", "--precision", "bfloat16")
@@ -246,6 +328,46 @@ def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder
     write_json(folder / "index.json", {**index, "tokens": {"pooled": 1}})
     with pytest.raises(RoutevlError, match="no 'patches' tokens stored"):
         Features(folder, "patches")
+
+
+def test_b11_a_shard_that_is_not_what_its_index_says(images: Path, backbone_folder: Path) -> None:
+    folder = make_features(images, backbone_folder)
+    ids = Features(folder).image_ids
+    first, second = (folder / f"shard-{number}.safetensors" for number in range(2))
+    whole = {path: path.read_bytes() for path in (first, second)}
+
+    def refused(message: str) -> None:
+        with pytest.raises(RoutevlError, match=rf"shard-\d.safetensors: {message}.*; index the features again"):
+            Features(folder)
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+    make_shard(images, backbone_folder, first, "--shards", 2, "--precision", "bfloat16")
+    refused("of another precision than its index says")
+    make_shard(images, backbone_folder, first, "--shards", 3)
+    refused("of another shape than its index says")
+    second.write_bytes(whole[first])
+    refused("of another shape than its index says")
+    for name, size in (("train", 7), ("test", 6)):  # other ids, as many and in the same order
+        entries = json.loads((images / f"{name}.json").read_text())
+        write_json(images / f"{name}.json", [entry | {"id": entry["id"] + 1000} for entry in entries])
+        assert len(entries) == size
+    make_shard(images, backbone_folder, first, "--shards", 2)
+    refused("of another list of images than the other shards")
+    assert torch.equal(Features(folder).image_ids, ids)
+
+
+def test_b11_shards_in_each_others_place(images: Path, backbone_folder: Path) -> None:
+    entries = json.loads((images / "train.json").read_text())[:6]
+    for name in ("train", "test"):
+        write_json(images / f"{name}.json", entries)
+    folder = make_features(images, backbone_folder)
+    first, second = (folder / f"shard-{number}.safetensors" for number in range(2))
+    first.rename(folder / "other")
+    second.rename(first)
+    (folder / "other").rename(second)
+    with pytest.raises(RoutevlError, match="of another list of images than the other shards, or in another place among them"):
+        Features(folder)
 
 
 @pytest.mark.parametrize(

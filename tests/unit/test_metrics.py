@@ -276,6 +276,21 @@ def test_vqa_agrees_with_the_official_evaluator(tmp_path: Path, predictor: str) 
     )
 
 
+@pytest.mark.parametrize(("annotators", "best"), [(1, 0), (2, 100 / 3), (3, 200 / 3), (4, 100), (10, 100)])
+def test_h18_few_annotators_have_a_remark(annotators: int, best: float) -> None:
+    """With fewer than four nothing gets 100%, by the official rule."""
+
+    def annotation(question_id: int, answers: int) -> dict[str, Any]:
+        return {
+            "question_id": question_id, "answer_type": "other", "question_type": "what", "answers": [{"answer": "red"}] * answers
+        }  # fmt: skip
+
+    scores = vqa.score([annotation(1, annotators), annotation(2, 10)], {1: "red", 2: "red"})
+    assert scores.by_question == pytest.approx({1: best, 2: 100})
+    remarks = ["1 of 2 questions have the answers of fewer than four annotators"] if best < 100 else []
+    assert [remark.partition(":")[0] for remark in scores.remarks] == remarks
+
+
 # --- Captions ---
 
 ODD_CAPTIONS = [
@@ -337,10 +352,12 @@ def test_odd_captions_do_not_shift_the_scores_of_others(meteor: java.Meteor, mon
 
 
 def test_meteor_of_single_captions(meteor: java.Meteor) -> None:
-    assert meteor.corpus_score([["a red circle"]], ["a red circle"]) == pytest.approx(1.0)
-    assert meteor.corpus_score([["a red circle"]], [""]) == 0.0
-    plain = meteor.corpus_score([["un cafe"]], ["un cafe"])
-    assert meteor.corpus_score([["un café"]], ["un café"]) == pytest.approx(plain)
+    def of(reference: str, candidate: str) -> float:
+        return meteor.corpus_score({1: [reference]}, {1: candidate})
+
+    assert of("a red circle", "a red circle") == pytest.approx(1.0)
+    assert of("a red circle", "") == 0.0
+    assert of("un café", "un café") == pytest.approx(of("un cafe", "un cafe"))
 
 
 def caption_split(folder: Path) -> Path:
@@ -381,7 +398,8 @@ def test_score_stage_writes_caption_scores_twice_at_once(tmp_path: Path) -> None
     assert first_items == second_items
     metrics = json.loads(first)
     assert json.loads(second) == metrics | {"run": "b_seed1"}
-    assert list(metrics) == ["run", "task", "n", "metrics", "missing"]
+    assert list(metrics) == ["run", "task", "n", "metrics", "missing", "remarks"]
+    assert [remark.partition(" says")[0] for remark in metrics["remarks"]] == ["CIDEr of 3 images"]
     assert (metrics["run"], metrics["task"], metrics["n"]) == ("a_seed1", "caption", 3)
     assert list(metrics["metrics"]) == [
         *(f"Bleu_{n}" for n in range(1, 5)),
@@ -436,7 +454,7 @@ def test_a_failing_meteor_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tm
     fake = executable(tmp_path / "java", script)
     monkeypatch.setattr(java, "JAVA", fake)
     with pytest.raises(RoutevlError, match=message), java.start_meteor() as meteor:
-        meteor.corpus_score([["a dog"]] * 3, ["a dog"] * 3)
+        meteor.corpus_score({n: ["a dog"] for n in range(3)}, {n: "a dog" for n in range(3)})
 
 
 def test_java_out_of_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +463,7 @@ def test_java_out_of_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) 
         pytest.raises(RoutevlError, match="OutOfMemoryError.*needs about 1 GB"),
         java.start_meteor() as meteor,
     ):
-        meteor.corpus_score([["a dog"]], ["a dog"])
+        meteor.corpus_score({1: ["a dog"]}, {1: "a dog"})
     monkeypatch.setattr(java, "TOKENIZER_HEAP", "1k")
     with pytest.raises(RoutevlError, match="the caption tokenizer failed in Java"):
         java.tokenize(["a dog"])
@@ -455,6 +473,77 @@ def test_java_out_of_memory_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) 
 def test_h28_java_starts_without_inherited_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "-javaagent:/nowhere.jar")
     assert java.tokenize(["A dog."]) == ["a dog"]
+
+
+TWO_ANSWERS = "read line; echo 1; read line; echo 1; read line"  # that all is loaded, and about the first image
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("echo 'java.lang.OutOfMemoryError: Java heap space' >&2", "failed in Java: java.lang.OutOfMemoryError"),
+        ("echo nonsense", "failed in Java: nonsense"),
+        ("exec sleep 60", "gave no answer within 1 s and was stopped"),
+    ],
+)
+def test_h20_the_image_at_which_meteor_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, second: str, message: str
+) -> None:
+    monkeypatch.setattr(java, "METEOR_SECONDS", 1.0)
+    monkeypatch.setattr(captions, "_tokens", list)
+    monkeypatch.setattr(java, "JAVA", executable(tmp_path / "java", f"{TWO_ANSWERS}; {second}"))
+    texts = {5: "a dog", 6: "a cat", 7: "a bird"}
+    with pytest.raises(RoutevlError, match=rf"^b\.json: image 6: METEOR {message}"):
+        captions.score({image: [text] for image, text in texts.items()}, [texts], ["b.json"])
+
+
+RUNAWAYS = {3: "the " * 3000, 7: "a man riding a horse on a beach " * 700, 9: "a" * 100_000}
+
+
+def test_h20_runaway_captions_leave_meteor_out_and_name_their_images(
+    meteor: java.Meteor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other metrics are there, and METEOR goes on for the next system."""
+    monkeypatch.setattr(captions, "start_meteor", lambda: nullcontext(meteor))
+    split = caption_split(tmp_path)
+    files = [
+        caption_results(tmp_path / f"{number}.json", texts)
+        for number, texts in enumerate(
+            (RUNAWAYS, GOOD_CAPTIONS | {3: RUNAWAYS[3]}, GOOD_CAPTIONS | {9: RUNAWAYS[9]}, GOOD_CAPTIONS)
+        )
+    ]
+    both, one, long_word, good = captions.score_files(split / "captions.json", files)
+    assert both.missing["METEOR"] == "not computed: images 3, 7 have a caption of more than 1,000 words"
+    assert one.missing["METEOR"] == "not computed: image 3 has a caption of more than 1,000 words"
+    for scores in (both, one):
+        assert [name for name, value in scores.metrics.items() if value is None] == ["METEOR", "SPICE"]
+    for scores in (long_word, good):
+        assert list(scores.missing) == ["SPICE"] and scores.metrics["METEOR"] > 0
+    assert one.cider_by_image[7] == pytest.approx(good.cider_by_image[7])
+
+
+def test_h20_references_may_run_away_too(meteor: java.Meteor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "start_meteor", lambda: nullcontext(meteor))
+    (scores,) = captions.score({1: ["a dog", RUNAWAYS[7]]}, [{1: "a dog"}])
+    assert scores.missing["METEOR"] == "not computed: image 1 has a caption of more than 1,000 words"
+
+
+def test_h18_cider_of_few_images_has_a_remark(
+    meteor: java.Meteor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(captions, "start_meteor", lambda: nullcontext(meteor))
+    split = caption_split(tmp_path)
+    results = caption_results(tmp_path / "results.json", {7: "a red circle above a blue square ."})
+    run_stage(captions, "--annotations", split / "captions.json", "--results", results, "--subset")
+    report = json.loads(capsys.readouterr().out)
+    assert report["CIDEr"] == 0 and report["n"] == 1 and report["METEOR"] == pytest.approx(1)
+    assert report["remarks"] == [
+        "CIDEr of 1 image says little: it weighs words by how few of just these images' references have them, so that words "
+        "which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
+    ]
+    many = {number: f"a dog and {number} cats" for number in range(captions.FEW_IMAGES)}
+    (scores,) = captions.score({image: [text] for image, text in many.items()}, [many])
+    assert scores.remarks == [] and scores.metrics["CIDEr"] > 1
 
 
 @needs_reference

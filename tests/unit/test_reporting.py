@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -590,14 +591,19 @@ def test_ranks_are_drawn_of_methods_that_have_one(tmp_path):
         make_figure("F3_rank_budget", folder, tmp_path / "F3.svg")
 
 
-def test_examples_name_a_broken_image(own_copy, tmp_path):
-    for path in (own_copy / "data" / "test" / "images").iterdir():
-        path.write_bytes(b"no image")
+@pytest.mark.parametrize(
+    ("prepared", "message"),
+    [(True, "is not the image that was prepared"), (False, "cannot be decoded: it is damaged")],
+)
+def test_b11_examples_name_an_image_that_is_another_one_or_broken(own_copy, tmp_path, prepared, message):
     entries = json.loads((own_copy / "data" / "test" / "images.json").read_text())
     for entry in entries:
-        entry["file_name"] = str(own_copy / "data" / "test" / "images" / Path(entry["file_name"]).name)
+        path = own_copy / "data" / "test" / "images" / Path(entry["file_name"]).name
+        entry["file_name"] = str(path)
+        entry |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if prepared else {}
+        path.write_bytes(b"no image")
     write(own_copy / "data" / "test" / "images.json", entries)
-    with pytest.raises(RoutevlError, match="not a readable image"):
+    with pytest.raises(RoutevlError, match=rf"^image \d+: .*\.png {message}"):
         make_figure("F8_examples", own_copy, tmp_path / "F8_examples.svg")
 
 

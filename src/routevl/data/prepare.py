@@ -208,7 +208,7 @@ def _find_images(source: Source, image_records: dict[int, Record], referred: dic
     for image_id in referred:
         name = image_records.get(image_id, {}).get("file_name") or numbered.get(image_id)
         if name is not None and (name in present or os.path.isfile(folder / name)):
-            found[image_id] = folder / name
+            found[image_id] = _writable(folder / name)
         else:
             missing[image_id] = folder / (name or f"[..._]{image_id:012d}.[jpg|jpeg|png]")
     if missing and source.missing_images != "drop":
@@ -220,6 +220,15 @@ def _find_images(source: Source, image_records: dict[int, Record], referred: dic
     if missing:
         print(f"{folder}: dropped what is about {len(missing)} of {len(referred)} images, which are missing")
     return found
+
+
+def _writable(path: Path) -> Path:
+    """The path, or a RoutevlError where its bytes are not UTF-8, so that no JSON file could hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RoutevlError(f"{ascii(str(path))}: a path that is not UTF-8; rename the file or folder") from None
+    return path
 
 
 def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:

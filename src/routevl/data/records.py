@@ -76,12 +76,5 @@ def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> No
 
 
 def write_records(path: Path, content: Any) -> None:
-    """Write JSON on one line, as the official files are, into a folder that is itself written whole or not at all.
-
-    Raises:
-        RoutevlError: a text, such as the name of a file, is not of Unicode characters.
-    """
-    try:
-        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    except UnicodeEncodeError as error:
-        raise RoutevlError(f"{path}: cannot hold {ascii(error.object[max(0, error.start - 80) : error.end])}: no UTF-8") from None
+    """Write JSON on one line, as the official files are, into a folder that is itself written whole or not at all."""
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,12 +18,13 @@ from typing import NamedTuple
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
 from routevl.metrics.java import Meteor, start_meteor, tokenize
-from routevl.metrics.results import read_results
+from routevl.metrics.results import read_results, remarked
 
 SPICE_MISSING = "not computed: its Stanford CoreNLP models are not part of the installed packages"
 # METEOR aligns 1,000 words within half a second. Its time and memory grow with the square of the words: 20,000 of them end it.
 METEOR_WORDS = 1000
 FEW_IMAGES = 100
+MOST_NAMED = 10  # images in one message
 
 
 class CaptionScores(NamedTuple):
@@ -113,16 +114,20 @@ def _most_words(texts: Iterable[str]) -> int:
 
 
 def _named(images: Sequence[int]) -> str:
-    """For example "image 3 has", or "image 3 and 11 others have"."""
-    return f"image {images[0]} has" if len(images) == 1 else f"image {images[0]} and {len(images) - 1} others have"
+    """For example "image 3 has", or "images 3, 5, 7 and 12 more have"."""
+    if len(images) == 1:
+        return f"image {images[0]} has"
+    more = f" and {len(images) - MOST_NAMED} more" if len(images) > MOST_NAMED else ""
+    return f"images {', '.join(map(str, images[:MOST_NAMED]))}{more} have"
 
 
 def _remarks(n_images: int) -> list[str]:
     if n_images >= FEW_IMAGES:
         return []
+    of_these = "1 image" if n_images == 1 else f"{n_images} images"
     return [
-        f"CIDEr of {n_images} images says little: it weighs words by how few of just these images' references have them, so that "
-        "words which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
+        f"CIDEr of {of_these} says little: it weighs words by how few of just these images' references have them, so that words "
+        "which all have count nothing, and the CIDEr of one image is 0 whatever its caption"
     ]
 
 
@@ -157,5 +162,5 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Print the scores as fractions, what is missing or says little, and why, as JSON."""
     (scores,) = score_files(arguments.annotations, [arguments.results], arguments.subset)
-    report = {"missing": scores.missing, "remarks": scores.remarks, "n": len(scores.cider_by_image)}
-    print(json.dumps(scores.metrics | report, indent=1))
+    report = scores.metrics | {"missing": scores.missing} | remarked(scores.remarks) | {"n": len(scores.cider_by_image)}
+    print(json.dumps(report, indent=1))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from routevl.data.records import INTEGER, STRING, Format, check_unique, list_of
 from routevl.errors import RoutevlError
+
+
+def remarked(remarks: Sequence[str]) -> dict[str, list[str]]:
+    """What a report says beside its scores about what they cannot tell: `remarks`, where there are any."""
+    return {"remarks": list(remarks)} if remarks else {}
 
 
 def read_results(

@@ -9,6 +9,7 @@ from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, check_replaceable, write_json
+from routevl.metrics.results import remarked
 
 Scores = tuple[dict[str, Any], dict[str, Any]]  # what metrics.json and items.json hold
 
@@ -24,8 +25,8 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
             group = scores.by_answer_type.get(answer_type)
             metrics[metric] = group.accuracy if group else None
         metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
-        summary = {"n": len(scores.by_question), "metrics": metrics, "remarks": scores.remarks}
-        yield summary, {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
+        summary = {"n": len(scores.by_question), "metrics": metrics}
+        yield summary | remarked(scores.remarks), {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
 
 
 def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
@@ -34,8 +35,8 @@ def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
 
     for scores in captions.score_files(split / "captions.json", results):
         by_image = dict(sorted(scores.cider_by_image.items()))
-        summary = {"n": len(by_image), "metrics": scores.metrics, "missing": scores.missing, "remarks": scores.remarks}
-        yield summary, {"ids": list(by_image), "CIDEr": list(by_image.values())}
+        summary = {"n": len(by_image), "metrics": scores.metrics, "missing": scores.missing}
+        yield summary | remarked(scores.remarks), {"ids": list(by_image), "CIDEr": list(by_image.values())}
 
 
 _SCORERS = {"vqa": score_vqa, "caption": score_captions}

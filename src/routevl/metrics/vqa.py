@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from routevl.data.vqav2 import read_pair
 from routevl.errors import RoutevlError
-from routevl.metrics.results import read_results
+from routevl.metrics.results import read_results, remarked
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = {
@@ -174,13 +174,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    """Print what the official evaluator reports, in percent with two decimals, as JSON."""
+    """Print what the official evaluator reports, in percent with two decimals, and what that cannot tell, as JSON."""
     scores = score_files(arguments.questions, arguments.annotations, arguments.results)
     report = {
         "overall": round(scores.overall, 2),
         "perAnswerType": {name: round(group.accuracy, 2) for name, group in scores.by_answer_type.items()},
         "perQuestionType": {name: round(group.accuracy, 2) for name, group in scores.by_question_type.items()},
         "n": len(scores.by_question),
-        "remarks": scores.remarks,
     }
-    print(json.dumps(report, indent=1, ensure_ascii=False))
+    print(json.dumps(report | remarked(scores.remarks), indent=1, ensure_ascii=False))
