@@ -76,7 +76,7 @@ class Method:
         return vision_model
 
     def visual_projection(self, text_model: nn.Module, width: int) -> nn.Module | None:
-        """The built model's own trainable projection of the image's tokens, (B, L_v, width) -> (B, L_v, d), which the visual prefix
+        """The built model's own trainable projection of the image's tokens, (B, L_v, width) -> (B, L_v, d), which the prefix
         reads too; asked for only where the widths differ. None: it has none, and the task makes one.
         """
         return None
