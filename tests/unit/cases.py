@@ -14,6 +14,7 @@ from routevl.methods.table import METHODS, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
 from routevl.tasks.vqa import VqaModel
+from routevl.training.optimisation import Optimisation
 
 B, L, D, LAYERS, VOCABULARY = 3, 6, 32, 2, 50
 SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
@@ -139,3 +140,13 @@ def batch_of(kind: str, seed: int = 0, width: int = D, visual_tokens: int = 1) -
 def rows(batch: dict[str, Tensor], *chosen: int) -> dict[str, Tensor]:
     """Some of a batch's examples."""
     return {name: tensor[list(chosen)] for name, tensor in batch.items()}
+
+
+def one_step(model: VisionLanguageModel, batch: dict[str, Tensor]) -> None:
+    """One optimiser step."""
+    groups = model.method.groups(model, 0.01)
+    optimisation = Optimisation(groups, 0.0, lambda optimiser: torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0))
+    model.train()
+    model(**batch)["loss"].backward()
+    optimisation.step()
+    model.eval()

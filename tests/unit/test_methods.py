@@ -5,27 +5,39 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, LAYERS, REFUSED, TEXT_MODELS, B, D, L, batch_of, build, name_of, rows, scores_of, shaken, small_options
+from cases import (
+    CASES,
+    LAYERS,
+    REFUSED,
+    SMALL,
+    TEXT_MODELS,
+    B,
+    D,
+    L,
+    batch_of,
+    build,
+    name_of,
+    one_step,
+    rows,
+    scores_of,
+    shaken,
+    small_options,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from routevl.errors import RoutevlError
+from routevl.methods.base import layer_norms
 from routevl.methods.table import METHODS, method_class, new_method
-from routevl.training.optimisation import Optimisation
+from routevl.tasks.vqa import VqaModel
 
 every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
-
-
-def one_step(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    groups = model.method.groups(model, 0.01)
-    optimisation = Optimisation(groups, 0.0, lambda optimiser: torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0))
-    model.train()
-    model(**batch)["loss"].backward()
-    optimisation.step()
-    model.eval()
 
 
 @every_case
@@ -148,6 +160,41 @@ def test_files_of_another_model_are_refused(case: tuple[str, str, dict[str, Any]
 
 
 @every_case
+def test_b25_a_file_that_lacks_a_tensor_is_refused(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+    """Each of a run's files, without its first and without its last tensor: nothing is predicted with an initial value."""
+    method, kind, options = case
+    model = shaken(build(method, kind, options, width=20))
+    model.save(tmp_path)
+    whole = {file: load_file(file) for file in tmp_path.glob("*.safetensors")}
+    assert sum(len(tensors) for tensors in whole.values()) >= len([p for p in model.parameters() if p.requires_grad])
+    again = build(method, kind, options, width=20)
+    for file, tensors in whole.items():
+        for lost in {min(tensors), max(tensors)} if tensors else ():
+            save_file({name: tensor for name, tensor in tensors.items() if name != lost}, file)
+            with pytest.raises(RoutevlError, match="an adapter of another model, or damaged"):
+                again.load(tmp_path)
+        save_file(tensors, file)
+    again.load(tmp_path)
+
+
+def test_b25_what_was_prepared_without_a_parameter_is_refused() -> None:
+    text_model = TEXT_MODELS["roberta"]()
+    scores = scores_of(text_model)
+    lost = next(name for name in scores if name.endswith("query.weight"))
+    del scores[lost]
+    arguments = (
+        text_model,
+        new_method("gradient_norm", {}, "test"),
+        scores,
+        [],
+        SimpleNamespace(width=D, encoder=nn.Identity()),
+        True,
+    )
+    with pytest.raises(RoutevlError, match=f"--prepared was found for another text model: it has no '{lost}'"):
+        VqaModel(7, *arguments)
+
+
+@every_case
 def test_disabled_it_is_the_base_model(case: tuple[str, str, dict[str, Any]]) -> None:
     method, kind, options = case
     model = shaken(build(method, kind, options, norms=False))
@@ -252,6 +299,71 @@ def test_routing_adds_no_parameter(method: str) -> None:
     for kind in TEXT_MODELS:
         counts = {str(build(method, kind, options).trainable_params_by_part()) for options in small_options(method)}
         assert len(counts) == 1
+
+
+# ------------------------------------------------------------------------- layer norms (B16), positions (B22)
+
+
+class Numbered(nn.Module):
+    """A text model whose layer norm is called "1", as in nn.Sequential."""
+
+    def __init__(self, norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+        self.add_module("1", norm(D))
+        self.config = SimpleNamespace(hidden_size=D, to_dict=dict)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        return self.get_submodule("1")(self.layers(inputs_embeds))
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+
+
+@pytest.mark.parametrize("method", ["lora", "peft_lora", "ln_tuning", "bitfit"])
+def test_b16_norms_of_any_class_are_trained_and_nothing_else(method: str) -> None:
+    """LLaMA, Qwen and Mistral have RMSNorm classes of their own."""
+    text_model = llama().requires_grad_(False)
+    norms = layer_norms(text_model)
+    assert len(norms) == 2 * LAYERS + 1 and "model.norm" in norms
+    chosen = new_method(method, {"r": 4} if "lora" in method else {}, "test")
+    built = chosen.build(text_model, {}, norms)
+    trained = {n: p for n, p in built.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for n, p in trained.items() if chosen.part_of(n) == "layer_norm") == D * (2 * LAYERS + 1)
+    assert all("norm" in n or "lora_" in n or n.endswith("bias") for n in trained)
+
+
+def test_b16_a_model_without_norms_is_an_error() -> None:
+    with pytest.raises(RoutevlError, match="Numbered has no layer norm .* set freeze_layer_norm"):
+        layer_norms(Numbered(nn.Identity))
+    with pytest.raises(RoutevlError, match="has no layer norm"):
+        layer_norms(Numbered(lambda d: nn.LayerNorm(d, elementwise_affine=False)))  # nothing to train in it
+
+
+def test_b16_a_norm_whose_name_ends_others_trains_no_other_module() -> None:
+    """peft would train `layers.1` whole for a norm that is called "1"."""
+    assert layer_norms(Numbered()) == ["1"]
+    for method, options in (("lora", {"r": 4}), ("peft_lora", {}), ("ln_tuning", {})):
+        with pytest.raises(RoutevlError, match="layers.1 would be trained as a layer norm.*called '1'"):
+            new_method(method, options, "test").build(Numbered(), {}, ["1"])
+    built = new_method("bitfit", {}, "test").build(Numbered(), {}, ["1"])
+    assert {n for n, p in built.named_parameters() if p.requires_grad} == {"1.weight", "1.bias", "layers.0.bias", "layers.1.bias"}
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "peft_lora"])
+def test_b22_the_head_reads_the_first_text_position(method: str, prefix: bool) -> None:
+    """Behind the visual prefix and behind trained prompts, which stand before both."""
+    model, batch = shaken(build(method, "roberta", SMALL.get(method, {}), prefix=prefix)), batch_of("roberta", visual_tokens=2)
+    read: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(**batch)
+    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
+    states = model.text_model(**inputs).last_hidden_state
+    before = 2 * prefix + (3 if method == "prompt_tuning" else 0)
+    assert states.shape[1] == before + L and torch.equal(read[0], states[:, before])
 
 
 @pytest.mark.parametrize(("method", "kind"), REFUSED)

@@ -29,6 +29,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.conditioning = conditioning
         self.route: dict[str, RoutingFunction | None] = {}
         self.merged_adapters = []
+        self.cast_input_dtype_enabled = True  # peft's `disable_input_dtype_casting` sets it
 
     def routed(self, adapter: str, down: nn.Module, hidden_states: Tensor, parts: int = 1) -> Tensor:
         """route(x_H W_down, x_R W_down): (B, ..., d) -> (B, ..., parts * r), each of the `parts` bottlenecks on its own."""
