@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from conftest import SmallWorld, run_stage
 from huggingface_hub import ModelCard
 from runs import Run, new_run
+from safetensors.torch import save_file
 from synthetic_manifests import make_job
 from test_every_method import method_run
 from test_training import first_batch
@@ -25,6 +28,13 @@ from routevl.reporting.statistics import BOOTSTRAP_SEED, bootstrap_mean
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 METHODS = [("vqa", "lora"), ("caption", "adapter"), ("vqa", "ia3"), ("caption", "bitfit"), ("vqa", "full")]
+CALL_IT = """
+import torch
+from safetensors.torch import load_file
+
+with torch.no_grad():
+    assert torch.equal(model(**load_file("inputs"))[0], load_file("expected")["output"])
+"""
 HUB_ID, COMMIT = "somebody/some-roberta", "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -44,16 +54,17 @@ def test_what_a_card_tells_to_do_gives_the_trained_model(
     as_named(run, tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     trained = run.trainer().task
-    for folder in (Path("model"), Path("model/last")):
-        blocks = dict(BLOCK.findall((folder / "README.md").read_text(encoding="utf-8")))
-        names: dict = {}
-        exec(blocks["python"], names)
-        trained.model.load(run.model / ("last" if folder.name == "last" else ""))
-        batch = first_batch(trained)
+    batch = first_batch(trained)
+    for weights in ("", "last"):
+        code = dict(BLOCK.findall(Path("model", weights, "README.md").read_text(encoding="utf-8")))["python"]
+        trained.model.load(run.model / weights)
         inputs = trained.model.eval().text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
         with torch.no_grad():
-            assert torch.equal(names["model"](**inputs)[0], trained.model.text_model(**inputs)[0])
-    assert "bash" not in blocks
+            save_file({"output": trained.model.text_model(**inputs)[0].contiguous()}, "expected")
+        save_file({name: tensor.detach().contiguous() for name, tensor in inputs.items()}, "inputs")
+        # in a process where nothing has been imported yet
+        ended = subprocess.run([sys.executable, "-c", code + CALL_IT], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
     command = dict(BLOCK.findall(Path("model/README.md").read_text(encoding="utf-8")))["bash"].split()
     assert command[:2] == ["routevl", "predict"]
     run_stage(*command[1:])

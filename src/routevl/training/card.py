@@ -165,10 +165,11 @@ class Card:
         arguments = [json.dumps(adapter["base_model_name_or_path"])]
         arguments += [f"revision={json.dumps(adapter['revision'])}"] if adapter["revision"] else []
         arguments += ["add_pooling_layer=False"] if getattr(self.text_model, "pooler", "") is None else []
-        own = [f"import routevl.methods  # makes {adapter['peft_type']} known to peft"] if "routing" in adapter else []
+        config = type(self.text_model.active_peft_config)
+        own = [f"from routevl.methods import {config.__name__}  # makes {adapter['peft_type']} known to peft"]
         return _python(
-            *own,
             "from peft import PeftModel",
+            *(own if config.__module__.startswith("routevl.methods.") else []),
             f"from transformers import {auto}",
             "",
             f"text_model = {auto}.from_pretrained({', '.join(arguments)})",
