@@ -158,7 +158,7 @@ def swap_an_input_during_a_job(rng: random.Random, results: Path) -> Tampering:
     manifest = json.loads(path.read_text())
     inputs, outputs = ([Path(entry["path"]) for entry in manifest[part]] for part in ("inputs", "outputs"))
     chosen = rng.choice([entry for entry in inputs if results.name in entry.parts])
-    file = rng.choice(files_under(chosen, "**/*")) if chosen.is_dir() else chosen
+    file = rng.choice([file for file in files_under(chosen, "**/*") if file.stat().st_size]) if chosen.is_dir() else chosen
     program = (
         "import os, pathlib, sys\n"
         "file = pathlib.Path(sys.argv[1]); old = file.stat(); content = bytearray(file.read_bytes()); content[-1] ^= 1\n"
