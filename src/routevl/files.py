@@ -223,15 +223,16 @@ def read_json(path: str | Path, parse_float: Callable[[str], Any] = float) -> An
         raise RoutevlError(f"{path}: not a readable JSON file ({error})") from error
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_SURROGATE, _ESCAPED_SURROGATE = re.compile("[\ud800-\udfff]"), re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
 
 
 def _whole_characters(text: str) -> str:
     """JSON with U+FFFD for each half of a surrogate pair, whether it stands there as it is or as an escape."""
-    if not _SURROGATE.search(text):
+    if not text.isascii() and _SURROGATE.search(text):
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if not _ESCAPED_SURROGATE.search(text):
         return text
-    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return _ESCAPE.sub(lambda escape: r"\ufffd" if escape[1] else escape[0], text)
 
 
