@@ -226,17 +226,23 @@ def reads_pixels(run):
     return "pixels" in method_class(RUNS[run][0].method).needs
 
 
+def shard_names():
+    n = config["features"]["shards"]
+    return [f"shard-{shard:05d}-of-{n:05d}.safetensors" for shard in range(n)]
+
+
 def run_inputs(wildcards):
     """What a run is trained, and its method prepared, from."""
     experiment, _ = RUNS[wildcards.run]
-    features = {} if reads_pixels(wildcards.run) else {"features": f"{R}/features/{experiment.vision_backbone}/index.json"}
+    folder = f"{R}/features/{experiment.vision_backbone}"
+    features = {} if reads_pixels(wildcards.run) else {"features": [f"{folder}/{name}" for name in ("index.json", *shard_names())]}
     backbones = {"text_backbone": backbone(experiment.text_backbone), "vision_backbone": backbone(experiment.vision_backbone)}
     return {"data": f"{R}/data", **features, **backbones}
 
 
 def run_input_options(wildcards, input):
     """The same as options of the command line; of the features their folder."""
-    return options({name: Path(input[name]).parent if name == "features" else input[name] for name in run_inputs(wildcards)})
+    return options({name: Path(input.features[0]).parent if name == "features" else input[name] for name in run_inputs(wildcards)})
 
 
 def sources():
@@ -260,11 +266,6 @@ def source_files(wildcards):
     paths = [Path(path) for path in [*named, *vocabulary]]
     archives = [DATA / folder for folder in DOWNLOADS]
     return sorted({str(next((archive for archive in archives if path.is_relative_to(archive)), path)) for path in paths})
-
-
-def shard_names():
-    n = config["features"]["shards"]
-    return [f"shard-{shard:05d}-of-{n:05d}.safetensors" for shard in range(n)]
 
 
 def scoring_batches():
