@@ -235,14 +235,18 @@ def run_inputs(wildcards):
     """What a run is trained, and its method prepared, from."""
     experiment, _ = RUNS[wildcards.run]
     folder = f"{R}/features/{experiment.vision_backbone}"
-    features = {} if reads_pixels(wildcards.run) else {"features": [f"{folder}/{name}" for name in ("index.json", *shard_names())]}
+    features = (
+        {} if reads_pixels(wildcards.run) else {"features": [f"{folder}/{name}" for name in ("index.json", *shard_names())]}
+    )
     backbones = {"text_backbone": backbone(experiment.text_backbone), "vision_backbone": backbone(experiment.vision_backbone)}
     return {"data": f"{R}/data", **features, **backbones}
 
 
 def run_input_options(wildcards, input):
     """The same as options of the command line; of the features their folder."""
-    return options({name: Path(input.features[0]).parent if name == "features" else input[name] for name in run_inputs(wildcards)})
+    return options(
+        {name: Path(input.features[0]).parent if name == "features" else input[name] for name in run_inputs(wildcards)}
+    )
 
 
 def sources():
