@@ -317,7 +317,8 @@ def test_b20_a_job_runs_in_such_a_folder_or_is_refused_before(reference: Path, t
     process = start(project, "results/data", "--set-resources", "prepare:mem_mb=1000")
     if name.startswith("user"):
         assert_ends(process, project)
-        assert (project / "results/data/answers.json").exists() and states(project) == ["COMPLETED"]
+        [(job, _, stage, _)] = shells(project)
+        assert (project / "results/data/answers.json").exists() and job.isdigit() and stage == "prepare"
     else:
         assert_ends(process, project, status=1)
         assert "do not reach SLURM's jobs" in output(project) and jobs(project) == []
