@@ -12,7 +12,8 @@ each kill an output is whole or not there, and nothing says "Traceback". In the 
 * nothing else is there, and no other file was touched (inode and time of change);
 * nothing was done twice: with stop signals a run makes each of its optimiser steps once, with SIGKILL and a full disk it
   repeats at most `checkpoint_every` of them for each kill; a model that is there is left alone;
-* a resumed training has made its first step within 5 s of its start: of the call of the command line, all modules imported.
+* a resumed training has made its first step within 5 s of its start: of the call of the command line, all modules imported;
+  counted are seconds of the processor, since other processes may have it, and shown those of the clock too.
 
 Beside the signals: a full disk (a tmpfs with less space than the job needs, or where none can be mounted a limit on the size of
 files), a torn checkpoint, the whole workflow killed with its Snakemake, and a job that SLURM preempts, where a SLURM is running.
@@ -60,7 +61,7 @@ STATUS = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGUSR1": {143, 138, -10}, "S
 KEPT = ("results/manifests/.past", "results/manifests/.hashes")  # the recorder's: of jobs that failed, of what it has read
 KILLS = 4  # of a series
 RESUME_SECONDS = 5.0
-PER_SNAKEMAKE_KILL = 100  # kills of single jobs
+PER_WORKFLOW_KILL = 100  # kills of single jobs
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Outcome:
     stage: str
     kills: Counter = field(default_factory=Counter)
     checks: Counter = field(default_factory=Counter)
-    resumed: list[float] = field(default_factory=list)
+    resumed: list[tuple[float, float]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def check(self, name: str, fine: bool, words: Callable[[], object] = str) -> None:
@@ -194,6 +195,8 @@ def start(job: Job, project: Path, notes: Path, limit: int | None = None) -> mul
     """
 
     def main() -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the latter too: up to here this is no stage yet
+            signal.signal(number, signal.SIG_DFL)
         os.setpgid(0, 0)
         begun = time.monotonic()
         log = os.open(notes / "log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -202,9 +205,6 @@ def start(job: Job, project: Path, notes: Path, limit: int | None = None) -> mul
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(project)
         os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         sys.argv = ["routevl", *job.command]
@@ -223,14 +223,14 @@ def start(job: Job, project: Path, notes: Path, limit: int | None = None) -> mul
 def count_steps(notes: Path, begun: float) -> None:
     from routevl.training.trainer import Trainer
 
-    step, save = Trainer._train_step, []
+    step, first = Trainer._train_step, []
     steps = os.open(notes / "steps", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
     def counted(trainer: Trainer, *arguments: Any) -> None:
         step(trainer, *arguments)
         os.write(steps, b".")
-        if not save:
-            save.append((notes / "first").write_text(str(time.monotonic() - begun)))
+        if not first:
+            first.append((notes / "first").write_text(f"{time.process_time()} {time.monotonic() - begun}"))
 
     Trainer._train_step = counted
 
@@ -423,8 +423,9 @@ class Series:
 
     def note_resumption(self) -> None:
         if "resuming from step" in self.log() and (self.notes / "first").exists():
-            self.outcome.resumed.append(seconds := float((self.notes / "first").read_text()))
-            self.see("resumed in time", seconds <= RESUME_SECONDS, lambda: f"the first step after {seconds:.1f} s")
+            processor, clock = map(float, (self.notes / "first").read_text().split())
+            self.outcome.resumed.append((processor, clock))
+            self.see("resumed in time", processor <= RESUME_SECONDS, lambda: f"the first step after {processor:.1f} s")
 
     def step_of_checkpoint(self) -> int:
         from routevl.training.checkpoint import load_checkpoint
@@ -503,6 +504,19 @@ def kill_single_jobs(count: int, seed: int, only: int | None, reference: Path, f
                     print(f"WRONG: seed {seed} number {outcome.number} ({outcome.stage}): {words}", flush=True)
 
 
+def kill_workflow(name: str, work: Callable[..., None], count: int, seed: int, reference: Path, folder: Path) -> Outcome:
+    """One of the parts that kill more than one job."""
+    outcome = Outcome(-1, name)
+    try:
+        work(outcome, count, seed, reference, folder / name)
+    except Exception as error:
+        outcome.wrong.append(f"it fails: {type(error).__name__}: {error}")
+    for words in outcome.wrong:
+        print(f"WRONG: seed {seed} ({name}): {words}", flush=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    return outcome
+
+
 def report(outcomes: list[Outcome], seconds: float) -> bool:
     """Print the table of kills, the checks and the times; whether everything was right."""
     kinds = [kind for kind in KINDS if any(outcome.kills[kind] for outcome in outcomes)]
@@ -517,9 +531,10 @@ def report(outcomes: list[Outcome], seconds: float) -> bool:
     for name, count in sorted(sum((outcome.checks for outcome in outcomes), Counter()).items()):
         wrong = sum(words.startswith(f"{name}: ") for outcome in outcomes for words in outcome.wrong)
         print(f"  {name}: {count}, {wrong} of them wrong")
-    if resumed := sorted(second for outcome in outcomes for second in outcome.resumed):
-        middle, last = resumed[len(resumed) // 2], resumed[-1]
-        print(f"  a resumed training made its first step after {middle:.2f} s (median of {len(resumed)}), {last:.2f} s (longest)")
+    if resumed := [seconds for outcome in outcomes for seconds in outcome.resumed]:
+        print(f"{len(resumed)} resumed trainings made their first step after")
+        for name, seconds in zip(("of the processor", "by the clock"), map(sorted, zip(*resumed, strict=True)), strict=True):
+            print(f"  {seconds[len(seconds) // 2]:.2f} s (median), {seconds[-1]:.2f} s (longest) {name}")
     return not any(outcome.wrong for outcome in outcomes)
 
 
@@ -542,10 +557,11 @@ def main() -> int:
         print(f"the undisturbed workflow: {time.monotonic() - begun:.0f} s", flush=True)
         import_everything()
         outcomes = kill_single_jobs(arguments.count, arguments.seed, arguments.only, reference, folder / "work", arguments.cores)
-        if arguments.only is None and (kills := arguments.count // PER_SNAKEMAKE_KILL):
-            outcomes.append(kill_snakemake(kills, arguments.seed, reference, folder / "work" / "snakemake", Outcome))
+        if arguments.only is None and (kills := arguments.count // PER_WORKFLOW_KILL):
+            where = (kills, arguments.seed, reference, folder / "work")
+            outcomes.append(kill_workflow("the workflow", kill_snakemake, *where))
             if slurm_is_running():
-                outcomes.append(kill_slurm_jobs(kills, arguments.seed, reference, folder / "work" / "slurm", Outcome))
+                outcomes.append(kill_workflow("a job of SLURM", kill_slurm_jobs, *where))
             else:
                 print("no SLURM is running: no job was preempted")
         fine = report(outcomes, time.monotonic() - begun)
