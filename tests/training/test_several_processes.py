@@ -109,7 +109,7 @@ def test_each_process_has_its_own_dropout(small_world: SmallWorld, tmp_path: Pat
     tensors, record = load_checkpoint(run.checkpoint)
     states = {bytes(state.tolist()) for state in tensors["random/cpu"].chunk(PROCESSES)}
     assert len(states) == PROCESSES
-    assert record["processes"] == PROCESSES
+    assert record["run"]["processes"] == PROCESSES
 
 
 def test_prediction_in_several_processes_is_complete_and_in_order(baseline: Run, tmp_path: Path) -> None:

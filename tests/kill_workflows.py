@@ -26,9 +26,8 @@ ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, a
 SECONDS = 600
 
 
-def kill_snakemake(count: int, seed: int, reference: Path, folder: Path, new: Callable[..., Any]) -> Any:
-    """The whole workflow, killed so many times before it ends, and started again; `new` makes the outcome."""
-    outcome = new(-1, "all by Snakemake")
+def kill_snakemake(outcome: Any, count: int, seed: int, reference: Path, folder: Path) -> None:
+    """The whole workflow, killed so many times before it ends, and started again; what is found goes to `outcome`."""
     rng = random.Random(f"{seed} snakemake")
     project = copy_without_results(reference, folder)
     for number in range(count):
@@ -55,8 +54,6 @@ def kill_snakemake(count: int, seed: int, reference: Path, folder: Path, new: Ca
     outcome.check("status", status == 0, lambda: said[-3000:])
     check_kept(outcome, before, finished_jobs(project), 2, "the last kill")
     check_results(outcome, project, reference)
-    shutil.rmtree(folder)
-    return outcome
 
 
 def copy_without_results(reference: Path, folder: Path) -> Path:
@@ -112,12 +109,11 @@ def slurm_is_running() -> bool:
     return bool(shutil.which("sinfo")) and "idle" in subprocess.run(["sinfo"], capture_output=True, text=True).stdout
 
 
-def kill_slurm_jobs(count: int, seed: int, reference: Path, folder: Path, new: Callable[..., Any]) -> Any:
+def kill_slurm_jobs(outcome: Any, count: int, seed: int, reference: Path, folder: Path) -> None:
     """A training job, preempted so many times and submitted again.
 
     SLURM tells a job that it preempts to stop (SIGTERM to all its processes) and kills what is left; `scancel` does the same.
     """
-    outcome = new(-2, "train by SLURM")
     rng = random.Random(f"{seed} slurm")
     project = Path(shutil.copytree(reference, folder / "project"))
     [manifest] = [json.loads(path.read_text()) for path in (project / "results/manifests/train").glob("mul_*.json")]
@@ -141,8 +137,6 @@ def kill_slurm_jobs(count: int, seed: int, reference: Path, folder: Path, new: C
     job = submit(project, manifest["command"])
     wait_until(lambda: state(job) == "")
     check_results(outcome, project, reference)
-    shutil.rmtree(folder)
-    return outcome
 
 
 def submit(project: Path, command: list[str]) -> str:
