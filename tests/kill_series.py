@@ -161,7 +161,9 @@ class Series:
         path = self.project / self.job.checkpoint / "checkpoint.safetensors"
         for _ in range(KILLS):
             process = start(self.job, self.project, self.notes)
-            time.sleep(self.random.random() * self.lengths[self.job.stage])
+            while process.exitcode is None and not path.exists():
+                time.sleep(0.001)
+            time.sleep(self.random.random() * self.lengths[self.job.stage] / 2)
             if process.exitcode is None:
                 tell(process.pid, signal.SIGKILL, group=True)
             if end_of(process) == 0:

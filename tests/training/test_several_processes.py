@@ -262,7 +262,10 @@ def test_launched_processes_are_killed_told_to_stop_and_finished(small_world: Sm
     def signal_the_launcher(parent: subprocess.Popen) -> None:  # as SLURM does before the time is over
         parent.send_signal(signal.SIGUSR1)
 
-    for end in (kill_one, terminate_all, signal_the_launcher):
+    def interrupt_the_launcher(parent: subprocess.Popen) -> None:  # Ctrl-C (b18)
+        parent.send_signal(signal.SIGINT)
+
+    for end in (kill_one, terminate_all, signal_the_launcher, interrupt_the_launcher):
         parent = launch_and_wait_for_checkpoint()
         told = time.monotonic()
         end(parent)

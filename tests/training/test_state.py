@@ -17,11 +17,12 @@ import numpy
 import pytest
 import torch
 from conftest import SmallWorld
-from runs import Run, assert_same_outcome, exit_status, new_run, signal_at_call, start, wait_for
+from runs import Run, assert_same_outcome, exit_status, new_run, own_signals, signal_at_call, start, wait_for
 from torch import Tensor, nn
 
 from routevl.backbones import pretrain
 from routevl.errors import RoutevlError
+from routevl.features import extract
 from routevl.methods.base import Method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training import optimisation, train, trainer
@@ -334,6 +335,37 @@ def test_b18_a_recorded_stage_ends_so_too_when_the_terminal_and_the_recorder_sen
     assert not output.exists() and not any(path.name.endswith(".tmp") for path in tmp_path.iterdir())
 
 
+def test_b18_loaders_of_another_stage_leave_the_word_to_it(small_world: SmallWorld, tmp_path: Path) -> None:
+    """They get Ctrl-C too."""
+
+    def sabotage() -> None:
+        def wait(*arguments: Any) -> None:
+            (tmp_path / "waiting").touch()
+            time.sleep(60)
+
+        extract._encode_batch = wait
+
+    images = small_world.data / "test/images.json"
+    words = ["extract", "--images", images, "--backbone", small_world.vision[16], "--shard", 0, "--shards", 1, "--workers", 2]
+    run = Run(tmp_path, {})
+    process = start(run, sabotage, [*map(str, words), "--batch-size", "1", "--output", str(tmp_path / "shard.safetensors")])
+    wait_for(tmp_path / "waiting")
+    os.killpg(process.pid, signal.SIGINT)
+    assert exit_status(process) == EXIT_INTERRUPTED
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("extract: ")]
+    assert lines == ["routevl: error: extract: stopped by SIGINT"]
+
+
+def test_b18_a_stop_signal_that_a_library_makes_an_error_of_is_one_still() -> None:
+    """As numpy does while it is imported."""
+    with own_signals(), pytest.raises(Stopped) as stopped, stop_signals_raise():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("PyCapsule_Import could not import module datetime") from None
+    assert stopped.value.args == (signal.SIGTERM,)
+
+
 def test_b18_a_stop_signal_during_imports_is_one_line() -> None:
     slow = """
 import sys, time
@@ -351,14 +383,12 @@ sys.meta_path.insert(0, Slow())"""
 
 
 def test_b18_a_job_that_a_shell_lets_ignore_ctrl_c_ignores_it() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with own_signals():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with stop_signals_raise():
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(Stopped):
                 os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------------- and the clock

@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
         trained = trainer.load_model(model)
         finished = trained and (predictions / "results.json").exists()
         accelerator.wait_for_everyone()
-        if finished:
+        if finished and accelerator.is_main_process:
             print(f"train {trainer.run}: {model} and {predictions} are finished: delete them to train again", file=sys.stderr)
-        elif not trained:
+        if not trained:
             trainer.fit()
             if accelerator.is_main_process:
                 (predictions / "results.json").unlink(missing_ok=True)  # of another model, as from here on

@@ -293,7 +293,7 @@ class Trainer:
         if not (folder / "run.json").exists():
             return False
         record = read_json(folder / "run.json")
-        if record["settings"] | record["inputs"] | record.get("execution", {}) != self.identity:
+        if record.get("settings", {}) | record.get("inputs", {}) | record.get("execution", {}) != self.identity:
             return False
         if self.checkpoint.exists():
             self._read_checkpoint()
