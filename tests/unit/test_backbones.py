@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from routevl.backbones import fetch, pretrain_text, pretrain_vision
-from routevl.backbones.folder import fingerprint_of
+from routevl.backbones.folder import Origin, fingerprint_of, origin_of, public_name
 from routevl.backbones.text import load_text_backbone
 from routevl.backbones.vision import load_vision_backbone
 from routevl.errors import RoutevlError
@@ -151,6 +153,58 @@ def test_offline_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     with pytest.raises(RoutevlError, match="no such folder, and not a Hugging Face hub id"):
         fetch_model("/a/folder/that/is/not/there", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("results/backbones/vit", "./results/backbones/vit"),
+        ("models/roberta", "./models/roberta"),  # which is no hub id
+        ("../elsewhere/roberta", "./roberta"),
+        ("/home/somebody/models/roberta-base/", "./roberta-base"),
+    ],
+)
+def test_a_public_name_has_no_folder_outside_and_is_no_hub_id(path: str, name: str) -> None:
+    assert public_name(path) == name
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: mit\nlanguage: en\n---\n# A model\n", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: own\n---\n", {"license": "other", "license_name": "own"}),
+        ("---\nlicense: [mit, gpl]\n---\n", {}),
+        ("---\nlicense: : mit\n---\n", {}),
+        ("# A model without metadata\n", {}),
+        (None, {}),
+    ],
+)
+def test_a_fetched_folder_tells_where_it_comes_from_and_its_licence(tmp_path: Path, card: str | None, license: dict) -> None:
+    (tmp_path / "source.json").write_text('{"hub_id": "owner/name", "commit": "c0ffee", "sha256": {}}')
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert origin_of(tmp_path) == Origin("owner/name", "c0ffee", license) and origin_of(tmp_path).is_on_the_hub
+
+
+def test_fetching_brings_the_card_with_the_licence(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = shutil.copytree(folders["roberta"], tmp_path / "c0ffee")
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    def download(hub_id: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for path in snapshot.iterdir():
+            if not any(path.match(pattern) for pattern in allow_patterns):
+                path.unlink()
+        return str(snapshot)
+
+    monkeypatch.setattr(fetch, "snapshot_download", download)
+    fetch_model("owner/name", tmp_path / "fetched")
+    assert origin_of(tmp_path / "fetched").license == {"license": "mit"}
+    model, _ = load_text_backbone(tmp_path / "fetched", "encoder")
+    assert (model.name_or_path, model.config._commit_hash) == ("owner/name", "c0ffee")
 
 
 def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from routevl.backbones.folder import public_name
 from routevl.errors import RoutevlError
@@ -63,7 +64,7 @@ def read_card(path: Path) -> ModelCard:
         raise RoutevlError(f"{path}: no such file: the run has no model card")
     try:
         card = ModelCard.load(path)
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise RoutevlError(f"{path}: not a readable model card ({error})") from None
     if TAG not in (card.data.tags or []) or PROVENANCE not in card.text:
         raise RoutevlError(f"{path}: not a card that `routevl train` wrote: train the run again")

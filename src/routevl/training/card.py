@@ -147,8 +147,9 @@ class Card:
         folder = public_name(self.arguments.model)
         texts = [self._code_of_a_tuner(folder + "/last" * last, adapter) if adapter else self._code_of_a_run(folder, last)]
         if adapter and adapter.get("routing", "none") != "none":
-            projected = not adapter["visual_width"] and self.record["trainable_params_by_part"].get("visual_projection")
-            width = adapter["visual_width"] or self.text_model.config.hidden_size
+            own = adapter.get("visual_width")
+            projected = not own and self.record["trainable_params_by_part"].get("visual_projection")
+            width = own or self.text_model.config.hidden_size
             by = ", to which `visual_projection` of `task.safetensors` brings the vision model's features" if projected else ""
             texts.append(f"Each call takes `visual_features` beside the text: (batch, visual tokens, {width}), float32{by}.")
         if not last:
