@@ -106,7 +106,7 @@ def build(
     torch.manual_seed(seed)
     text_model = TEXT_MODELS[kind](dropout).eval().requires_grad_(False)
     if checkpointing:
-        text_model.activation_checkpointing_enable()
+        text_model.gradient_checkpointing_enable()
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     chosen = new_method(method, options, "test")
     arguments = (text_model, chosen, scores_of(text_model), layer_norms(text_model) if norms else [], visual, prefix)

@@ -301,7 +301,7 @@ def test_a_copy_has_streams_of_its_own(config: type, way: str) -> None:
 def test_b09_h03_tuners_after_each_other_on_one_base(config: type) -> None:
     """The second, trained with checkpointing as the first was, reads its own streams; unloaded, the base is as it was."""
     base = roberta()
-    base.activation_checkpointing_enable()
+    base.gradient_checkpointing_enable()
     ids, features = inputs(width=20)
     for _ in range(2):
         model = routed(config, base, visual_width=20).train()
@@ -325,7 +325,7 @@ def test_recomputation_reads_the_streams_of_its_own_pass(config: type, base: Any
         torch.manual_seed(0)
         model = routed(config, base()).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         losses = []
         for seed in (0, 1):
@@ -347,7 +347,7 @@ def test_h31_recomputation_gives_a_projection_before_the_features_its_gradient(c
         torch.manual_seed(1)
         before = nn.Linear(20, D)
         if kind:
-            model.activation_checkpointing_enable(kind)
+            model.gradient_checkpointing_enable(kind)
             model.enable_input_require_grads()
         ids, features = inputs(width=20)
         if kind and kind["use_reentrant"]:
@@ -364,7 +364,7 @@ def test_h31_recomputation_gives_a_projection_before_the_features_its_gradient(c
 
 def test_h31_reentrant_checkpointing_cannot_train_a_projection_and_says_so() -> None:
     model = routed(RoutedLoraConfig, gpt2(), visual_width=20).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     ids, features = inputs(width=20)
     with pytest.raises(RoutevlError, match="use_reentrant=False"):
         model(ids, visual_features=features)

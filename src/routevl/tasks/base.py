@@ -152,7 +152,7 @@ class Task(ABC):
         self.data = data
         self._check_lengths(text_model)
         if settings.gradient_checkpointing:
-            text_model.activation_checkpointing_enable()
+            text_model.gradient_checkpointing_enable()  # its name in every release; 5.23 has a newer one too
         self.text_model_params = sum(parameter.numel() for parameter in text_model.parameters())
         train_also = [] if settings.freeze_layer_norm else layer_norms(text_model)
         self.model = self.build(text_model, method, prepared, train_also, visual, settings.prefix)
