@@ -31,7 +31,7 @@ from routevl.errors import RoutevlError
 from routevl.methods import RoutedAdapterConfig, RoutedLoraConfig
 
 CONFIGS = [RoutedLoraConfig, RoutedAdapterConfig]
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.PEFT_TYPE.value)
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
