@@ -21,6 +21,7 @@ from tiny_project import BIN, environment
 MEASUREMENTS = ("timing.json",)  # different every time
 NOT_COMPARED = ("manifests", "logs", "benchmarks", "again", "source")  # times, or not made by the workflow's default target
 NAMES_NOT_COMPARED = (*MEASUREMENTS, "provenance.html", "ro-crate-metadata.json", "ro-crate-preview.html", ".snakemake_timestamp")
+TIMES = ("T6_cost", "T7_methods")  # tables that show them
 FIRST_KILL, LAST_KILL = 3.0, 25.0  # seconds after the start
 ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, as the OOM killer and Ctrl-C; the last to Snakemake
 SECONDS = 600
@@ -37,6 +38,7 @@ def kill_snakemake(outcome: Any, count: int, seed: int, reference: Path, folder:
         time.sleep(rng.uniform(FIRST_KILL, LAST_KILL))
         name = ENDS[number % len(ENDS)]
         if process.poll() is not None:
+            outcome.check("status", process.returncode == 0, lambda: (project / "output.log").read_text()[-3000:])
             break
         outcome.kills["Snakemake"] += 1
         children = group.children(recursive=True)
@@ -98,7 +100,10 @@ def compared_files(results: Path) -> dict[str, str]:
     return {
         str(path.relative_to(results)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in results.rglob("*")
-        if path.is_file() and path.relative_to(results).parts[0] not in NOT_COMPARED and path.name not in NAMES_NOT_COMPARED
+        if path.is_file()
+        and path.relative_to(results).parts[0] not in NOT_COMPARED
+        and path.name not in NAMES_NOT_COMPARED
+        and path.stem not in TIMES
     }
 
 
