@@ -22,7 +22,7 @@ MEASUREMENTS = ("timing.json",)  # different every time
 NOT_COMPARED = ("manifests", "logs", "benchmarks", "again", "source")  # times, or not made by the workflow's default target
 NAMES_NOT_COMPARED = (*MEASUREMENTS, "provenance.html", "ro-crate-metadata.json", "ro-crate-preview.html", ".snakemake_timestamp")
 TIMES = ("T6_cost", "T7_methods")  # tables that show them
-FIRST_KILL, LAST_KILL = 3.0, 25.0  # seconds after the start
+LAST_KILL = 20.0  # seconds after Snakemake has chosen its first jobs
 ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, as the OOM killer and Ctrl-C; the last to Snakemake
 SECONDS = 600
 
@@ -33,9 +33,11 @@ def kill_snakemake(outcome: Any, count: int, seed: int, reference: Path, folder:
     project = copy_without_results(reference, folder)
     for number in range(count):
         before = finished_jobs(project)
+        chosen = times_jobs_were_chosen(project)
         process = start_workflow(project)
         group = psutil.Process(process.pid)
-        time.sleep(rng.uniform(FIRST_KILL, LAST_KILL))
+        wait_until(lambda p=process, n=chosen: p.poll() is not None or times_jobs_were_chosen(project) > n)
+        time.sleep(rng.uniform(0, LAST_KILL))
         name = ENDS[number % len(ENDS)]
         if process.poll() is not None:
             outcome.check("status", process.returncode == 0, lambda: (project / "output.log").read_text()[-3000:])
@@ -70,6 +72,12 @@ def start_workflow(project: Path) -> subprocess.Popen:
         return subprocess.Popen(
             command, cwd=project, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def times_jobs_were_chosen(project: Path) -> int:
+    """How often Snakemake has said so; a new one's first time is when it begins."""
+    log = project / "output.log"
+    return log.read_text().count("Select jobs to execute") if log.exists() else 0
 
 
 def finished_jobs(project: Path) -> dict[str, tuple[int, ...]]:
