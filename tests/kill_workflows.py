@@ -21,7 +21,8 @@ from tiny_project import BIN, environment
 MEASUREMENTS = ("timing.json",)  # different every time
 NOT_COMPARED = ("manifests", "logs", "benchmarks", "again", "source")  # times, or not made by the workflow's default target
 NAMES_NOT_COMPARED = (*MEASUREMENTS, "provenance.html", "ro-crate-metadata.json", "ro-crate-preview.html", ".snakemake_timestamp")
-FIRST_KILL, LAST_KILL = 3.0, 25.0  # seconds after the start
+TIMES = ("T6_cost", "T7_methods")  # tables that show them
+LAST_KILL = 20.0  # seconds after Snakemake has chosen its first jobs
 ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, as the OOM killer and Ctrl-C; the last to Snakemake
 SECONDS = 600
 
@@ -32,11 +33,14 @@ def kill_snakemake(outcome: Any, count: int, seed: int, reference: Path, folder:
     project = copy_without_results(reference, folder)
     for number in range(count):
         before = finished_jobs(project)
+        chosen = times_jobs_were_chosen(project)
         process = start_workflow(project)
         group = psutil.Process(process.pid)
-        time.sleep(rng.uniform(FIRST_KILL, LAST_KILL))
+        wait_until(lambda p=process, n=chosen: p.poll() is not None or times_jobs_were_chosen(project) > n)
+        time.sleep(rng.uniform(0, LAST_KILL))
         name = ENDS[number % len(ENDS)]
         if process.poll() is not None:
+            outcome.check("status", process.returncode == 0, lambda: (project / "output.log").read_text()[-3000:])
             break
         outcome.kills["Snakemake"] += 1
         children = group.children(recursive=True)
@@ -70,6 +74,12 @@ def start_workflow(project: Path) -> subprocess.Popen:
         )
 
 
+def times_jobs_were_chosen(project: Path) -> int:
+    """How often Snakemake has said so; a new one's first time is when it begins."""
+    log = project / "output.log"
+    return log.read_text().count("Select jobs to execute") if log.exists() else 0
+
+
 def finished_jobs(project: Path) -> dict[str, tuple[int, ...]]:
     """Each job that has a manifest, and the times of change of its outputs."""
     found = {}
@@ -98,7 +108,10 @@ def compared_files(results: Path) -> dict[str, str]:
     return {
         str(path.relative_to(results)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in results.rglob("*")
-        if path.is_file() and path.relative_to(results).parts[0] not in NOT_COMPARED and path.name not in NAMES_NOT_COMPARED
+        if path.is_file()
+        and path.relative_to(results).parts[0] not in NOT_COMPARED
+        and path.name not in NAMES_NOT_COMPARED
+        and path.stem not in TIMES
     }
 
 
