@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ def main() -> int:
     startup_log.unlink(missing_ok=True)
     # Jobs inherit the lock: those that outlive a killed Snakemake end before a new one starts beside them.
     with lock(".snakemake/run.lock") as held:
+        # the terminal tells Snakemake too, which ends its jobs in order; `subprocess.run` would kill it
+        signal.signal(signal.SIGINT, lambda number, frame: None)
         environment = variables_for_snakemake() | {LOG_VARIABLE: str(startup_log.absolute())}
         if any(Path(".snakemake/locks").glob("*")):  # left by a Snakemake that was killed; none other can be running
             subprocess.run([*SNAKEMAKE, *options, "--unlock", "--quiet", "all"], env=environment, check=True)
@@ -43,4 +46,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while it waited for the lock
+        sys.exit(130)

@@ -250,7 +250,11 @@ def lock(path: str | Path) -> Iterator[IO[str]]:
     """
     while True:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        try:
+            file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # who held the lock has just removed the folder
+            continue
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
