@@ -158,3 +158,17 @@ def test_errors_name_the_path_that_was_asked_for(tmp_path: Path) -> None:
         raise RoutevlError(f"{folder / 'a'}: wrong")
     assert str(error.value) == f"{tmp_path / 'run' / 'a'}: wrong" and os.listdir(tmp_path) == ["file"]
     check_replaceable(tmp_path / "run", "a")
+
+
+def test_a_lock_is_taken_where_its_folder_was_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever held it removes the folder between its making and the opening of the file."""
+    removed = []
+
+    def open_after_removal(path: Path, *args: str, **kwargs: str) -> object:
+        if not removed:
+            removed.append(path.parent.rmdir())
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(files, "open", open_after_removal, raising=False)
+    with files.lock(tmp_path / "run/lock") as held:
+        assert (tmp_path / "run/lock").exists() and not held.closed and removed
