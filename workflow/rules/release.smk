@@ -16,8 +16,8 @@ rule release_run:
     params:
         manifest=f"{R}/manifests/train/{{run}}.json",
     shell:
-        recorded("release", "run") + "routevl release --model {input.model} --scores {input.scores} "
-        "--manifest {params.manifest} --output {output} &> {log}"
+        recorded("release", "run") + "routevl release --model {input.model:q} --scores {input.scores:q} "
+        "--manifest {params.manifest:q} --output {output:q} &> {log:q}"
 
 
 rule release:
