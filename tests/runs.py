@@ -19,9 +19,9 @@ from conftest import SmallWorld, command_line, run_options, run_stage
 
 from routevl import cli
 from routevl.settings import from_arguments
+from routevl.signals import STOP_SIGNALS
 from routevl.training import train
 from routevl.training.distributed import new_accelerator
-from routevl.training.signals import STOP_SIGNALS
 from routevl.training.trainer import Trainer
 
 TASKS = ("vqa", "caption")

@@ -10,8 +10,8 @@ import sys
 from typing import NoReturn
 
 from routevl.errors import RoutevlError
+from routevl.signals import exit_status, stop_signals_raise
 from routevl.startup import importing, log_modules
-from routevl.training.signals import exit_status, stop_signals_raise
 
 # stage -> (module with its add_arguments and run, suffix of these, what it does); in the order in which data flows
 STAGES = {

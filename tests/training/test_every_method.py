@@ -14,7 +14,7 @@ from runs import TASKS, Run, assert_same_outcome, new_run, own_signals
 from test_several_processes import exit_statuses, start_processes
 
 from routevl.methods.table import METHODS, method_class
-from routevl.training.signals import EXIT_STOPPED
+from routevl.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
 SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "gradient_norm": {"share": 0.2, "batches": 2}}

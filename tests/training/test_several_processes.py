@@ -25,11 +25,11 @@ from torch import nn
 
 from routevl import cli
 from routevl.errors import RoutevlError
+from routevl.signals import EXIT_STOPPED
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint
 from routevl.training.distributed import average
 from routevl.training.order import training_batches
-from routevl.training.signals import EXIT_STOPPED
 
 PROCESSES = 3  # sums of three depend on their order
 

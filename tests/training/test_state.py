@@ -24,12 +24,12 @@ from routevl.backbones import pretrain
 from routevl.errors import RoutevlError
 from routevl.features import extract
 from routevl.methods.base import Method
+from routevl.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped, stop_signals_raise
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training import optimisation, train, trainer
 from routevl.training.checkpoint import load_checkpoint, restore_training_state, save_checkpoint, training_state
 from routevl.training.clock import Clock
 from routevl.training.optimisation import prepare_torch
-from routevl.training.signals import EXIT_INTERRUPTED, EXIT_STOPPED, Stopped, stop_signals_raise
 
 KILL = signal_at_call(VisionLanguageModel, "text_inputs", 6, signal.SIGKILL)
 

@@ -36,11 +36,11 @@ from safetensors.torch import load_file, save_file
 
 from routevl import cli
 from routevl.errors import RoutevlError
+from routevl.signals import EXIT_STOPPED, STOP_SIGNALS
+from routevl.signals import exit_status as stopped_by
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint, save_checkpoint
 from routevl.training.predict import write_predictions
-from routevl.training.signals import EXIT_STOPPED, STOP_SIGNALS
-from routevl.training.signals import exit_status as stopped_by
 from routevl.training.trainer import Trainer
 
 

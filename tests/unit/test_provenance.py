@@ -211,7 +211,9 @@ def test_an_edited_manifest_is_named_in_the_lineage_of_what_came_from_it(project
     lines = found.lines([found.records.job_of(Path("results/second.json"))])
     assert any("first first: DOES NOT STAND" in line for line in lines)
     assert any("manifests/first/first.json: was changed after it had been written" in line for line in lines)
-    assert "    > snakemake --cores 1 --forcerun results/first.json" in lines
+    assert any(
+        line.startswith("    > ") and line.endswith("/snakemake --cores 1 --forcerun results/first.json") for line in lines
+    )
 
 
 # ------------------------------------------------------------------------------ b01, b11: what changes while a job runs

@@ -27,7 +27,7 @@ from routevl.features.index import TOKENS, digest_of_ids
 from routevl.files import atomic_file
 from routevl.options import at_least
 from routevl.progress import progress
-from routevl.training.signals import ignore_stop_signals_of_others
+from routevl.signals import ignore_stop_signals_of_others
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 IMAGES_PER_CHUNK = 512  # 196 patches of width 768 in float32: 0.3 GB on the device, and as much in memory while it is written

@@ -16,7 +16,7 @@ from typing import Any
 
 from routevl.provenance.manifest import Entry, Manifest, describe, set_aside
 from routevl.provenance.record import LOCK, code_now, environment, options_of
-from routevl.provenance.records import Job, Plan, Planned, Records, place, project_of, read_plan, snakemake
+from routevl.provenance.records import Job, Plan, Planned, Records, place, program, project_of, read_plan, snakemake
 from routevl.provenance.rerun import rerun
 
 
@@ -62,10 +62,8 @@ def lost_jobs(records: Records, plan: Plan) -> list[Job]:
     """The configuration's jobs whose outputs are there, at least in part, without a manifest."""
     known = {place(job.path) for job in records.jobs}
     lost = [(planned, output) for key, planned in plan.items() if key not in known for output in planned.outputs]
-    there = {
-        planned.manifest: f"{output}: no manifest tells how it was made" for planned, output in lost if Path(output).exists()
-    }
-    return [Job(path, None, error) for path, error in there.items()]
+    there = {planned.manifest: output for planned, output in lost if Path(output).exists()}
+    return [Job(path, None, f"{output}: no manifest tells how it was made") for path, output in there.items()]
 
 
 class Audit:
@@ -133,7 +131,7 @@ class Audit:
         """The command that brings a job which does not stand up to date."""
         if planned := self.plan.get(place(job.path)):
             return [*self._snakemake, "--forcerun", planned.outputs[0]]
-        return ["routevl", "audit", "--retire", str(self.records.results)]
+        return [program("routevl"), "audit", "--retire", str(self.records.results)]
 
     def as_records(self) -> list[dict[str, Any]]:
         """The jobs that have been checked as JSON, each with its outputs and problems."""

@@ -122,18 +122,23 @@ def _read(path: Path) -> Job:
         return Job(path, None, str(error))
 
 
+def program(name: str) -> str:
+    """A program of this environment, as it can be called from the working folder."""
+    path = Path(sys.executable).with_name(name)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def snakemake(results: Path, *options: str) -> list[str]:
     """Snakemake's command line with the configuration that the workflow was last run with."""
     used = read_json(results / "manifests" / CONFIG)
     given = ["--configfile", *used["configfiles"]] if used["configfiles"] else []
     given += ["--config", *used["config"]] if used["config"] else []
-    return ["snakemake", "--cores", "1", *options, *given]
+    return [program("snakemake"), "--cores", "1", *options, *given]
 
 
 def read_plan(results: Path) -> Plan:
     """Every job of the configuration as it is now. Raises RoutevlError where Snakemake cannot tell."""
-    program, *options = snakemake(results, "--dry-run", "--forceall", "--printshellcmds", "--nocolor")
-    command = [str(Path(sys.executable).with_name(program)), *options]
+    command = snakemake(results, "--dry-run", "--forceall", "--printshellcmds", "--nocolor")
     dry_run = subprocess.run(command, env=variables_for_snakemake(), capture_output=True, text=True)
     if dry_run.returncode != 0:
         raise RoutevlError(f"the workflow cannot be planned now: {(dry_run.stdout + dry_run.stderr).strip()[-500:]}")

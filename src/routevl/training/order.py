@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 
+from routevl.signals import ignore_stop_signals_of_others
 from routevl.tasks.base import Task
-from routevl.training.signals import ignore_stop_signals_of_others
 
 
 class EpochBatches:

@@ -24,6 +24,7 @@ from routevl.methods.base import Method
 from routevl.options import words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
+from routevl.signals import StopSignal, exit_status, ignore_stop_signals
 from routevl.tasks.base import Task
 from routevl.training.card import Card
 from routevl.training.checkpoint import (
@@ -40,7 +41,6 @@ from routevl.training.inputs import load_task
 from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import data_loader, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
-from routevl.training.signals import StopSignal, exit_status, ignore_stop_signals
 
 
 class Trainer:
