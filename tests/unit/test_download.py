@@ -468,6 +468,10 @@ def test_an_archive_is_unpacked_as_a_whole(unpack: Callable[[], Path], path: Pat
     write_zip(path, ("train2014/", b""), ("train2014/a.jpg", CONTENT), ("b/c/d.json", b"{}"))
     (output := path.parent.parent / "output").mkdir()
     (output / "old").touch()
+    with pytest.raises(RoutevlError, match="output: holds old and no train2014"):
+        unpack()
+    assert (output / "old").exists()
+    (output / "old").rename(output / "train2014")  # as of an earlier unpacking
     unpack()
     assert {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()} == {"train2014/a.jpg", "b/c/d.json"}
     assert (output / "train2014/a.jpg").read_bytes() == CONTENT
