@@ -154,7 +154,7 @@ def kill_slurm_jobs(outcome: Any, count: int, seed: int, reference: Path, folder
 
 def submit(project: Path, command: list[str]) -> str:
     script = f"#!/bin/bash\nexec {BIN}/" + " ".join(command)
-    options = ["--parsable", "--output=slurm.log", "--open-mode=truncate", "--no-requeue"]
+    options = ["--parsable", "--mem=2000", "--output=slurm.log", "--open-mode=truncate", "--no-requeue"]
     sbatch = subprocess.run(["sbatch", *options], input=script, cwd=project, capture_output=True, text=True, check=True)
     return sbatch.stdout.strip()
 
