@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,21 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
-def run(folder: Path, *words: str) -> str:
-    variables = environment() | {"PYTHONPATH": str(folder / "src")}
-    process = subprocess.run([str(BIN / words[0]), *words[1:]], cwd=folder, env=variables, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
+def run(folder: Path, *words: str, status: int = 0) -> str:
+    process = subprocess.run([f".venv/bin/{words[0]}", *words[1:]], cwd=folder, env=environment(), capture_output=True, text=True)
+    assert process.returncode == status, process.stdout + process.stderr
     return process.stdout
+
+
+def make_environment(folder: Path) -> None:
+    """The environment of the tests, with the checkout's package before its own: jobs do not see PYTHONPATH."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+    [packages] = (folder / ".venv/lib").glob("*/site-packages")
+    (packages / "checkout.pth").write_text(f"{folder / 'src'}\n{sysconfig.get_path('purelib')}\n")
+    for name in ("routevl", "snakemake"):
+        program = folder / ".venv/bin" / name
+        program.write_text((BIN / name).read_text().replace(str(BIN), str(program.parent)))
+        program.chmod(0o755)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +45,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_project(tmp_path_factory.mktemp("checkout"), [row("vqa_lora_none", "vqa", feeds="T7,F4")])
     for name in ("src", "examples"):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (folder / ".gitignore").write_text("__pycache__/\n.snakemake/\nresults/\n")
+    make_environment(folder)
+    (folder / ".gitignore").write_text(".venv/\n__pycache__/\n.snakemake/\nresults/\n")
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "a checkout")
@@ -78,8 +91,6 @@ def test_its_probe_is_audited_as_every_job(checkout: Path) -> None:
     prepared = checkout / "results/probes/vqa_steering_seed1/prepared.safetensors"
     content = prepared.read_bytes()
     prepared.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    audit = [str(BIN / "routevl"), "audit", "results/models/vqa_steering_seed1"]
-    variables = environment() | {"PYTHONPATH": str(checkout / "src")}
-    process = subprocess.run(audit, cwd=checkout, env=variables, capture_output=True, text=True)
+    said = run(checkout, "routevl", "audit", "results/models/vqa_steering_seed1", status=1)
     prepared.write_bytes(content)
-    assert process.returncode == 1 and "prepared.safetensors" in process.stdout
+    assert "prepared.safetensors" in said
