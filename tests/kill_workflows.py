@@ -27,7 +27,7 @@ ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, a
 SECONDS = 600
 
 
-def kill_snakemake(outcome: Any, count: int, seed: int, reference: Path, folder: Path) -> None:
+def kill_snakemake(outcome: Any, count: int, seed: str, reference: Path, folder: Path) -> None:
     """The whole workflow, killed so many times before it ends, and started again; what is found goes to `outcome`."""
     rng = random.Random(f"{seed} snakemake")
     project = copy_without_results(reference, folder)
@@ -122,7 +122,7 @@ def slurm_is_running() -> bool:
     return bool(shutil.which("sinfo")) and "idle" in subprocess.run(["sinfo"], capture_output=True, text=True).stdout
 
 
-def kill_slurm_jobs(outcome: Any, count: int, seed: int, reference: Path, folder: Path) -> None:
+def kill_slurm_jobs(outcome: Any, count: int, seed: str, reference: Path, folder: Path) -> None:
     """A training job, preempted so many times and submitted again.
 
     SLURM tells a job that it preempts to stop (SIGTERM to all its processes) and kills what is left; `scancel` does the same.
