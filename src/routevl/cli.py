@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
+import select
 import signal
 import sys
 from typing import NoReturn
@@ -66,6 +68,11 @@ def main() -> None:
     except KeyboardInterrupt as error:
         number = signal.Signals(next(iter(error.args), signal.SIGINT))
         _fail(f"{sys.argv[1]}: stopped by {number.name}", exit_status(number))
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "routevl":
             raise
@@ -95,6 +102,13 @@ def _run() -> None:
         if error.errno not in USER_ERRORS:
             raise
         _fail(f"{error.filename or 'writing'}: {error.strerror}")
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the reader of a pipe has gone, as `head` does when it has seen enough."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

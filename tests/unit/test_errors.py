@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -575,3 +576,14 @@ def test_wrong_run_sheet(workflow: Path, changes: dict[str, str | None], message
         writer.writeheader()
         writer.writerows(rows)
     expect_message(workflow, message, "config/experiments/demo.tsv: ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As `routevl audit results | head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("routevl")), "methods"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
