@@ -296,6 +296,11 @@ def results_of_runs(wildcards):
     return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
 
 
+def released():
+    """What has been released, so that `all`, and an audit, know of it."""
+    return [f"{R}/release/{run}" for run in RUNS if Path(f"{R}/manifests/release/{run}.json").exists()]
+
+
 def environment_lock():
     """The lock file, as a part of the report; nothing where the workflow runs in a folder without it."""
     flags = {"caption": "../report/lock.rst", "category": "Audit", "labels": {"file": "environment lock"}}

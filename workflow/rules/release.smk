@@ -24,8 +24,3 @@ rule release:
     input:
         expand(f"{R}/release/{{run}}", run=RUNS),
     localrule: True
-
-
-def released():
-    """What has been released, so that `all`, and an audit, know of it."""
-    return [f"{R}/release/{run}" for run in RUNS if Path(f"{R}/manifests/release/{run}.json").exists()]
