@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from routevl.errors import RoutevlError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
@@ -139,7 +142,8 @@ def _exchange(new: Path, path: Path, aside: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into RoutevlErrors that name `path`; safetensors has them in its messages alone."""
+    """Turn the operating system's errors into RoutevlErrors that name `path`. safetensors has them in its messages alone; of a
+    full disk matplotlib makes an error of another kind on its way out."""
     try:
         yield
     except RoutevlError as error:
@@ -150,10 +154,18 @@ def _naming(path: Path) -> Iterator[None]:
         raise RoutevlError(message) from error
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
-        if not isinstance(error, OSError) and not number:
+        of_the_disk = next((cause for cause in _contexts(error) if getattr(cause, "errno", None) in DISK_ERRORS), None)
+        if not isinstance(error, OSError) and not number and not of_the_disk:
             raise
-        reason = os.strerror(int(number[1])) if number else error.strerror or error
+        reason = os.strerror(int(number[1])) if number else (of_the_disk or error).strerror or error
         raise RoutevlError(f"could not write {path}: {reason}") from error
+
+
+def _contexts(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one while which it was raised, and so on."""
+    while error:
+        yield error
+        error = error.__context__
 
 
 def _umask() -> int:

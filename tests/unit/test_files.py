@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -172,3 +173,20 @@ def test_a_lock_is_taken_where_its_folder_was_removed_meanwhile(tmp_path: Path, 
     monkeypatch.setattr(files, "open", open_after_removal, raising=False)
     with files.lock(tmp_path / "run/lock") as held:
         assert (tmp_path / "run/lock").exists() and not held.closed and removed
+
+
+def test_a_full_disk_is_said_where_a_library_fails_on_its_way_out(tmp_path: Path) -> None:
+    """As matplotlib's PDF writer does: its AttributeError hides the error of the disk."""
+    with (
+        pytest.raises(RoutevlError, match=r"could not write .*figure\.pdf: No space left on device"),
+        atomic_file(tmp_path / "figure.pdf"),
+    ):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            raise AttributeError("'Stream' object has no attribute 'pos'")
+    with pytest.raises(AttributeError), atomic_file(tmp_path / "figure.pdf"):  # a fault of ours stays one
+        try:
+            raise FileNotFoundError(errno.ENOENT, "nothing")
+        except FileNotFoundError:
+            raise AttributeError("wrong") from None
