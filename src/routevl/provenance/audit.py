@@ -16,7 +16,7 @@ from typing import Any
 
 from routevl.provenance.manifest import Entry, Manifest, describe, set_aside
 from routevl.provenance.record import LOCK, code_now, environment, options_of
-from routevl.provenance.records import Job, Plan, Planned, Records, place, program, project_of, read_plan, snakemake
+from routevl.provenance.records import Job, Plan, Planned, Records, is_inside, place, program, project_of, read_plan, snakemake
 from routevl.provenance.rerun import rerun
 
 
@@ -99,7 +99,7 @@ class Audit:
                 problems += _not_as_made(entry, maker)
                 continue
             problems += _compare(entry)
-            if Path(place(self.records.results)) in Path(place(entry["path"])).parents:  # not raw data
+            if is_inside(entry["path"], self.records.results):  # not raw data
                 problems.append(f"{entry['path']}: no readable manifest tells how this input was made")
         problems += [f"{name}: was changed while the job ran" for name in job.manifest["changed"]]
         if planned := self.plan.get(place(job.path)):

@@ -58,6 +58,11 @@ def place(path: str | Path) -> str:
     return os.path.realpath(path)
 
 
+def is_inside(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path leads to something in a folder, and not to the folder itself."""
+    return Path(place(folder)) in Path(place(path)).parents
+
+
 def project_of(path: Path) -> tuple[Path, Path]:
     """The folder of the project that a path's results belong to, absolute, and the results folder as its manifests spell it.
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from routevl.errors import RoutevlError
 from routevl.provenance.manifest import Manifest, describe
-from routevl.provenance.records import place
+from routevl.provenance.records import is_inside, place
 
 RELATIVE_TOLERANCE = 1e-3  # other hardware sums in another order
 ABSOLUTE_TOLERANCE = 1e-5
@@ -53,14 +53,13 @@ def rerun(manifest: Manifest, results: Path) -> dict[str, Any]:
 def _written(manifest: Manifest, results: Path) -> list[Path]:
     """The paths that a job writes: its outputs, and what else of the results its command names but does not read."""
     inputs, outputs = ([Path(entry["path"]) for entry in manifest[part]] for part in ("inputs", "outputs"))
-    inside = Path(place(results))
-    named = [Path(word) for word in manifest["command"] if inside in Path(place(word)).parents]
+    named = [Path(word) for word in manifest["command"] if is_inside(word, results)]
     read = [path for path in named for entry in inputs if _within(entry, path) or _within(path, entry)]
     return [*outputs, *(path for path in named if path not in read)]
 
 
 def _within(path: Path, folder: Path) -> bool:
-    return Path(place(folder)) in (Path(place(path)), *Path(place(path)).parents)
+    return place(path) == place(folder) or is_inside(path, folder)
 
 
 def overlay(scratch: Path, written: list[Path]) -> None:
