@@ -80,7 +80,7 @@ def compare(folder: Path, arguments: argparse.Namespace, device: torch.device) -
     def forward() -> None:
         with torch.inference_mode(), autocast:
             for _ in range(batches):
-                backbone.encode(pixels)
+                backbone.encode(pixels, ["pooled"])
 
     variants = {EXTRACT: lambda: extract_shard(1), FIRST_BATCH: lambda: extract_shard(batches), FORWARD: forward}
     seconds = in_turn(variants, arguments.rounds, device, arguments.warm_up)

@@ -83,7 +83,7 @@ def store_features(folder: Path, image_list: Path, backbone: Path, arguments: ar
 def encode(backbone: VisionBackbone, pixels: Tensor, device: torch.device) -> Tensor:
     """Pixels (B, 3, H, W) -> pooled features (B, 1, d)."""
     with torch.no_grad():
-        pooled, _ = backbone.encode(pixels.to(device))
+        pooled = backbone.encode(pixels.to(device), ["pooled"])["pooled"]
     return pooled.unsqueeze(1)
 
 

@@ -12,7 +12,6 @@ from routevl.backbones.vision import VisionBackbone, load_vision_backbone
 from routevl.errors import RoutevlError
 from routevl.features.images import read_image_lists, read_images
 from routevl.methods.base import Method
-from routevl.settings import VISUAL_TOKENS
 
 
 class LiveVision:
@@ -22,17 +21,19 @@ class LiveVision:
         folder: the vision model's, which the method adapts.
         data: prepared data, whose splits list the images.
         tokens: "pooled" or "patches".
+
+    Raises:
+        RoutevlError: as `load_vision_backbone`; the model gives no such tokens; a bad list of images.
     """
 
     def __init__(self, folder: str | Path, method: Method, data: Path, tokens: str) -> None:
         backbone = load_vision_backbone(folder)
+        self.length, self.width = backbone.tokens.shape(tokens)
         backbone.model = method.adapt_vision(backbone.model)
         self.files = {image.image_id: image for image in read_image_lists(sorted(data.glob("*/images.json")))}
         self.image_ids = torch.tensor(sorted(self.files))
         self.transform = backbone.transform
         self.encoder = _VisionEncoder(backbone, tokens)
-        with torch.inference_mode():
-            self.length, self.width = self.encoder(self.of(self.image_ids[:1])).shape[1:]
 
     def of(self, image_ids: Sequence[int]) -> Tensor:
         """Pixels, float32 (n, 3, H, W). Raises RoutevlError for unknown images, and for all that `read_image` refuses."""
@@ -54,10 +55,10 @@ class _VisionEncoder(nn.Module):
         super().__init__()
         self.model = backbone.model
         self.encode = backbone.encode
-        self.tokens = VISUAL_TOKENS.index(tokens)
+        self.tokens = tokens
 
     def forward(self, pixels: Tensor) -> Tensor:
-        tokens = self.encode(pixels)[self.tokens]
+        tokens = self.encode(pixels, [self.tokens])[self.tokens]
         return tokens if tokens.dim() == 3 else tokens.unsqueeze(1)
 
     def train(self, mode: bool = True) -> _VisionEncoder:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     ViTConfig,
     ViTImageProcessor,
@@ -27,8 +28,11 @@ from transformers import (
 from routevl.backbones import fetch, pretrain_text, pretrain_vision
 from routevl.backbones.folder import Origin, fingerprint_of, origin_of, public_name
 from routevl.backbones.text import load_text_backbone
-from routevl.backbones.vision import load_vision_backbone
+from routevl.backbones.vision import load_vision_backbone, vision_tokens
+from routevl.backbones.vision_timm import TimmFolder
+from routevl.backbones.vision_transformers import TransformersFolder
 from routevl.errors import RoutevlError
+from routevl.features.index import TOKENS
 
 TINY = "--seed 1 --epochs 1 --hidden-size 16 --layers 1 --heads 2 --batch-size 8".split()
 
@@ -110,7 +114,7 @@ def test_wrong_kind_of_text_model(folders: dict[str, Path], name: str, kind: str
 
 
 def test_text_model_is_not_a_vision_backbone(folders: dict[str, Path]) -> None:
-    with pytest.raises(RoutevlError, match="not a vision transformer"):
+    with pytest.raises(RoutevlError, match="a roberta model, not an image encoder"):
         load_vision_backbone(folders["roberta"])
 
 
@@ -210,16 +214,16 @@ def test_fetching_brings_the_card_with_the_licence(
 def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:
     backbone = load_vision_backbone(folders["vit"])
     pixels = torch.randn(2, 3, 32, 32)
-    pooled, patches = backbone.encode(pixels)
+    pooled, patches = backbone.encode(pixels, TOKENS).values()
     output = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
     assert torch.equal(pooled, output.pooler_output) and torch.equal(patches, output.last_hidden_state[:, 1:])
-    assert pooled.shape == (2, backbone.width) and patches.shape == (2, 16, backbone.width)
+    assert pooled.shape == (2, 16) and (backbone.tokens.shape("pooled"), backbone.tokens.shape("patches")) == ((1, 16), (16, 16))
     assert pooled.abs().max() <= 1  # tanh
 
 
 def test_vision_models_without_pooler_give_the_cls_token(folders: dict[str, Path]) -> None:
     pixels = torch.randn(2, 3, 32, 32)
-    pooled, _ = load_vision_backbone(folders["vit_without_pooler"]).encode(pixels)
+    pooled = load_vision_backbone(folders["vit_without_pooler"]).encode(pixels, ["pooled"])["pooled"]
     reference = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
     assert torch.equal(pooled, reference.last_hidden_state[:, 0])
 
@@ -229,9 +233,50 @@ def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
         backbone = load_vision_backbone(folders[name])
         pixels = backbone.transform(Image.new("RGB", (100, 60), "red"))
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
-        pooled, tokens = backbone.encode(pixels[None])
-        assert pooled.shape == (1, backbone.width) and tokens.shape == (1, patches, backbone.width)
+        pooled, tokens = backbone.encode(pixels[None], TOKENS).values()
+        assert pooled.shape == (1, 16) and tokens.shape == (1, patches, 16) and backbone.tokens.shape("patches") == (patches, 16)
     assert len({fingerprint_of(folder) for folder in folders.values()}) == len(folders)
+
+
+def test_which_tokens_a_model_gives_is_known_without_its_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("timm", "vit", "clip"):
+        copy = shutil.copytree(folders[name], tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        assert vision_tokens(copy).shapes == load_vision_backbone(folders[name]).tokens.shapes
+    with pytest.raises(RoutevlError, match="a roberta model, not an image encoder"):
+        vision_tokens(folders["roberta"])
+    with pytest.raises(RoutevlError, match=r"nowhere.config\.json: no such file"):
+        vision_tokens(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["timm", "vit"])
+def test_a_model_that_cannot_run_without_numbers_has_the_same_tokens(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whether or not it can, no random number is drawn: a training run that loads a vision model goes on as it would."""
+    torch.manual_seed(1)
+    state, given = torch.get_rng_state(), vision_tokens(folders[name])
+    for source in (TimmFolder, TransformersFolder):
+        output = source.output
+        monkeypatch.setattr(
+            source, "output", lambda self, model, pixels, run=output: run(self, model, pixels + pixels.max().item())
+        )
+    assert vision_tokens(folders[name]) == given
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_preprocessing_that_does_not_fit_the_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders["clip"], tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False).save_pretrained(copy)
+    with pytest.raises(
+        RoutevlError, match=r"^backbone .*clip: its preprocessing makes \(3, 32, 42\) of a broad image and \(3, 42"
+    ):
+        load_vision_backbone(copy)
+    copy = shutil.copytree(folders["vit"], tmp_path / "vit")
+    ViTImageProcessor(size={"height": 40, "width": 40}).save_pretrained(copy)
+    with pytest.raises(
+        RoutevlError, match=r"^backbone .*vit: cannot run on images of \(3, 40, 40\) \(Input image size [^\n]*\)$"
+    ):
+        load_vision_backbone(copy)
 
 
 def test_fingerprint_follows_weights_and_preprocessing_only(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -6,14 +6,18 @@ import argparse
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from timm.models import save_for_hf
+from transformers import PvtV2Config, PvtV2Model, ViTImageProcessor
 
 from routevl.backbones import pretrain_vision
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone
@@ -92,8 +96,8 @@ def test_stored_features_are_the_backbones_own(images: Path, backbone_folder: Pa
     assert len(listed) == len(stored["pooled"]) == 11
     for image in listed:
         with torch.inference_mode():
-            alone = backbone.encode(backbone.transform(read_image(image))[None])
-        for tokens, expected in zip(TOKENS, alone, strict=True):
+            alone = backbone.encode(backbone.transform(read_image(image))[None], TOKENS)
+        for tokens, expected in alone.items():
             found = stored[tokens].features([image.image_id])
             torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=1e-6)
 
@@ -104,10 +108,69 @@ def test_stored_features_are_bit_equal_to_the_same_batches(images: Path, backbon
     with safe_open(shard, framework="pt") as file, torch.inference_mode():
         for start in range(0, 11, 3):
             batch = torch.stack([backbone.transform(read_image(image)) for image in listed[start : start + 3]])
-            pooled, patches = backbone.encode(batch)
-            assert torch.equal(file.get_tensor("pooled")[start : start + 3], pooled)
-            assert torch.equal(file.get_tensor("patches")[start : start + 3], patches)
+            for tokens, expected in backbone.encode(batch, TOKENS).items():
+                assert torch.equal(file.get_tensor(tokens)[start : start + 3], expected)
         assert file.get_tensor("image_ids").tolist() == sorted(image.image_id for image in listed)
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """A MobileNetV3, whose head reads wider features than the map before it has."""
+    size = {"input_size": (3, 64, 64), "crop_pct": 1.0}
+    model = timm.create_model("mobilenetv3_small_050", pretrained_cfg_overlay=size)
+    save_for_hf(model, str(tmp_path / "mobilenet"), safe_serialization=True)
+    return tmp_path / "mobilenet"
+
+
+def test_each_kind_of_tokens_has_its_own_width(images: Path, narrow: Path) -> None:
+    folder = make_features(images, narrow)
+    stored = {tokens: Features(folder, tokens) for tokens in TOKENS}
+    assert {name: (of.length, of.width) for name, of in stored.items()} == {"pooled": (1, 1024), "patches": (4, 288)}
+    model = timm.create_model(f"local-dir:{narrow}", pretrained=True, num_classes=0).eval()
+    transform = load_vision_backbone(narrow).transform
+    for image in read_image_lists([images / "train.json"]):
+        with torch.inference_mode():
+            pixels = transform(read_image(image))[None]
+            pooled, hidden_states = model(pixels), model.forward_features(pixels)
+        corners = torch.stack([hidden_states[0, :, row, column] for row in (0, 1) for column in (0, 1)])
+        torch.testing.assert_close(stored["pooled"].features([image.image_id]), pooled[None])
+        torch.testing.assert_close(stored["patches"].features([image.image_id]), corners[None])
+
+
+def test_tokens_of_another_shape_than_was_found_are_refused(narrow: Path) -> None:
+    with pytest.raises(RoutevlError, match=r"mobilenet: patches tokens of the shape \(16, 288\), not \(4, 288\)$"):
+        load_vision_backbone(narrow).encode(torch.zeros(1, 3, 128, 128), TOKENS)
+
+
+def test_tokens_that_the_model_does_not_give_are_refused_before_an_image_is_read(images: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    PvtV2Model(PvtV2Config(**sizes)).save_pretrained(tmp_path / "pvt")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "pvt")
+    for file in images.glob("image*.*"):
+        file.rename(file.with_suffix(".away"))
+    refused = (
+        rf"^backbone {tmp_path}/pvt: no pooled tokens: [^\n]*; leave pooled out of features.tokens and visual_tokens, or [^\n]*$"
+    )
+    with pytest.raises(RoutevlError, match=refused):
+        make_shard(images, tmp_path / "pvt", images / "shard.safetensors")
+    method = SimpleNamespace(adapt_vision=lambda model: model)
+    with pytest.raises(RoutevlError, match=refused):
+        LiveVision(tmp_path / "pvt", method, images, "pooled")
+    live = LiveVision(tmp_path / "pvt", method, prepared_split(images), "patches")
+    assert (live.length, live.width) == (4, 8)
+    assert live.encoder(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 8)
+    for file in images.glob("image*.away"):
+        file.rename(file.with_suffix(".jpg" if int(file.stem[5:]) % 2 else ".png"))
+    shard = make_shard(images, tmp_path / "pvt", images / "shard.safetensors", "--tokens", "patches")
+    run(index, "--shards", shard, "--output", images / "index.json")
+    assert Features(images, "patches").features([100]).shape == (1, 4, 8)
+
+
+def prepared_split(images: Path) -> Path:
+    """The folder with its first list of images as `prepare` leaves it."""
+    (images / "train").mkdir()
+    shutil.copy(images / "train.json", images / "train" / "images.json")
+    return images
 
 
 def test_reading_by_id_keeps_order_and_repetitions(images: Path, backbone_folder: Path) -> None:
@@ -262,9 +325,7 @@ def test_b11_chunks_are_of_the_images_that_were_prepared(images: Path) -> None:
 
 def test_b11_a_run_from_pixels_refuses_a_swapped_image(images: Path, backbone_folder: Path) -> None:
     files = prepared(images)
-    (images / "train").mkdir()
-    (images / "train.json").rename(images / "train" / "images.json")
-    (images / "test.json").unlink()
+    prepared_split(images)
     method = SimpleNamespace(adapt_vision=lambda model: model)
     live = LiveVision(backbone_folder, method, images, "pooled")
     assert live.of([100, 97]).shape == (2, 3, 32, 32)
@@ -297,7 +358,7 @@ def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path,
         ([first], r"found the shards \[0\], expected each of 2 once"),
         ([first, second, second], r"found the shards \[0, 1, 1\], expected each of 2 once"),
         ([first, third], "number of shards 3, but 2"),
-        ([first, pooled], "lengths"),
+        ([first, pooled], "tokens {'pooled': {'length': 1, 'width': 16}}, but "),
         ([first, other], "backbone_fingerprint"),
         ([first, fewer], "image_list"),
         ([first, backbone_folder / "model.safetensors"], "not a feature shard"),
@@ -311,7 +372,8 @@ def test_shards_that_do_not_belong_together(images: Path, backbone_folder: Path,
 def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
     folder = make_features(images, backbone_folder)
     index = json.loads((folder / "index.json").read_text())
-    assert index["n"] == 11 and index["tokens"] == {"pooled": 1, "patches": 4} and index["width"] == 16
+    assert index["n"] == 11
+    assert index["tokens"] == {"pooled": {"length": 1, "width": 16}, "patches": {"length": 4, "width": 16}}
     assert [shard["file"] for shard in index["shards"]] == ["shard-0.safetensors", "shard-1.safetensors"]
     assert Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint == backbone.fingerprint
     with pytest.raises(RoutevlError, match=f"{backbone.fingerprint}.*another"):
@@ -325,7 +387,10 @@ def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder
     shard.write_bytes(whole[:-8])
     with pytest.raises(RoutevlError, match="shard-1.safetensors: not a readable safetensors file"):
         Features(folder)
-    write_json(folder / "index.json", {**index, "tokens": {"pooled": 1}})
+    write_json(folder / "index.json", {**index, "tokens": {"pooled": 1, "patches": 4}, "width": 16})
+    with pytest.raises(RoutevlError, match=r"index.json: an index of an older routevl; index the features again \(routevl "):
+        Features(folder)
+    write_json(folder / "index.json", {**index, "tokens": {"pooled": {"length": 1, "width": 16}}})
     with pytest.raises(RoutevlError, match="no 'patches' tokens stored"):
         Features(folder, "patches")
 
@@ -346,6 +411,11 @@ def test_b11_a_shard_that_is_not_what_its_index_says(images: Path, backbone_fold
     refused("of another precision than its index says")
     make_shard(images, backbone_folder, first, "--shards", 3)
     refused("of another shape than its index says")
+    described = json.loads((folder / "index.json").read_text())
+    for shape in ({"length": 1, "width": 8}, {"length": 2, "width": 8}):  # as many numbers as there are, or not
+        write_json(folder / "index.json", {**described, "tokens": {**described["tokens"], "pooled": shape}})
+        refused("of another shape than its index says")
+    write_json(folder / "index.json", described)
     second.write_bytes(whole[first])
     refused("of another shape than its index says")
     for name, size in (("train", 7), ("test", 6)):  # other ids, as many and in the same order

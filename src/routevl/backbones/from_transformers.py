@@ -26,7 +26,7 @@ def load_transformers(model_class: type[PreTrainedModel], folder: Path, **option
         model, loading = model_class.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise RoutevlError(f"backbone {folder}: cannot be loaded ({first_line(error)})") from None
     return model.eval().requires_grad_(False), sorted(loading["missing_keys"])
 

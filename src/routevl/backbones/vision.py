@@ -1,28 +1,53 @@
-"""Loading frozen vision models from timm or transformers folders."""
+"""Frozen vision models: loading them, and what tokens they give of an image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import timm
+import torch
 from PIL import Image
-from safetensors import SafetensorError
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoImageProcessor, CLIPConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
 
 from routevl.backbones.folder import check_folder, fingerprint_of
-from routevl.backbones.from_transformers import (
-    check_complete,
-    first_line,
-    load_transformers,
-    of_the_folder,
-    transformers_config,
-)
+from routevl.backbones.from_transformers import first_line
+from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
+from routevl.backbones.vision_timm import TimmFolder
+from routevl.backbones.vision_transformers import TransformersFolder
 from routevl.errors import RoutevlError
+from routevl.features.index import TOKENS
 from routevl.files import read_json
+
+BLANK = ((64, 48), (48, 64))  # width and height of images that no preprocessing may tell apart
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The kinds of tokens that a vision model gives of an image.
+
+    Attributes:
+        folder: the model's.
+        shapes: kind -> length and width; (1, d) for "pooled", (L, d') for "patches".
+        refused: why the model gives no tokens of the other kinds.
+        layout: where the patches stand in its hidden states, if it gives any.
+    """
+
+    folder: Path
+    shapes: Mapping[str, tuple[int, int]]
+    refused: Mapping[str, str]
+    layout: Layout | None
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """Length and width of an image's tokens of a kind. Raises RoutevlError where the model gives none."""
+        if kind in self.refused:
+            raise RoutevlError(
+                f"backbone {self.folder}: no {kind} tokens: {self.refused[kind]}; "
+                f"leave {kind} out of features.tokens and visual_tokens, or use another model"
+            )
+        return self.shapes[kind]
 
 
 @dataclass
@@ -30,26 +55,35 @@ class VisionBackbone:
     """A frozen vision model with its own preprocessing, the same in training and inference.
 
     Attributes:
+        source: the folder that it was loaded from.
         model: the torch module, float32, in evaluation mode, without gradients.
-        width: d, the width of both kinds of tokens.
         fingerprint: sha256 of the weights, config and preprocessing (`fingerprint_of`).
         transform: an upright RGB image, as `routevl.features.images` reads it -> float32 (3, H, W), resized, cropped, normalised.
-        tokens_of: the model and pixels -> what `encode` returns.
+        tokens: what `encode` can give.
     """
 
+    source: VisionFolder
     model: nn.Module
-    width: int
     fingerprint: str
     transform: Callable[[Image.Image], Tensor]
-    tokens_of: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    tokens: Tokens
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) -> pooled (B, d) and patches (B, L, d).
+    def encode(self, pixels: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:
+        """Pixels (B, 3, H, W) -> of each kind asked for, "pooled" (B, d) or "patches" (B, L, d').
 
         The pooled token is the model's own: transformers' `pooler_output` (ViT: dense + tanh on [CLS], the
         paper's choice) where its weights are there, else the normalised [CLS]; for timm what its head reads.
+
+        Raises:
+            RoutevlError: a kind that the model does not give, or gives in another shape than `tokens` says.
         """
-        return self.tokens_of(self.model, pixels)
+        shapes = {kind: self.tokens.shape(kind) for kind in kinds}
+        output = self.source.output(self.model, pixels)
+        encoded = {kind: _tokens_of(self.source, self.model, output, kind, self.tokens.layout) for kind in shapes}
+        for kind, tokens in encoded.items():
+            if (found := _length_and_width(tokens)) != shapes[kind]:
+                raise RoutevlError(f"backbone {self.source.folder}: {kind} tokens of the shape {found}, not {shapes[kind]}")
+        return encoded
 
 
 def load_vision_backbone(path: str | Path) -> VisionBackbone:
@@ -58,56 +92,89 @@ def load_vision_backbone(path: str | Path) -> VisionBackbone:
     Raises:
         RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is not an image encoder.
     """
-    folder = check_folder(path)
-    load = _load_timm if "architecture" in read_json(folder / "config.json") else _load_transformers_vision
-    return load(folder, fingerprint_of(folder))
+    source = _source(check_folder(path))
+    model = source.load().float().eval().requires_grad_(False)
+    transform = source.transform(model)
+    return VisionBackbone(source, model, fingerprint_of(source.folder), transform, _tokens_given_by(source))
 
 
-def _load_timm(folder: Path, fingerprint: str) -> VisionBackbone:
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise RoutevlError(f"backbone {folder}: timm cannot load it ({first_line(error)})") from None
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    frozen = model.float().eval().requires_grad_(False)
-    return VisionBackbone(frozen, model.num_features, fingerprint, transform, _timm_tokens)
+def vision_tokens(path: str | Path) -> Tokens:
+    """What tokens the model of a folder gives, by config.json and preprocessor_config.json alone: no weights, no images.
+
+    Raises:
+        RoutevlError: no such files; not an image encoder; it cannot run on what its preprocessing makes of images.
+    """
+    return _tokens_given_by(_source(Path(path)))
 
 
-def _timm_tokens(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    hidden_states = model.forward_features(pixels)
-    pooled = model.forward_head(hidden_states, pre_logits=True)
-    if hidden_states.dim() == 4:  # a convolutional feature map (B, d, H, W)
-        return pooled, hidden_states.flatten(2).transpose(1, 2)
-    return pooled, hidden_states[:, model.num_prefix_tokens :]
+def _source(folder: Path) -> VisionFolder:
+    return (TimmFolder if "architecture" in read_json(folder / "config.json") else TransformersFolder)(folder)
 
 
-def _load_transformers_vision(folder: Path, fingerprint: str) -> VisionBackbone:
-    model_class, config = _vision_model_class(transformers_config(folder), folder)
-    model, missing = load_transformers(model_class, folder)
-    if missing and all(name.startswith("pooler.") for name in missing):
-        model, missing = load_transformers(model_class, folder, add_pooling_layer=False)
-    check_complete(folder, model_class, missing)
-    processor = of_the_folder(AutoImageProcessor, folder, "preprocessor_config.json")
-
-    def transform(image: Image.Image) -> Tensor:
-        return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-    return VisionBackbone(model, config.hidden_size, fingerprint, transform, _transformers_tokens)
+# ------------------------------------------------------------------------------- which tokens a model gives
 
 
-def _vision_model_class(config: PretrainedConfig, folder: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    if isinstance(config, CLIPConfig):
-        return CLIPVisionModel, config.vision_config
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "patch_size"):
-        raise RoutevlError(f"backbone {folder}: a {config.model_type} model, not a vision transformer")
-    return model_class, config
+def _tokens_given_by(source: VisionFolder) -> Tokens:
+    """What tokens a model gives, found by a pass of two blank images through a twin of it that has no weights.
+
+    A twin, since a pass may leave something in a model. It is on the meta device, where nothing is computed but shapes; a model
+    that cannot run there runs on the CPU. No random number of the caller's is drawn.
+    """
+    with torch.random.fork_rng(devices=[]):
+        with suppress(Exception), torch.device("meta"):  # a model's code may ask for what a tensor without numbers has not
+            return _tokens_of_twin(source)
+        return _tokens_of_twin(source)
 
 
-def _transformers_tokens(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    output = model(pixel_values=pixels)
-    hidden_states = output.last_hidden_state
-    height, width = pixels.shape[-2:]
-    patches = (height // model.config.patch_size) * (width // model.config.patch_size)
-    pooled = output.pooler_output if output.pooler_output is not None else hidden_states[:, 0]
-    return pooled, hidden_states[:, hidden_states.shape[1] - patches :]
+def _tokens_of_twin(source: VisionFolder) -> Tokens:
+    twin = source.build().float().eval()
+    size = _size_of_images(source, twin)
+    pixels = torch.zeros(2, *size)
+    shapes, refused, layout = {}, {}, None
+    with torch.inference_mode():
+        try:
+            output = source.output(twin, pixels)
+        except Exception as error:
+            raise RoutevlError(f"backbone {source.folder}: cannot run on images of {size} ({first_line(error)})") from None
+        for kind in TOKENS:
+            try:
+                layout = source.layout(twin, output, pixels) if kind == "patches" else None
+                tokens = _tokens_of(source, twin, output, kind, layout)
+                if tokens.dim() != (2 if kind == "pooled" else 3) or len(tokens) != len(pixels):
+                    raise Unreadable(f"they are {shape_text(tokens)}")
+                shapes[kind] = _length_and_width(tokens)
+            except Unreadable as reason:
+                refused[kind] = str(reason)
+            except Exception as error:
+                if pixels.is_meta:
+                    raise
+                refused[kind] = f"they cannot be read ({first_line(error)})"
+    return Tokens(source.folder, shapes, refused, layout)
+
+
+def _size_of_images(source: VisionFolder, model: nn.Module) -> tuple[int, ...]:
+    """(3, H, W) of what the preprocessing makes of every image."""
+    with torch.device("cpu"):
+        transform = source.transform(model)
+        try:
+            sizes = [tuple(transform(Image.new("RGB", size)).shape) for size in BLANK]
+        except Exception as error:
+            raise RoutevlError(f"backbone {source.folder}: its preprocessing fails ({first_line(error)})") from None
+    if sizes[0] != sizes[1]:
+        raise RoutevlError(
+            f"backbone {source.folder}: its preprocessing makes {sizes[0]} of a broad image and {sizes[1]} of a high one; "
+            "give preprocessor_config.json a size with height and width, or a crop"
+        )
+    return sizes[0]
+
+
+def _tokens_of(source: VisionFolder, model: nn.Module, output: Any, kind: str, layout: Layout | None) -> Tensor:
+    """Pooled (B, d) or patches (B, L, d) from a model's output."""
+    if kind == "pooled":
+        return source.pooled(model, output)
+    return layout.patches(source.hidden_states(output))
+
+
+def _length_and_width(tokens: Tensor) -> tuple[int, int]:
+    """Of pooled (B, d) or patches (B, L, d)."""
+    return (1, *tokens.shape[1:]) if tokens.dim() == 2 else tuple(tokens.shape[1:])

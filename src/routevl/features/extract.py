@@ -51,18 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Encode one shard's images and write them as one safetensors file, whole or not at all.
 
-    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d) and `patches` (n, L, d) float32.
+    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d) and `patches` (n, L, d') float32.
     Finished chunks are kept beside it in `<output>.partial` until it is complete: an interrupted extraction resumes from them.
 
     Raises:
-        RoutevlError: a bad image list, image or backbone, or an empty shard; no output is written then. All bad images of the
-            shard are named, at the end: the chunks without any are finished.
+        RoutevlError: a bad image list, image or backbone, tokens that it does not give, or an empty shard; no output is written
+            then. All bad images of the shard are named, at the end: the chunks without any are finished.
     """
     torch.set_num_threads(arguments.threads)
     all_images = read_image_lists(arguments.images)
     images = slice_of_shard(all_images, arguments.shard, arguments.shards)
     backbone = load_vision_backbone(arguments.backbone)
     tokens = [name for name in TOKENS if name in arguments.tokens]
+    for kind in tokens:
+        backbone.tokens.shape(kind)
     metadata = {
         "backbone_fingerprint": backbone.fingerprint,
         "tokens": " ".join(tokens),
@@ -224,5 +226,5 @@ def _encode_batch(
 ) -> dict[str, Tensor]:
     autocast = torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
     with torch.inference_mode(), autocast:
-        outputs = dict(zip(TOKENS, backbone.encode(pixels.to(device, non_blocking=True)), strict=True))
-    return {name: outputs[name].float().contiguous() for name in tokens}
+        encoded = backbone.encode(pixels.to(device, non_blocking=True), tokens)
+    return {name: features.float().contiguous() for name, features in encoded.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check that the shards belong together and are complete, and write their index.
 
+    The index says of each kind of tokens how many an image has and how wide they are: `{"pooled": {"length": 1, "width": d}}`.
+
     Raises:
         RoutevlError: a shard is unreadable, missing, twice there, or of another backbone, precision,
             choice of tokens, number of shards or image list.
@@ -38,8 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     index = {
         "backbone_fingerprint": first["backbone_fingerprint"],
         "precision": first["precision"],
-        "width": first["width"],
-        "tokens": first["lengths"],
+        "tokens": first["tokens"],
         "shards": entries,
         "n": sum(shard["n"] for shard in shards),
     }
@@ -54,8 +56,7 @@ def _describe_shard(path: Path) -> dict[str, Any]:
             return {
                 "path": path,
                 "n": file.get_slice("image_ids").get_shape()[0],
-                "width": next(iter(shapes.values()))[-1],
-                "lengths": {name: shape[1] if len(shape) == 3 else 1 for name, shape in shapes.items()},
+                "tokens": {name: {"length": math.prod(shape[1:-1]), "width": shape[-1]} for name, shape in shapes.items()},
                 "shard": int(metadata["shard"]),
                 "number of shards": int(metadata["shards"]),
                 **{key: metadata[key] for key in ("backbone_fingerprint", "precision", "image_list")},
@@ -67,7 +68,7 @@ def _describe_shard(path: Path) -> dict[str, Any]:
 def _check_shards(shards: list[dict[str, Any]]) -> None:
     first = shards[0]
     for shard in shards:
-        for key in ("number of shards", "backbone_fingerprint", "precision", "lengths", "width", "image_list"):
+        for key in ("number of shards", "backbone_fingerprint", "precision", "tokens", "image_list"):
             if shard[key] != first[key]:
                 raise RoutevlError(
                     f"{shard['path']}: {key} {shard[key]}, but {first[key]} in {first['path']}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,31 +24,34 @@ class Features:
         expected_fingerprint: of the backbone that must have made them; None: any.
 
     Attributes:
-        width: d.
         length: L_v, the visual tokens per image (1 for "pooled").
+        width: d, of this kind of tokens.
         fingerprint: of the backbone that made them.
         image_ids: all ids, sorted, int64 (n,).
 
     Raises:
-        RoutevlError: no index or shard, tokens that were not stored, a backbone other than `expected_fingerprint`, or a shard of
-            another backbone, precision, shape or list of images than the index or the other shards have.
+        RoutevlError: no index or shard, an index of an older form, tokens that were not stored, a backbone other than
+            `expected_fingerprint`, or a shard of another backbone, precision, shape or list of images than the index or the other
+            shards have.
     """
 
     def __init__(self, folder: str | Path, tokens: str = "pooled", expected_fingerprint: str | None = None) -> None:
         self._folder = Path(folder)
         path = self._folder / "index.json"
         index = read_json(path)
-        lengths = index["tokens"]
+        if "width" in index:  # one for all kinds of tokens
+            raise RoutevlError(f"{path}: an index of an older routevl; index the features again (routevl index-features)")
+        stored = index["tokens"]
         self.fingerprint: str = index["backbone_fingerprint"]
-        if tokens not in lengths:
-            raise RoutevlError(f"{path}: no {tokens!r} tokens stored, only {', '.join(lengths)}; extract them with --tokens")
+        if tokens not in stored:
+            raise RoutevlError(f"{path}: no {tokens!r} tokens stored, only {', '.join(stored)}; extract them with --tokens")
         if expected_fingerprint not in (None, self.fingerprint):
             raise RoutevlError(
                 f"{path}: made by the backbone {self.fingerprint}, but {expected_fingerprint} "
                 "is expected; extract the features again or use that backbone"
             )
-        self.width: int = index["width"]
-        self.length: int = lengths[tokens]
+        self.length: int = stored[tokens]["length"]
+        self.width: int = stored[tokens]["width"]
         ids, self._shards, image_lists = zip(*(self._open(shard, tokens, index) for shard in index["shards"]), strict=True)
         self.image_ids = torch.cat(ids)  # shards are contiguous slices of the sorted ids, so these are sorted
         self._starts = torch.tensor([0, *map(len, ids)]).cumsum(0)
@@ -64,8 +68,8 @@ class Features:
                 if metadata.get(key) != index[key]:
                     raise self._misfit(entry, f"of another {name} than its index says")
             ids, features = shard.get_tensor("image_ids"), shard.get_tensor(tokens)
-        shape = len(ids), features.numel()
-        if shape != (entry["n"], entry["n"] * self.length * self.width):
+        shape = len(ids), len(features), math.prod(features.shape[1:-1]), features.shape[-1]
+        if shape != (entry["n"], entry["n"], self.length, self.width):
             raise self._misfit(entry, "of another shape than its index says")
         return ids, features, metadata.get("image_list", "")
 
