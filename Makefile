@@ -93,6 +93,7 @@ codecheck: env
 
 docs: env
 	$(BIN)/python workflow/docs.py
+	$(BIN)/python workflow/docs.py --models
 
 # The longest files first, so that no process is left with one of them at the end.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/workflow tests/training tests/unit

@@ -1,13 +1,15 @@
 """Write those parts of the documents that the code describes: keys, settings, columns, derivations, methods, options.
 
-usage: python workflow/docs.py [--check]
+usage: python workflow/docs.py [--models] [--check]
 
 Each part stands between the lines `<!-- make docs: <part> -->` and `<!-- end -->` of its document; what is around them is written
-by hand. With --check nothing is written: the exit status is 1, with one line, where a document is not up to date.
+by hand. With --models the parts are those for which models of many families are built, which takes half a minute, and no others.
+With --check nothing is written: the exit status is 1, with one line, where a document is not up to date.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 import sys
@@ -223,36 +225,52 @@ def config_fields() -> str:
 
 # --------------------------------------------------------------------------------------- the documents
 
-PARTS: dict[str, dict[str, Callable[[], str]]] = {
+# --------------------------------------------------------------------------- docs/COMPATIBILITY.md
+
+
+def vision_models() -> str:
+    """What the package reads of each family of vision models."""
+    from vision_models import rows  # beside this file; timm takes seconds to load
+
+    return table(("family", "library", "model", "pooled", "patches"), rows())
+
+
+# ------------------------------------------------------------------------------------------- all of them
+
+Parts = Mapping[str, Mapping[str, Callable[[], str]]]  # document -> part -> what makes it
+PARTS: Parts = {
     "config/README.md": {
         "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
     },
     "docs/METHODS.md": {"methods": methods, "options": options, "config-fields": config_fields},
 }  # fmt: skip
+PARTS_OF_MODELS: Parts = {"docs/COMPATIBILITY.md": {"vision-models": vision_models}}
 
 
-def written(document: str, text: str) -> str:
+def written(document: str, text: str, parts: Mapping[str, Callable[[], str]]) -> str:
     """A document with its parts written anew. Raises ValueError where it lacks one, or has one too many."""
-    parts = PARTS[document]
     if (found := [name for _, name, _ in PART.findall(text)]) != list(dict.fromkeys(found)) or set(found) != set(parts):
         raise ValueError(f"{document} has the parts {', '.join(found)}, not {', '.join(parts)}")
     return PART.sub(lambda match: f"{match[1]}\n{parts[match[2]]()}\n\n{match[3]}", text)
 
 
 def main() -> int:
-    """Returns 1 where a document is not up to date, or its parts are not those of PARTS."""
-    check = sys.argv[1:] == ["--check"]
-    for document in PARTS:
+    """Returns 1 where a document is not up to date, or its parts are not those that it should have."""
+    parser = argparse.ArgumentParser(prog="docs", description="write the generated parts of the documents")
+    parser.add_argument("--models", action="store_true", help="the parts for which models are built, instead of the others")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document is not up to date")
+    arguments = parser.parse_args()
+    for document, parts in (PARTS_OF_MODELS if arguments.models else PARTS).items():
         path = PROJECT / document
         text = path.read_text(encoding="utf-8")
         try:
-            new = written(document, text)
+            new = written(document, text, parts)
         except ValueError as error:
             print(f"docs: error: {error}", file=sys.stderr)
             return 1
         if new == text:
             continue
-        if check:
+        if arguments.check:
             print(f"docs: error: {document} is not up to date: run `make docs`", file=sys.stderr)
             return 1
         with atomic_file(path) as temporary:
