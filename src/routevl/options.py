@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from decimal import Decimal
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from routevl.errors import RoutevlError
@@ -62,6 +63,12 @@ def read(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
         if f.name in typed:
             _check(f.metadata, typed[f.name], f"{where}: {f.name}")
     return cls(**typed)
+
+
+def parse_number(text: str) -> int | float:
+    """The value of a number with a fraction or an exponent; exact where it is whole, so that no id becomes another one."""
+    value = float(text)
+    return int(Decimal(text)) if value.is_integer() else value
 
 
 def check_value(cls: type, name: str, value: Any, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from routevl.errors import RoutevlError
@@ -30,6 +30,10 @@ class _Settings:
     )  # fmt: skip
     freeze_layer_norm: bool = option("keep the text model's layer norms frozen; else they are trained beside the method")
     epochs: int = option("passes over the training split", least=1)
+    max_train_examples: int | None = option(
+        "learn from the first so many examples of the training split alone, in its order; `none`: from all, as where there are "
+        "fewer", None, least=1,
+    )  # fmt: skip
     batch_size: int = option("examples per optimiser step, over all processes", least=1)
     prediction_batch_size: int = option("examples per batch in validation and prediction, in each process", least=1)
     learning_rate: float = option("peak learning rate of AdamW; it then falls linearly to zero", above=0)
@@ -58,8 +62,8 @@ class RunSettings(_Settings):
         return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as a JSON object."""
-        return asdict(self)
+        """The settings as a JSON object, without those that are none: so a record outlives a new setting."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], options: Mapping[str, Any], where: str) -> RunSettings:
@@ -102,7 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings of the run")
     for f in fields(_Settings):
         choices = f.metadata["choices"] or (("yes", "no") if f.type == "bool" else None)
-        group.add_argument("--" + f.name.replace("_", "-"), choices=choices, help=f.metadata["help"], required=True)
+        given = {"required": True} if f.default is MISSING else {"default": f.default}
+        group.add_argument("--" + f.name.replace("_", "-"), choices=choices, help=f.metadata["help"], **given)
     group.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the method (routevl methods)")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from routevl.data import prepare
-from routevl.data.coco import images_in_folder, read_captions, read_karpathy_splits
-from routevl.data.vqav2 import ANNOTATIONS, QUESTIONS, read_pair
+from routevl.data.coco import read_captions, read_image_list, read_karpathy_splits
+from routevl.data.image_files import ImageFolder, image_endings
+from routevl.data.vqav2 import ANNOTATIONS, QUESTIONS, read_pair, usual_answer
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.metrics.vqa import normalize_answer
@@ -142,9 +143,18 @@ def spoiled(content: dict, *place, value=None, remove: bool = False) -> dict:
         ),
         (
             ANNOTATIONS.read,
-            spoiled(annotations_file([1]), "annotations", 0, "answer_type", value="colour"),
-            r"annotations\[0\]\.answer_type must be one of .*'number'",
+            spoiled(annotations_file([1]), "annotations", 0, "answer_type", value=3),
+            r"annotations\[0\]\.answer_type must be string",
         ),
+        (
+            ANNOTATIONS.read,
+            spoiled(annotations_file([1]), "annotations", 0, "answers", remove=True),
+            r"annotations\[0\] must contain .'answers'. properties",
+        ),
+        (read_image_list, [{"id": 1}], r"data\[0\] must contain .'file_name'. properties"),
+        (read_image_list, {"annotations": []}, r"data must contain .'images'. properties"),
+        (read_image_list, {"images": captions_file([1])["images"] * 2}, "the id 1 is there twice"),
+        (read_image_list, "x.jpg", "not a list of images, .* data must be object or array"),
         (read_karpathy_splits, captions_file([1]), r"images\[0\] must contain .'cocoid', 'split'. properties"),
         (
             read_karpathy_splits,
@@ -211,12 +221,77 @@ def test_images_are_found_by_the_number_in_their_names(tmp_path):
         "x.txt",
     ):
         (tmp_path / name).touch()
-    assert set(images_in_folder(tmp_path)) == {7, 8, 9}
+    assert set(ImageFolder(tmp_path).numbered) == {7, 8, 9}
     (tmp_path / "COCO_val2014_000000000007.jpg").touch()
-    with pytest.raises(RoutevlError, match="same image id 7"):
-        images_in_folder(tmp_path)
+    folder = ImageFolder(tmp_path)
+    assert folder.find(8) == tmp_path / "COCO_train2014_000000000008.JPG"
+    with pytest.raises(RoutevlError, match=r"000000000007\.jpg have the same image id 7"):
+        folder.find(7)
+    assert folder.find(7, "000000000007.jpg") == tmp_path / "000000000007.jpg"
     with pytest.raises(RoutevlError, match="expected a folder of images"):
-        images_in_folder(tmp_path / "nowhere")
+        ImageFolder(tmp_path / "nowhere")
+
+
+def test_the_endings_of_images_are_those_that_pillow_reads():
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".jfif"} <= image_endings()
+    assert not {".txt", ".json", ".pdf", ""} & image_endings()  # Pillow writes PDF, but does not read it
+
+
+@pytest.mark.parametrize("ending", ["webp", "TIFF", "bmp", "gif", "jfif", "ppm"])
+def test_images_of_every_ending_that_pillow_reads_are_found(tmp_path, ending):
+    file = tmp_path / f"COCO_val2014_000000000012.{ending}"
+    file.touch()
+    assert ImageFolder(tmp_path).find(12) == file
+
+
+H22_NAMES = [
+    "COCO_val2014_000000000012.jpg",
+    "000000000012.jpg",
+    "000000000012.png",
+    "val2014/COCO_val2014_000000000012.jpg",
+    "val2017/000000000012.jpg",
+    "C:\\photographs\\val2014\\COCO_val2014_000000000012.jpg",
+    "http://images.example.org/val2014/COCO_val2014_000000000012.jpg?size=full",
+    "photograph.jpg",
+    "",
+    None,
+]
+
+
+@pytest.mark.parametrize("name", H22_NAMES)
+def test_h22_an_image_is_found_however_it_is_named_elsewhere(tmp_path, name):
+    file = tmp_path / "COCO_val2014_000000000012.jpg"
+    for path in (file, tmp_path / "COCO_val2014_000000000013.jpg"):
+        path.touch()
+    assert ImageFolder(tmp_path).find(12, name) == file
+
+
+def test_h22_the_name_goes_before_its_last_part_before_the_id(tmp_path):
+    names = ["val2014/a.jpg", "a.jpg", "000000000012.jpg"]
+    (tmp_path / "val2014").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    for name in names:
+        assert ImageFolder(tmp_path).find(12, "val2014/a.jpg") == tmp_path / name
+        (tmp_path / name).unlink()
+    assert ImageFolder(tmp_path).find(12, "val2014/a.jpg") is None
+
+
+def test_h22_a_name_with_the_id_of_another_image_is_not_found_by_the_id(tmp_path):
+    """An image 5 that is `000000000139.jpg` somewhere is not the folder's `000000000005.jpg`."""
+    (tmp_path / "000000000005.jpg").touch()
+    assert ImageFolder(tmp_path).find(5, "000000000139.jpg") is None
+    assert ImageFolder(tmp_path).looked_for(5, "000000000139.jpg") == f"{tmp_path}: 000000000139.jpg"
+
+
+def test_h22_two_files_with_the_id_that_is_looked_for(tmp_path):
+    for name in ("000000000005.jpg", "000000000005.webp", "000000000006.jpg"):
+        (tmp_path / name).touch()
+    folder = ImageFolder(tmp_path)
+    with pytest.raises(RoutevlError, match=r"000000000005\.jpg and 000000000005\.webp have the same image id 5"):
+        folder.find(5, "val2014/COCO_val2014_000000000005.jpg")
+    assert folder.find(5, "000000000005.webp") == tmp_path / "000000000005.webp"  # no doubt here
+    assert folder.find(6) == tmp_path / "000000000006.jpg"
 
 
 # Preparation
@@ -337,6 +412,7 @@ def test_h10_prepared_texts_are_whole_characters(tmp_path, make_source):
 @pytest.mark.parametrize("name", ["a\0b.jpg", "x" * 5000 + ".jpg", "caf\ud83d.jpg"])
 def test_h10_a_name_that_no_file_can_have(tmp_path, make_source, name):
     source = make_source()
+    (Path(source["images"]) / "COCO_val2014_000000000005.jpg").unlink()
     content = captions_file(list(range(1, 11)))
     content["images"][4]["file_name"] = name
     save(Path(source["captions"]), content)
@@ -433,6 +509,168 @@ def test_missing_images_of_questions_name_the_questions_file(tmp_path, make_sour
         prepare_run(tmp_path / "data", [source])
 
 
+def renamed(source: dict, name) -> dict:
+    """A source whose captions file names image n by `name(n)`."""
+    content = json.loads(Path(source["captions"]).read_text())
+    for image in content["images"]:
+        image["file_name"] = name(image["id"])
+    save(Path(source["captions"]), content)
+    return source
+
+
+def test_h22_names_of_another_layout_make_the_same_data(tmp_path, make_source):
+    source = make_source()
+    prepare_run(tmp_path / "data", [source])
+    renamed(source, lambda n: f"https://example.org/val2017/{n:012d}.jpg")
+    prepare_run(tmp_path / "renamed", [source])
+    for split in ("train", "val", "test"):
+        assert (tmp_path / "renamed" / split / "images.json").read_bytes() == (
+            tmp_path / "data" / split / "images.json"
+        ).read_bytes()
+
+
+def test_h22_the_error_says_what_was_looked_for(tmp_path, make_source):
+    source = renamed(make_source(), lambda n: f"val2014/COCO_val2014_{n:012d}.jpg")
+    (Path(source["images"]) / "COCO_val2014_000000000003.jpg").unlink()
+    with pytest.raises(RoutevlError) as error:
+        prepare_run(tmp_path / "data", [source])
+    tried = "val2014/COCO_val2014_000000000003.jpg or COCO_val2014_000000000003.jpg or [..._]000000000003.jpg (or another ending"
+    assert f"{source['images']}: {tried}" in str(error.value) and "1 of 10 images are missing" in str(error.value)
+
+
+def test_h22_two_images_are_not_made_one_by_the_last_part_of_their_names(tmp_path, make_source):
+    source = renamed(make_source(), lambda n: f"{n % 5}/photo.jpg" if n in (3, 4) else f"COCO_val2014_{n:012d}.jpg")
+    (Path(source["images"]) / "photo.jpg").touch()
+    with pytest.raises(RoutevlError, match=r"photo\.jpg: found for the image 3 .3/photo.jpg. and for the image 4 .*image_list"):
+        prepare_run(tmp_path / "data", [source])
+
+
+@pytest.mark.parametrize("as_coco", [True, False])
+def test_an_image_list_names_the_images_of_a_source(tmp_path, make_source, as_coco):
+    """Of questions alone, which name no files; the names need no ids in them."""
+    source = make_source(captioned=False)
+    folder = Path(source["images"])
+    entries = []
+    for n in range(1, 11):
+        (folder / f"COCO_val2014_{n:012d}.jpg").rename(folder / f"photo {n}.JPG")
+        entries.append({"id": n, "file_name": f"photo {n}.JPG", "height": 3})
+    with pytest.raises(RoutevlError, match=r"\[..._\]000000000001.jpg .*: no such image"):
+        prepare_run(tmp_path / "data", [source])
+    source["image_list"] = str(save(tmp_path / "images.json", {"images": entries} if as_coco else entries))
+    prepare_run(tmp_path / "data", [source])
+    images = [image for split in ("train", "val", "test") for image in read_json(tmp_path / "data" / split / "images.json")]
+    assert {image["id"]: Path(image["file_name"]).name for image in images} == {n: f"photo {n}.JPG" for n in range(1, 11)}
+
+
+def test_an_image_list_wins_over_the_captions_file(tmp_path, make_source):
+    source = make_source()
+    (Path(source["images"]) / "other.jpg").touch()
+    source["image_list"] = str(save(tmp_path / "images.json", [{"id": 3, "file_name": "other.jpg"}]))
+    source["split"] = {"train": 0.6, "val": 0.2, "test": 0.2, "seed": 1}
+    prepare_run(tmp_path / "data", [source])
+    for split in ("train", "val", "test"):
+        names = {image["id"]: Path(image["file_name"]).name for image in read_json(tmp_path / "data" / split / "images.json")}
+        for image in read_captions(tmp_path / "data" / split / "captions.json")["images"]:
+            assert (
+                names[image["id"]]
+                == image["file_name"]
+                == ("other.jpg" if image["id"] == 3 else f"COCO_val2014_{image['id']:012d}.jpg")
+            )
+            assert image["width"] == 4  # what else the captions file says of it is kept
+
+
+def test_the_first_images_of_a_large_set(tmp_path, make_source, capsys):
+    """What is about them is kept, and the others need not be there."""
+    source = make_source(max_images=5, split={"train": 0.6, "val": 0.2, "test": 0.2, "seed": 1})
+    for n in range(6, 11):
+        (Path(source["images"]) / f"COCO_val2014_{n:012d}.jpg").unlink()
+    prepare_run(tmp_path / "data", [source])
+    assert "kept what is about the first 5 of 10 images" in capsys.readouterr().out
+    folders = [tmp_path / "data" / split for split in ("train", "val", "test")]
+    assert sorted(sum(map(image_ids_of, folders), [])) == [1, 2, 3, 4, 5]
+    assert sum(len(QUESTIONS.read(folder / "questions.json")["questions"]) for folder in folders) == 5
+    (Path(source["images"]) / "COCO_val2014_000000000003.jpg").unlink()
+    with pytest.raises(RoutevlError, match="the image 3; "):
+        prepare_run(tmp_path / "data", [source])
+
+
+def test_the_first_images_that_are_there_where_missing_ones_are_dropped(tmp_path, make_source):
+    source = make_source(max_images=5, missing_images="drop")
+    for n in (1, 3):
+        (Path(source["images"]) / f"COCO_val2014_{n:012d}.jpg").unlink()
+    prepare_run(tmp_path / "data", [source])
+    ids = [image_ids_of(tmp_path / "data" / split) for split in ("train", "val", "test")]
+    assert sorted(sum(ids, [])) == [2, 4, 5, 6, 7]
+    prepare_run(tmp_path / "all", [source | {"max_images": 100}])
+    assert sum(len(image_ids_of(tmp_path / "all" / split)) for split in ("train", "val", "test")) == 8
+
+
+def test_an_offset_keeps_the_ids_of_two_sources_apart(tmp_path, make_source, karpathy_sources):
+    """Files, and Karpathy's splits, go by the ids as they were."""
+    other = make_source("other", (1, 2, 11), split=karpathy_sources[0]["split"], asked=False)
+    with pytest.raises(
+        RoutevlError, match=r"the image id 1 is .*train2014.* in one source, but .*other.* in another; .*id_offset"
+    ):
+        prepare_run(tmp_path / "data", [*karpathy_sources, other])
+    prepare_run(tmp_path / "data", [*karpathy_sources, other | {"id_offset": 10**6}])
+    folder = tmp_path / "data" / "train"
+    assert image_ids_of(folder) == [1, 2, 11, 15, 1000001, 1000002, 1000011]
+    captions = read_captions(folder / "captions.json")
+    assert [(c["id"], c["image_id"], c["caption"]) for c in captions["annotations"][-2:]] == [
+        (1001001, 1000002, "picture 2."), (1001002, 1000011, "picture 11."),
+    ]  # fmt: skip
+    assert captions["images"][-1]["id"] == 1000011 and captions["images"][-1]["file_name"] == "COCO_val2014_000000000011.jpg"
+
+
+def test_an_offset_is_added_to_questions_and_their_annotations(tmp_path, make_source):
+    sources = [
+        make_source(split, (n, n + 1), split=split, captioned=False) for n, split in ((1, "train"), (3, "val"), (5, "test"))
+    ]
+    questions = save(
+        Path(sources[1]["questions"]), {"questions": [{"image_id": n, "question_id": n - 2, "question": "?"} for n in (3, 4)]}
+    )
+    annotations = annotations_file([3, 4])
+    for annotation in annotations["annotations"]:
+        annotation["question_id"] //= 1000
+        annotation["question_id"] -= 2
+    save(Path(sources[1]["annotations"]), annotations)
+    first = json.loads(Path(sources[0]["questions"]).read_text())
+    for question in first["questions"]:
+        question["question_id"] //= 1000
+    save(Path(sources[0]["questions"]), first)
+    content = annotations_file([1, 2])
+    for annotation in content["annotations"]:
+        annotation["question_id"] //= 1000
+    save(Path(sources[0]["annotations"]), content)
+    with pytest.raises(RoutevlError) as error:
+        prepare_run(tmp_path / "data", sources)
+    assert f"the question_id 1 is there twice, in {sources[0]['questions']} and in {questions}; give one of" in str(error.value)
+    assert "id_offset" in str(error.value)
+    sources[1]["id_offset"] = 100
+    prepare_run(tmp_path / "data", sources)
+    folder = tmp_path / "data" / "val"
+    for records in read_pair(folder / "questions.json", folder / "annotations.json"):
+        assert [(record["question_id"], record["image_id"]) for record in records] == [(101, 103), (102, 104)]
+    sources[1]["id_offset"] = 2**63 - 3
+    with pytest.raises(
+        RoutevlError, match="id_offset 9223372036854775805 is too large: 9223372036854775808 is more than 64 bits"
+    ):
+        prepare_run(tmp_path / "data", sources)
+
+
+def test_validation_is_cut_from_train_where_test_is_official(tmp_path, make_source):
+    """Shares that are left out are zero, as are those that are given so."""
+    test = make_source("test", tuple(range(101, 105)), split="test")
+    for name, split in (
+        ("left out", {"train": 0.8, "val": 0.2, "seed": 1}),
+        ("zero", {"train": 0.8, "val": 0.2, "test": 0, "seed": 1}),
+    ):
+        prepare_run(tmp_path / name, [make_source(split=split), test])
+        ids = {split: image_ids_of(tmp_path / name / split) for split in ("train", "val", "test")}
+        assert (len(ids["train"]), len(ids["val"]), ids["test"]) == (8, 2, [101, 102, 103, 104])
+    assert everything(tmp_path / "left out") == everything(tmp_path / "zero")
+
+
 def test_an_image_in_two_splits(tmp_path, make_source):
     source = make_source()
     test = {key: source[key] for key in ("images", "captions")} | {"split": "test"}
@@ -496,6 +734,11 @@ def test_a_split_that_lacks_the_questions_of_the_others(tmp_path, make_source):
         ({"images": 3}, r"data\[0\].images must be string"),
         ({"images": "a\0b"}, "expected a folder of images .embedded null byte"),
         ({"captions": "a\0b"}, "not a readable JSON file .embedded null byte"),
+        ({"split": {"seed": 1}}, "fractions that sum to 1"),
+        ({"max_images": 0}, "max_images must be bigger than or equal to 1"),
+        ({"id_offset": -1}, "id_offset must be bigger than or equal to 0"),
+        ({"id_offset": "5"}, "id_offset must be integer"),
+        ({"image_list": "nowhere.json"}, "nowhere.json: no such file"),
         ({"missing_images": "Drop"}, "missing_images must be one of .'error', 'drop'"),
         ({"annotations": None}, "needs captions, or questions and annotations"),
         ({"annotations": None, "questions": None, "captions": None}, "needs captions, or questions and annotations"),
@@ -580,6 +823,53 @@ def test_vocabulary_files(tmp_path, make_source):
 def test_wrong_vocabularies(tmp_path, content, message):
     with pytest.raises(RoutevlError, match=message):
         prepare.read_vocabulary(save(tmp_path / "vocabulary.json", content))
+
+
+# VQAv2's relatives
+
+
+def relatives_files(image_ids: list[int], answers: list[str]) -> dict:
+    """Annotations as OK-VQA's and VizWiz's, which lack fields of VQAv2's or have other types."""
+    content = annotations_file(image_ids)
+    for annotation in content["annotations"]:
+        del annotation["multiple_choice_answer"]
+        annotation["answers"] = [{"answer": answer, "raw_answer": answer, "answer_id": n} for n, answer in enumerate(answers)]
+    for annotation in content["annotations"][1:]:
+        annotation["answer_type"] = "unanswerable"
+        del annotation["question_type"]
+    for annotation in content["annotations"][2:]:
+        del annotation["answer_type"], annotation["image_id"]
+    return content
+
+
+def test_h09_the_usual_answer_is_that_of_most_annotators():
+    def annotation(*answers: str, **fields: str) -> dict:
+        return {"answers": [{"answer": answer} for answer in answers], **fields}
+
+    assert usual_answer(annotation("ivy", "vine", "vine")) == "vine"
+    assert usual_answer(annotation("ivy", "vine", "vine", "ivy")) == "ivy"
+    assert usual_answer(annotation("ivy", multiple_choice_answer="vine")) == "vine"
+
+
+def test_h09_the_usual_answers_of_the_demo_world_are_vqav2s_own(small_world):
+    """Where the field is there it is the answer of most annotators, the first of several."""
+    annotations = ANNOTATIONS.read(small_world.data / "train" / "annotations.json")["annotations"]
+    for annotation in annotations:
+        assert usual_answer({"answers": annotation["answers"]}) == annotation["multiple_choice_answer"]
+
+
+def test_h09_the_fields_of_relatives_are_prepared_as_they_came(tmp_path, make_source):
+    source = make_source(captioned=False)
+    content = relatives_files(list(range(1, 11)), ["vine"] * 4 + ["ivy"] * 6)
+    save(Path(source["annotations"]), content)
+    prepare_run(tmp_path / "data", [source])
+    by_question = {annotation["question_id"]: annotation for annotation in content["annotations"]}
+    for split in ("train", "val", "test"):
+        folder = tmp_path / "data" / split
+        for annotation in ANNOTATIONS.read(folder / "annotations.json")["annotations"]:
+            assert annotation == by_question[annotation["question_id"]]
+        read_pair(folder / "questions.json", folder / "annotations.json")
+    assert read_json(tmp_path / "data" / "answers.json") == ["ivy"]
 
 
 # Reference data

@@ -245,6 +245,43 @@ def test_a_split_without_questions_is_an_error(tmp_path: Path) -> None:
         vqa.score_files(split / "questions.json", split / "annotations.json", results)
 
 
+RELATIVES = {  # fields that OK-VQA, VizWiz or TextVQA have otherwise than VQAv2; None: not at all
+    "no multiple_choice_answer": {"multiple_choice_answer": None},
+    "another answer type": {"answer_type": "unanswerable"},
+    "no types": {"answer_type": None, "question_type": None},
+    "images named by texts": {"image_id": "003a8ae2ef43b901"},
+    "no images": {"image_id": None},
+}
+
+
+@pytest.mark.parametrize("fields", RELATIVES.values(), ids=RELATIVES)
+def test_h09_relatives_of_vqav2_get_the_official_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any]
+) -> None:
+    """It needs the questions' ids and the annotators' answers; what has no type is in no group of that kind."""
+    split = vqa_split(tmp_path / "test", ANSWERS)
+    predictions = {3: "blue", 4: "red", 5: "red"}
+    results = vqa_results(tmp_path / "run/results.json", predictions)
+    for name in ("questions", "annotations"):
+        content = json.loads((split / f"{name}.json").read_text())
+        for record in content[name]:
+            record |= {field: value for field, value in fields.items() if name == "annotations" or field == "image_id"}
+            for field in [field for field, value in record.items() if value is None]:
+                del record[field]
+            record.pop("question", None)
+        write(split / f"{name}.json", content)
+    run_stage(vqa, "--questions", split / "questions.json", "--annotations", split / "annotations.json", "--results", results)
+    report = json.loads(capsys.readouterr().out)
+    assert report["overall"] == 63.33
+    answer_type = fields.get("answer_type", "other")
+    assert report["perAnswerType"] == ({answer_type: 63.33} if answer_type else {})
+    assert bool(report["perQuestionType"]) == ("question_type" not in fields)
+    run_stage(score, "--task", "vqa", "--split-folder", split, "--predictions", results.parent, "--output", tmp_path / "scores")
+    metrics = json.loads((tmp_path / "scores/metrics.json").read_text())["metrics"]
+    assert metrics["accuracy"] == pytest.approx(190 / 3)
+    assert (metrics["other"] is None) == ("answer_type" in fields)
+
+
 def test_the_score_stage_imports_little() -> None:
     program = (
         "import sys, routevl.metrics.score, routevl.metrics.vqa, routevl.metrics.captions\n"

@@ -10,7 +10,8 @@ import numpy
 import pytest
 
 from routevl.data import shapes_language, world
-from routevl.data.coco import images_in_folder, read_captions
+from routevl.data.coco import read_captions
+from routevl.data.image_files import ImageFolder
 from routevl.data.scenes import (
     ATTRIBUTES,
     ATTRIBUTES_PER_CELL,
@@ -271,8 +272,8 @@ def test_world_is_in_the_official_formats(small_world):
         captions = read_captions(small_world / split / "captions.json")
         assert {"info", "licenses", "images", "annotations"} <= captions.keys()
         assert all(image["width"] == image["height"] == 32 for image in captions["images"])
-        files = images_in_folder(small_world / split / "images")
-        assert files == {image["id"]: image["file_name"] for image in captions["images"]}
+        files = ImageFolder(small_world / split / "images").numbered
+        assert files == {image["id"]: [image["file_name"]] for image in captions["images"]}
         assert len(files) == count and len(captions["annotations"]) == 5 * count
         questions, annotations = read_pair(small_world / split / "questions.json", small_world / split / "annotations.json")
         assert len(questions) == 3 * count

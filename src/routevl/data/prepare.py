@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy
 
-from routevl.data.coco import file_names, images_in_folder, read_captions, read_karpathy_splits
-from routevl.data.records import INTEGER, SPLITS, STRING, Format, Record, check_unique, parse_number, write_records
-from routevl.data.vqav2 import read_pair
+from routevl.data.coco import read_karpathy_splits
+from routevl.data.records import INTEGER, SPLITS, STRING, Format, write_records
+from routevl.data.sources import Source, Split, parse_sources, read_source
+from routevl.data.vqav2 import usual_answer
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, sha256_of
 from routevl.metrics.vqa import normalize_answer
 from routevl.options import at_least
 from routevl.progress import progress
 
-SOURCE_FILES = ("images", "questions", "annotations", "captions")
-SHARE = {"type": "number", "minimum": 0}
-SPLIT_OF_SOURCE = {
-    "type": ["string", "object"],
-    "properties": {
-        "train": SHARE, "val": SHARE, "test": SHARE, "seed": {"type": "integer", "minimum": 0}, "karpathy": STRING
-    },
-}  # fmt: skip
-SOURCES = Format(
-    "a list of sources as data.sources in the configuration",
-    {
-        "type": "array",
-        "items": {
-            "type": "object",
-            "properties": {
-                **dict.fromkeys(SOURCE_FILES, STRING), "split": SPLIT_OF_SOURCE, "missing_images": {"enum": ["error", "drop"]}
-            },
-        },
-    },
-)  # fmt: skip
 QUESTION_FIELDS = ("image_id", "question", "question_id")
 ANNOTATION_FIELDS = ("image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers")
 VOCABULARY = Format(
@@ -62,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='JSON list of {"images": folder, "split": "train" | "val" | "test" | {"train": fraction, ..., '
         '"seed": n} | {"karpathy": dataset_coco.json}, "questions" and "annotations": VQAv2 files, "captions": COCO file, '
-        '"missing_images": "error" | "drop"}',
+        '"image_list": file of {"id", "file_name"}, "missing_images": "error" | "drop", "max_images": n, "id_offset": n}',
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the splits, replaced as a whole")
     answers = parser.add_mutually_exclusive_group()
@@ -109,68 +86,25 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{len(answers)} answers")
 
 
-# ------------------------------------------------------------------------------------------ sources
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of `--sources`, with its keys."""
-
-    images: str
-    split: str | dict[str, Any]
-    questions: str | None = None
-    annotations: str | None = None
-    captions: str | None = None
-    missing_images: str = "error"
-
-    def __post_init__(self) -> None:
-        if (self.questions is None) != (self.annotations is None) or (self.questions is None and self.captions is None):
-            raise ValueError("a source needs captions, or questions and annotations, or all three")
-        if isinstance(self.split, str):
-            known = self.split in SPLITS
-        else:
-            fractions = [self.split.get(name, 0) for name in SPLITS]
-            known = "karpathy" in self.split or ("seed" in self.split and abs(sum(fractions) - 1) < 1e-6)
-        if not known:
-            raise ValueError(f"split {self.split}: expected a split, fractions that sum to 1 and a seed, or a karpathy file")
-
-
-def parse_sources(text: str) -> list[Source]:
-    """Parse `--sources`, or raise RoutevlError."""
-    try:
-        return [Source(**entry) for entry in SOURCES.check("--sources", json.loads(text, parse_float=parse_number))]
-    except RoutevlError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RoutevlError(f"--sources: not {SOURCES.name} ({error})") from None
-
-
-# ------------------------------------------------------------------------------ reading and merging
-
-
-@dataclass
-class Split:
-    """The items of one split, or of one source: paths and COCO's entries of images by id."""
-
-    images: dict[int, Path] = field(default_factory=dict)
-    image_records: dict[int, Record] = field(default_factory=dict)
-    questions: list[Record] = field(default_factory=list)
-    annotations: list[Record] = field(default_factory=list)
-    captions: list[Record] = field(default_factory=list)
-    licenses: list[Any] = field(default_factory=list)
+# ------------------------------------------------------------------------------ merging
 
 
 def merge_sources(sources: list[Source]) -> dict[str, Split]:
     """Read all sources and put their items into "train", "val" and "test"; errors as of `run`."""
     splits = {name: Split() for name in SPLITS}
+    parts: list[tuple[Source, Split]] = []
     for source in sources:
         content = read_source(source)
-        split_of = assign_splits(sorted(content.images), source)
+        split_of = {n + source.id_offset: name for n, name in assign_splits(sorted(content.images), source).items()}
+        content = content.shifted(source.id_offset)
         for name, split in splits.items():
-            _add(split, content, {image_id for image_id, place in split_of.items() if place == name})
+            part = Split()
+            part.add(content, {image_id for image_id, place in split_of.items() if place == name})
+            split.add(part, part.images.keys())
+            parts.append((source, part))
+    _check_image_ids(parts)
     _check_disjoint(splits)
-    check_unique("--sources", "question_id", [question for split in splits.values() for question in split.questions])
-    check_unique("--sources", "id", [caption for split in splits.values() for caption in split.captions])
+    _check_text_ids(parts)
     for kind in ("images", "questions", "captions"):
         empty = [name for name, split in splits.items() if not getattr(split, kind)]
         if empty and (kind == "images" or len(empty) < len(splits)):
@@ -178,57 +112,31 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
     return splits
 
 
-def read_source(source: Source) -> Split:
-    """Read a source's files and find its images.
-
-    Raises:
-        RoutevlError: an official file is wrong, the folder of images is missing, or an image is.
-    """
-    content = Split()
-    referred: dict[int, str] = {}  # image id to the file that refers to it
-    if source.captions is not None:
-        file = read_captions(source.captions)
-        content.captions = file["annotations"]
-        content.licenses = file.get("licenses", [])
-        content.image_records = {image["id"]: image for image in file.get("images", [])}
-        referred = {caption["image_id"]: source.captions for caption in content.captions}
-    if source.questions is not None and source.annotations is not None:
-        content.questions, content.annotations = read_pair(source.questions, source.annotations)
-        referred = {question["image_id"]: source.questions for question in content.questions} | referred
-    content.images = _find_images(source, content.image_records, referred)
-    return content
+MEND = "give one of the two sources an id_offset, or leave out what is there twice"
 
 
-def _find_images(source: Source, image_records: dict[int, Record], referred: dict[int, str]) -> dict[int, Path]:
-    """The files of the images that are referred to, by their names in `image_records` or the numbers in these."""
-    folder = Path(source.images)
-    present = set(file_names(folder))
-    numbered = images_in_folder(folder) if referred.keys() - image_records.keys() else {}
-    found, missing = {}, {}
-    for image_id in referred:
-        name = image_records.get(image_id, {}).get("file_name") or numbered.get(image_id)
-        if name is not None and (name in present or os.path.isfile(folder / name)):
-            found[image_id] = _writable(folder / name)
-        else:
-            missing[image_id] = folder / (name or f"[..._]{image_id:012d}.[jpg|jpeg|png]")
-    if missing and source.missing_images != "drop":
-        image_id, path = next(iter(missing.items()))
-        raise RoutevlError(
-            f"{path}: no such image, but {referred[image_id]} refers to the image {image_id}; {len(missing)} of {len(referred)} "
-            "images are missing (put them there, or set the source's missing_images to 'drop')"
-        )
-    if missing:
-        print(f"{folder}: dropped what is about {len(missing)} of {len(referred)} images, which are missing")
-    return found
+def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
+    """Two sources may be about one image, by its id, where it is the same file."""
+    paths: dict[int, Path] = {}
+    for _, part in parts:
+        for image_id, path in part.images.items():
+            first = paths.setdefault(image_id, path)
+            if first != path and first.resolve() != path.resolve():
+                raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another; {MEND}")
 
 
-def _writable(path: Path) -> Path:
-    """The path, or a RoutevlError where its bytes are not UTF-8, so that no JSON file could hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise RoutevlError(f"{ascii(str(path))}: a path that is not UTF-8; rename the file or folder") from None
-    return path
+def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:
+    """Ids of questions, and of captions, are different in all sources."""
+    files: dict[tuple[str, int], str | None] = {}
+    for source, part in parts:
+        ids = [("question_id", question["question_id"], source.questions) for question in part.questions]
+        ids += [("caption's id", caption["id"], source.captions) for caption in part.captions]
+        for kind, number, file in ids:
+            if (kind, number) in files:
+                raise RoutevlError(
+                    f"--sources: the {kind} {number} is there twice, in {files[kind, number]} and in {file}; {MEND}"
+                )
+            files[kind, number] = file
 
 
 def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:
@@ -260,20 +168,6 @@ def _karpathy_splits(image_ids: list[int], path: str, source: Source) -> dict[in
     if unnamed:
         print(f"{source.images}: dropped what is about {len(unnamed)} of {len(image_ids)} images, which {path} does not name")
     return {image_id: split_of[image_id] for image_id in image_ids if image_id in split_of}
-
-
-def _add(split: Split, content: Split, image_ids: set[int]) -> None:
-    """Add what `content` says about `image_ids`; an id that is already there must be the same file."""
-    for image_id in sorted(image_ids):
-        path = content.images[image_id]
-        first = split.images.setdefault(image_id, path)
-        if first != path and first.resolve() != path.resolve():
-            raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another")
-        if image_id in content.image_records:
-            split.image_records.setdefault(image_id, content.image_records[image_id])
-    for kind in ("captions", "questions", "annotations"):
-        getattr(split, kind).extend(record for record in getattr(content, kind) if record["image_id"] in image_ids)
-    split.licenses += [entry for entry in content.licenses if entry not in split.licenses]
 
 
 def _check_disjoint(splits: dict[str, Split]) -> None:
@@ -308,7 +202,7 @@ def read_vocabulary(path: Path) -> list[str]:
 
 
 def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], minimum_count: int) -> list[str]:
-    """The normalised `multiple_choice_answer`s of the splits in `answer_splits` that occur at least `minimum_count` times.
+    """The normalised usual answers of the splits in `answer_splits` that occur at least `minimum_count` times.
 
     Returns:
         the most frequent first, ties in alphabetical order; empty where there are no questions.
@@ -318,7 +212,7 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
     """
     counts: Counter[str] = Counter()
     annotations = (record for name in SPLITS if name in answer_splits for record in splits[name].annotations)
-    for answer, count in Counter(record["multiple_choice_answer"] for record in annotations).items():
+    for answer, count in Counter(map(usual_answer, annotations)).items():
         counts[normalize_answer(answer)] += count
     frequent = [answer for answer, count in counts.items() if count >= minimum_count]
     if counts and not frequent:
@@ -342,7 +236,7 @@ def _write_split(folder: Path, name: str, split: Split, hashes: dict[Path, str])
     info = {"description": f"the {name} split of routevl's sources"}
     header = {"info": info, "task_type": "Open-Ended", "data_type": "mixed", "data_subtype": name, "license": {}}
     questions = [{field: record[field] for field in QUESTION_FIELDS} for record in split.questions]
-    annotations = [{field: record[field] for field in ANNOTATION_FIELDS} for record in split.annotations]
+    annotations = [{field: record[field] for field in ANNOTATION_FIELDS if field in record} for record in split.annotations]
     images = {image_id: {"id": image_id, "file_name": str(split.images[image_id])} for image_id in sorted(split.images)}
     captioned = sorted({caption["image_id"] for caption in split.captions})
     captions = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
+from routevl.options import parse_number
 
 Record = dict[str, Any]
 
@@ -58,12 +58,6 @@ class Format:
         3.0 is the integer 3, as in JSON Schema: an id that some tool wrote as a float is that id.
         """
         return self.check(path, read_json(path, parse_number))
-
-
-def parse_number(text: str) -> int | float:
-    """The value of a number with a fraction or an exponent; exact where it is whole, so that no id becomes another one."""
-    value = float(text)
-    return int(Decimal(text)) if value.is_integer() else value
 
 
 def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> None:

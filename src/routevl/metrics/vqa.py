@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routevl.data.vqav2 import read_pair
+from routevl.data.vqav2 import ANSWERED, read_pair
 from routevl.errors import RoutevlError
 from routevl.metrics.results import read_results, remarked
 
@@ -128,18 +128,22 @@ def question_accuracy(answers: Sequence[str], prediction: str) -> float:
 
 
 def score(annotations: Sequence[dict[str, Any]], predictions: Mapping[int, str]) -> Scores:
-    """Score predicted answers by question_id against one or more entries of a VQAv2 annotations file."""
+    """Score predicted answers by question_id against one or more entries of a VQAv2 annotations file.
+
+    What has no `answer_type` or `question_type` is in none of these groups.
+    """
     by_question: dict[int, float] = {}
-    by_answer_type: dict[str, list[float]] = defaultdict(list)
-    by_question_type: dict[str, list[float]] = defaultdict(list)
+    by_type: dict[str, dict[str, list[float]]] = {"answer_type": defaultdict(list), "question_type": defaultdict(list)}
     few = sum(len(annotation["answers"]) < ENOUGH_ANSWERS for annotation in annotations)
     for annotation in annotations:
         question_id = annotation["question_id"]
         answers = [answer["answer"] for answer in annotation["answers"]]
         accuracy = 100 * question_accuracy(answers, predictions[question_id])
         by_question[question_id] = accuracy
-        by_answer_type[annotation["answer_type"]].append(accuracy)
-        by_question_type[annotation["question_type"]].append(accuracy)
+        for kind, groups in by_type.items():
+            if kind in annotation:
+                groups[annotation[kind]].append(accuracy)
+    by_answer_type, by_question_type = by_type.values()
     return Scores(
         overall=_mean(by_question.values()).accuracy,
         by_answer_type={name: _mean(by_answer_type[name]) for name in sorted(by_answer_type)},
@@ -159,7 +163,7 @@ def score_files(questions: str | Path, annotations: str | Path, results: str | P
     Raises:
         RoutevlError: a file is missing or malformed, or the files are about different questions or none.
     """
-    _, entries = read_pair(questions, annotations)
+    _, entries = read_pair(questions, annotations, ANSWERED)
     if not entries:
         raise RoutevlError(f"{annotations}: holds no questions to score")
     question_ids = [entry["question_id"] for entry in entries]

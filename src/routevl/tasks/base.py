@@ -185,6 +185,12 @@ class Task(ABC):
     def examples(self, split: str) -> Dataset:
         """The examples of a split, tokenised, in a fixed order. Raises RoutevlError when the split has none."""
 
+    def training_examples(self) -> Dataset:
+        """The examples of the training split, of which `max_train_examples` keeps the first."""
+        examples = self.examples("train")
+        most = self.settings.max_train_examples
+        return examples if most is None or most >= len(examples) else examples.select(range(most))
+
     @abstractmethod
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Examples -> a batch of tensors, padded on the right; items to predict have their "ids" (B,) in it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
-from routevl.files import read_json
+from routevl.features.images import IMAGES
 from routevl.tasks.base import Task, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -81,10 +81,15 @@ class CaptionTask(Task):
         )
 
     def to_predict(self, split: str) -> Dataset:
-        """Each image that has captions, once."""
+        """Each image that has captions, once; where the split has no captions.json, each that it lists."""
         folder = self.data / split
-        captioned = {a["image_id"] for a in read_captions(folder / "captions.json")["annotations"]}
-        return Dataset.from_dict({"image_id": [i["id"] for i in read_json(folder / "images.json") if i["id"] in captioned]})
+        image_ids = [image["id"] for image in IMAGES.read(folder / "images.json")]
+        if (folder / "captions.json").exists():
+            captioned = {caption["image_id"] for caption in read_captions(folder / "captions.json")["annotations"]}
+            image_ids = [image_id for image_id in image_ids if image_id in captioned]
+        elif not image_ids:
+            raise RoutevlError(f"{folder / 'images.json'}: no images, so nothing to caption")
+        return Dataset.from_dict({"image_id": image_ids})
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         image_ids = [example["image_id"] for example in examples]

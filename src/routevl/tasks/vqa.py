@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from routevl.data.vqav2 import read_pair
+from routevl.data.vqav2 import read_pair, read_questions
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of
 from routevl.metrics.vqa import soft_scores
@@ -73,18 +73,26 @@ class VqaTask(Task):
         if not questions:
             raise RoutevlError(f"{folder / 'questions.json'}: no questions, so nothing to learn vqa from")
         targets = [self._targets([answer["answer"] for answer in annotation["answers"]]) for annotation in annotations]
-        return Dataset.from_dict(
-            {
-                "token_ids": self._tokenise(questions),
-                "image_id": [question["image_id"] for question in questions],
-                "question_id": [question["question_id"] for question in questions],
-                "answer_index": [list(target) for target in targets],
-                "answer_score": [list(target.values()) for target in targets],
-            }
-        )
+        answers = {
+            "answer_index": [list(target) for target in targets],
+            "answer_score": [list(target.values()) for target in targets],
+        }
+        return Dataset.from_dict(self._asked(questions) | answers)
 
     def to_predict(self, split: str) -> Dataset:
-        return self.examples(split).remove_columns(["answer_index", "answer_score"])
+        """Each question; no answers are needed."""
+        path = self.data / split / "questions.json"
+        questions = read_questions(path)
+        if not questions:
+            raise RoutevlError(f"{path}: no questions, so nothing to answer")
+        return Dataset.from_dict(self._asked(questions))
+
+    def _asked(self, questions: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {
+            "token_ids": self._tokenise(questions),
+            "image_id": [question["image_id"] for question in questions],
+            "question_id": [question["question_id"] for question in questions],
+        }
 
     def _tokenise(self, questions: list[dict[str, Any]]) -> list[list[int]]:
         texts = [question["question"] for question in questions]

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     bare.needs, bare.refuses = method.needs, method.refuses
     task, _ = load_task(settings, bare, {}, arguments)
     task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
-    batches = training_batches(task, task.examples("train"), accelerator, arguments.workers, epoch=0)
+    batches = training_batches(task, task.training_examples(), accelerator, arguments.workers, epoch=0)
     tensors = method.prepare(task, batches)
     with atomic_file(arguments.output) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -67,7 +67,7 @@ class Trainer:
         self.task, inputs = load_task(settings, self.method, prepared, arguments)
         if accelerator.process_index:  # the model starts the same everywhere, dropout differs
             set_seed((settings.seed + accelerator.process_index) % 2**32)
-        self.examples = self.task.examples("train")
+        self.examples = self.task.training_examples()
         self.validation = self.task.examples("val")
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
         for items in (self.examples, self.validation, self.to_predict):

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from routevl.data.vqav2 import usual_answer
 from routevl.errors import RoutevlError
 from routevl.features.images import ImageFile, read_image, read_image_lists
 from routevl.files import read_json
@@ -167,7 +168,7 @@ def _draw_items(
 
 def _questions(data: Path) -> dict[int, dict]:
     annotations = read_json(data / "annotations.json")["annotations"]
-    answers = {entry["question_id"]: entry["multiple_choice_answer"] for entry in annotations}
+    answers = {entry["question_id"]: usual_answer(entry) for entry in annotations}
     return {
         entry["question_id"]: {
             "image_id": entry["image_id"], "question": entry["question"], "truth": answers[entry["question_id"]]

@@ -1,0 +1,113 @@
+"""Data as people have it: new questions and images without answers, and a part of the training split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SmallWorld, command_line, run_stage
+from runs import TASKS, Run, new_run
+
+from routevl.errors import RoutevlError
+
+
+@pytest.fixture(scope="module")
+def trained(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run of each task, of one epoch."""
+    return {task: new_run(small_world, tmp_path_factory.mktemp(task), task, epochs=1).train() for task in TASKS}
+
+
+# ---------------------------------------------------------------------------------------------- prediction
+
+
+@pytest.fixture
+def mine(small_world: SmallWorld, tmp_path: Path) -> Path:
+    """A split of four images alone, beside the vocabulary."""
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    shutil.copy(small_world.data / "answers.json", folder.parent)
+    images = json.loads((small_world.data / "test/images.json").read_text())[:4]
+    (folder / "images.json").write_text(json.dumps([{"id": image["id"], "file_name": image["file_name"]} for image in images]))
+    return folder
+
+
+def predict(run: Run, split: Path) -> list[dict[str, Any]]:
+    options = {name: run.options[name] for name in ("features", "text_backbone", "vision_backbone")}
+    options |= {"data": split.parent, "split": split.name, "model": run.model, "predictions": split.parent / "predictions"}
+    run_stage("predict", *command_line(options))
+    return json.loads((split.parent / "predictions/results.json").read_text())
+
+
+def test_h25_questions_without_annotations_are_answered(small_world: SmallWorld, trained: dict[str, Run], mine: Path) -> None:
+    """As they are with annotations, which no prediction looks at."""
+    image_ids = {image["id"] for image in json.loads((mine / "images.json").read_text())}
+    questions = json.loads((small_world.data / "test/questions.json").read_text())["questions"]
+    questions = [question for question in questions if question["image_id"] in image_ids]
+    (mine / "questions.json").write_text(json.dumps({"questions": questions}))
+    asked = {question["question_id"] for question in questions}
+    expected = [answer for answer in trained["vqa"].results() if answer["question_id"] in asked]
+    assert predict(trained["vqa"], mine) == expected and len(expected) == 12
+    assert sorted(path.name for path in mine.iterdir()) == ["images.json", "questions.json"]
+
+
+def test_h25_images_without_captions_are_captioned(trained: dict[str, Run], mine: Path) -> None:
+    image_ids = [image["id"] for image in json.loads((mine / "images.json").read_text())]
+    expected = [caption for caption in trained["caption"].results() if caption["image_id"] in image_ids]
+    assert predict(trained["caption"], mine) == expected and len(expected) == 4
+    captions = {"annotations": [{"id": 1, "image_id": image_ids[2], "caption": "a circle"}]}
+    (mine / "captions.json").write_text(json.dumps(captions))
+    assert predict(trained["caption"], mine) == expected[2:3]  # where some have captions, those are to be scored
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "message"),
+    [
+        ("vqa", "questions.json", None, "questions.json: no such file"),
+        ("vqa", "questions.json", {"questions": []}, "questions.json: no questions, so nothing to answer"),
+        ("vqa", "questions.json", {"questions": [{"question_id": 1, "image_id": 1}]}, "not a VQAv2 questions file"),
+        ("caption", "images.json", [], "images.json: no images, so nothing to caption"),
+        ("caption", "images.json", [{"id": "1"}], "images.json: not a list of images"),
+    ],
+)
+def test_h25_a_split_with_nothing_to_predict(
+    trained: dict[str, Run], mine: Path, task: str, file: str, content: Any, message: str
+) -> None:
+    if content is not None:
+        (mine / file).write_text(json.dumps(content))
+    with pytest.raises(RoutevlError, match=message):
+        predict(trained[task], mine)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def state(run: Run) -> dict[str, str]:
+    """Digests of the last step's weights and optimiser."""
+    return json.loads((run.model / "last/state.json").read_text())
+
+
+def test_the_first_examples_of_the_training_split_alone(small_world: SmallWorld, tmp_path: Path) -> None:
+    """As if the split had no others."""
+    run = new_run(small_world, tmp_path / "few", "vqa", epochs=1).changed(max_train_examples=7).train()
+    data = shutil.copytree(small_world.data, tmp_path / "data")
+    for name in ("questions", "annotations"):
+        content = json.loads((data / f"train/{name}.json").read_text())
+        (data / f"train/{name}.json").write_text(json.dumps(content | {name: content[name][:7]}))
+    short = new_run(small_world, tmp_path / "short", "vqa", epochs=1).changed(data=data).train()
+    assert state(run) == state(short)
+    assert run.lines()[-1]["step"] == 2  # batches of five
+    assert json.loads((run.model / "run.json").read_text())["settings"]["max_train_examples"] == 7
+
+
+@pytest.mark.parametrize("most", ["none", 10_000])
+def test_all_examples_are_as_if_nothing_were_said(
+    small_world: SmallWorld, trained: dict[str, Run], tmp_path: Path, most: str | int
+) -> None:
+    run = new_run(small_world, tmp_path, "vqa", epochs=1).changed(max_train_examples=most).train()
+    assert state(run) == state(trained["vqa"])
+    settings = [json.loads((r.model / "run.json").read_text())["settings"] for r in (run, trained["vqa"])]
+    assert "max_train_examples" not in settings[1]  # nor is it in the record of an earlier version's run
+    assert settings[0] == settings[1] | ({} if most == "none" else {"max_train_examples": most})
