@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, field, fields
 from decimal import Decimal
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -66,7 +67,11 @@ def read(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
 
 
 def parse_number(text: str) -> int | float:
-    """The value of a number with a fraction or an exponent; exact where it is whole, so that no id becomes another one."""
+    """The number that a text is, as 12, 1e3, 3.0 or 1E-4; exact where it is whole, so that no id becomes another one.
+
+    Raises:
+        ValueError: it is none.
+    """
     value = float(text)
     return int(Decimal(text)) if value.is_integer() else value
 
@@ -86,16 +91,17 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     kind = kinds[0]
     if len(kinds) > 1 and (value is None or value == NONE):
         return None
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = YES_NO[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise RoutevlError(f"{where} is {value!r}, expected {_expected(hint)}") from None
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
+    typed = value
+    with suppress(KeyError, ValueError, OverflowError):
+        if isinstance(value, str) and kind is not str:
+            typed = YES_NO[value] if kind is bool else parse_number(value)
+        if kind is float and type(typed) is int:
+            typed = float(typed)
+        elif kind is int and type(typed) is float and typed.is_integer():
+            typed = int(typed)
+    if type(typed) is not kind:
         raise RoutevlError(f"{where} is {value!r}, expected {_expected(hint)}")
-    return value
+    return typed
 
 
 def _expected(hint: Any) -> str:
@@ -176,8 +182,8 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
-        except ValueError:
+            value = _typed(kind, text, "")
+        except RoutevlError:
             value = math.nan
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is no {TYPE_NAMES[kind]} of {least} or more")

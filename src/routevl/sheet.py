@@ -7,16 +7,19 @@ configuration.
 from __future__ import annotations
 
 import csv
+import math
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS, method_class, refuse_fixed
-from routevl.options import check_value, read_words
+from routevl.options import check_value, parse_number, read_words
 from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
 
@@ -37,8 +40,7 @@ COLUMNS = {
     "feeds": "comma-separated short names of the tables and figures that show the experiment",
 }
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # part of file and rule names
-FEEDS = re.compile(r"([TF][0-9]+(,[TF][0-9]+)*)?")
-SEEDS = re.compile(r"[0-9]+(,[0-9]+)*")
+FEEDS = re.compile(r"([TF][0-9]+( *, *[TF][0-9]+)*)?")
 
 
 @dataclass(frozen=True)
@@ -71,28 +73,52 @@ class Experiment:
 def read_sheet(path: str | Path) -> list[Experiment]:
     """The experiments of a sheet, in its order.
 
+    It is tab-separated text, or CSV with commas or semicolons, as spreadsheets write it: in UTF-8 or, with a byte-order mark,
+    UTF-16; cells may be quoted and have blanks around them; empty lines and empty columns at the end are left out.
+
     Raises:
         RoutevlError: no such file; an unknown, missing or double column; a wrong value, option or reference. One line that names
             the file and the experiment.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header, *lines = [line for line in csv.reader(file, delimiter="\t") if any(line)]
-    except FileNotFoundError:
-        raise RoutevlError(f"{path}: no such run sheet (config key experiments)") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise RoutevlError(f"{path}: not a readable tab-separated sheet ({error})") from None
+    header, lines = _read_cells(path)
+    width = len(header)
+    while header and not header[-1]:
+        header.pop()
     if wrong := sorted(set(header) ^ set(COLUMNS)) or [name for name in header if header.count(name) > 1]:
         what = "no column" if wrong[0] in COLUMNS and wrong[0] not in header else "an unknown or double column"
         raise RoutevlError(f"{path}: {what} {wrong[0]!r}; the columns are {' '.join(COLUMNS)}")
     experiments = []
     for line in lines:
-        if len(line) != len(header):
-            raise RoutevlError(f"{path}: the row {line[0]!r} has {len(line)} cells for {len(header)} columns")
-        row = dict(zip(header, line, strict=True))
+        row = dict(zip(header, line, strict=False))
+        where = f"{path}: the row {line[0]!r}"
+        if len(line) != width:
+            quote = "; quote cells that have the separator in them" if len(line) > width else ""
+            raise RoutevlError(f"{where} has {len(line)} cells for {width} columns{quote}")
+        if beyond := list(filter(None, line[len(header) :])):
+            raise RoutevlError(f"{where} has {beyond[0]!r} in a column without a name")
         experiments.append(_experiment(row, f"{path}: experiment {row['experiment']!r}"))
     _check_names(experiments, path)
     return experiments
+
+
+def _read_cells(path: str | Path) -> tuple[list[str], list[list[str]]]:
+    """The cells of the first line and of the others, without lines that have none, and without blanks around them."""
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+        # names of columns have no separator in them, so that the first line tells which one it is
+        delimiter = next((mark for mark in "\t;," if mark in text.lstrip().partition("\n")[0]), "\t")
+        reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = [cells for line in reader if any(cells := [cell.strip() for cell in line])]
+        if not lines:
+            raise ValueError("it is empty")
+    except FileNotFoundError:
+        raise RoutevlError(f"{path}: no such run sheet (config key experiments)") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise RoutevlError(
+            f"{path}: not a readable run sheet ({error}); save it as tab-separated text or CSV, in UTF-8"
+        ) from None
+    return lines[0], lines[1:]
 
 
 def _experiment(row: dict[str, str], where: str) -> Experiment:
@@ -106,6 +132,15 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
             raise RoutevlError(f"{where}: {column} {row[column]!r} is not of the form {example}")
         return row[column]
 
+    def whole(column: str, text: str, least: int, example: str) -> int:
+        try:
+            value = parse_number(text)
+        except ValueError:
+            value = math.nan
+        if type(value) is not int or value < least:
+            raise RoutevlError(f"{where}: {column} {row[column]!r} is not of the form {example}")
+        return value
+
     experiment = Experiment(
         experiment=fits("experiment", NAME, "letters, digits, _, . and -, the first none of the last two, at most 100"),
         task=one_of("task", tuple(TASKS)),
@@ -114,11 +149,11 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
         method=one_of("method", tuple(METHODS)),
         options=read_words(row["options"].split(), f"{where}: options"),
         versus=row["versus"],
-        epochs=int(fits("epochs", re.compile("[1-9][0-9]*"), "3, a whole number above zero")),
+        epochs=whole("epochs", row["epochs"], 1, "3, a whole number above zero"),
         prefix=one_of("prefix", ("yes", "no")) == "yes",
         visual_tokens=one_of("visual_tokens", VISUAL_TOKENS),
-        seeds=tuple(map(int, fits("seeds", SEEDS, "1,2,3").split(","))),
-        feeds=tuple(filter(None, fits("feeds", FEEDS, "T1,F2").split(","))),
+        seeds=tuple(whole("seeds", seed, 0, "1,2,3") for seed in row["seeds"].split(",")),
+        feeds=tuple(re.findall("[^ ,]+", fits("feeds", FEEDS, "T1,F2"))),
     )
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise RoutevlError(f"{where}: a seed stands twice in {row['seeds']}")

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import SmallWorld, command_line, run_stage
 from runs import TASKS, Run, new_run
+from tiny_project import PROJECT, row
 
 from routevl.errors import RoutevlError
+from routevl.sheet import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,28 @@ def test_all_examples_are_as_if_nothing_were_said(
     settings = [json.loads((r.model / "run.json").read_text())["settings"] for r in (run, trained["vqa"])]
     assert "max_train_examples" not in settings[1]  # nor is it in the record of an earlier version's run
     assert settings[0] == settings[1] | ({} if most == "none" else {"max_train_examples": most})
+
+
+# ---------------------------------------------------------------------------------------------- planning
+
+
+@pytest.mark.parametrize("routing", ["mul", "none"])
+def test_the_plan_counts_what_a_run_trains_the_visual_projection_too(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, routing: str
+) -> None:
+    """The method's own, or the task's."""
+    monkeypatch.syspath_prepend(PROJECT / "workflow")
+    import plan
+
+    run = new_run(small_world, tmp_path / "run", "caption", epochs=1, options={"routing": routing}).train()
+    record = json.loads((run.model / "run.json").read_text())
+    assert record["trainable_params_by_part"]["visual_projection"] == 24 * 16 + 16
+    options = "r=2 lora_alpha=4 visual_scale=tanh routing=" + routing
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text("\t".join(COLUMNS) + "\n" + row("one", "caption", options).replace("r=2 lora_alpha=2 ", "") + "\n")
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text()) | {"experiments": str(sheet), "results": str(tmp_path)}
+    config["methods"] = {}
+    config["plan"] = {"text": {"gpt2": {"layers": 2, "width": 16}}, "vision": {"vit": {"width": 24}}}
+    planned = plan.Plan(config)
+    assert planned.cost("train", {"run": "one_seed1"}).disk == 2 * 4 * record["trainable_params"]
+    assert list(planned.lacking) == ["plan.text.gpt2.samples_per_second", "plan.train_examples.caption"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,116 @@ def test_b12_a_new_row_changes_the_scoring_of_its_own_baseline_alone(workflow: P
     sheet.write_text("\n".join([*lines[: place + 1], "\t".join(cells), *lines[place + 1 :]]) + "\n")
     changed = {rule for rule, predictions in scoring(workflow).items() if before.get(rule) != predictions}
     assert changed == {"score_vqa_lora_none_r16_e1_seed1"}
+
+
+# ------------------------------------------------------------------------------- from the files to the command lines
+
+
+def commands(workflow: Path, stage: str, *targets: str) -> list[str]:
+    """The command lines of a stage that Snakemake would run."""
+    status, output = dry_run(workflow, "--printshellcmds", *targets)
+    assert status == 0, output
+    return re.findall(rf"^Shell command: .* -- routevl ({stage} .*) &> ", output, re.MULTILINE)
+
+
+def test_each_experiment_has_its_own_learning_rate_batch_size_and_scale(workflow: Path) -> None:
+    """The row's, else the method's, else the task's; a number however it is written."""
+    own = {
+        "vqa_lora_mul_r4_e3": "learning_rate=1e-4 batch_size=1.6e1 visual_scale=layer_norm max_train_examples=5E2",
+        "vqa_lora_none_r4_e3": "batch_size=8.0",
+    }
+    sheet = workflow / SHEET
+    header, *lines = [line.split("\t") for line in sheet.read_text().splitlines()]
+    for line in lines:
+        line[header.index("options")] += f" {own.get(line[0], '')}"
+    sheet.write_text("\n".join("\t".join(line) for line in [header, *lines]) + "\n")
+    change_configuration(workflow, "methods.lora.batch_size", 24)
+    found = {}
+    for command in commands(workflow, "train"):
+        words = dict(re.findall(r"--(learning-rate|batch-size|max-train-examples) (\S+)", command))
+        scale = re.search(r" visual_scale=(\S+)", command)
+        found[re.search(r"--model results/models/(\S+)_seed\d+ ", command)[1]] = {**words, "scale": scale and scale[1]}
+    of_method = {"learning-rate": "0.003", "batch-size": "24", "scale": "tanh"}
+    changed = {"learning-rate": "0.0001", "batch-size": "16", "max-train-examples": "500", "scale": "layer_norm"}
+    assert found.pop("vqa_lora_mul_r4_e3") == changed
+    assert found.pop("vqa_lora_none_r4_e3") == of_method | {"batch-size": "8"}
+    assert found.pop("vqa_lora_none_r16_e1") == of_method
+    assert found.pop("vqa_adapter_none_r4_e3") == of_method | {"batch-size": "32"}
+    assert len(found) > 20 and not any("max-train-examples" in words for words in found.values())
+
+
+def test_numbers_of_the_configuration_are_read_as_people_write_them(workflow: Path) -> None:
+    """YAML takes 1e-3 for a text; 2.0 is a whole number, as `--config` or a program may write it."""
+    path = workflow / "config/config.yaml"
+    text = path.read_text()
+    for old, new in (
+        ("train_images: 1600", "train_images: 1.6e3"),
+        ("seed: 2", "seed: 2.0"),
+        ("epochs: 2, hidden", "epochs: 2, learning_rate: 1E-4, hidden"),
+        ("checkpoint_every: 200", "checkpoint_every: 2e2"),
+        ("learning_rate: 0.003", "learning_rate: 3e-3"),
+    ):
+        assert old in text
+        text = text.replace(old, new, 1)
+    stages = r"(?!provenance)\S+"  # which has the configuration as it is, for its readers
+    before = set(commands(workflow, stages))
+    path.write_text(text)
+    after = set(commands(workflow, stages))
+    [old], [new] = before - after, after - before
+    assert new == old.replace(" --epochs 2 ", " --epochs 2 --learning-rate 0.0001 ") and len(before & after) > 40
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("world.train_images", "1.5e0", "configuration: world.train_images: '1.5e0' is not of type 'integer'"),
+        ("world.train_images", 2.5, "configuration: world.train_images: 2.5 is not of type 'integer'"),
+        ("world.train_images", "many", "configuration: world.train_images: 'many' is not of type 'integer'"),
+        ("world.train_images", "0e1", "configuration: world.train_images: 0 is less than the minimum of 1"),
+        ("features.shards", True, "configuration: features.shards: True is not of type 'integer'"),
+        ("plan.text.roberta.samples_per_second", "inf", "samples_per_second: 'inf' is not of type 'number'"),
+        ("runs.learning_rate", "0,001", "configuration: runs: learning_rate is '0,001', expected number"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_number_in_the_configuration_is_refused(workflow: Path, key: str, value: Any, message: str) -> None:
+    change_configuration(workflow, key, value)
+    expect_message(workflow, message)
+
+
+def own_source(split: Any, **keys: Any) -> dict[str, Any]:
+    return {"split": split, "images": "images", "questions": "q.json", "annotations": "a.json"} | keys
+
+
+def test_the_keys_of_a_source_reach_the_command_line(workflow: Path) -> None:
+    change_configuration(workflow, "world", None)
+    change_configuration(workflow, "data.root", "mine")
+    first = own_source({"train": 0.9, "val": "1e-1", "seed": 1}, image_list="list.json", max_images="1e2", id_offset=1000.0)
+    change_configuration(workflow, "data.sources", [first, own_source("test")])
+    for name in ("images", "list.json", "q.json", "a.json"):
+        (workflow / "mine" / name).mkdir(parents=True)
+    [(_, job)] = [job for job in planned(workflow, "results/data") if job[0] == "prepare"]
+    assert "mine/list.json" in job["input"].split(", ")
+    [command] = commands(workflow, "prepare", "results/data")
+    passed = json.loads(re.search(r"--sources '(.*?)'", command)[1])
+    paths = {"images": "mine/images", "questions": "mine/q.json", "annotations": "mine/a.json"}
+    assert passed == [
+        {"split": {"train": 0.9, "val": 0.1, "seed": 1}, **paths, "image_list": "mine/list.json", "max_images": 100,
+         "id_offset": 1000},
+        {"split": "test", **paths},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (own_source({"train": 0.9, "val": 0.2, "seed": 1}), "expected a split, fractions that sum to 1 and a seed"),
+        (own_source({"train": 1.0}), "configuration: data.sources.0.split: {'train': 1.0} is not valid"),
+        (own_source("train", annotations=None), "configuration: data.sources: not a list of sources as data.sources in the "),
+        (own_source("train", max_images=0), "configuration: data.sources.0.max_images: 0 is less than the minimum of 1"),
+        (own_source("train", image_list="~/list.json"), "configuration: data.sources.0.image_list: the path '~/list.json' is"),
+    ],
+)
+def test_wrong_sources_are_refused_before_anything_runs(workflow: Path, source: dict[str, Any], message: str) -> None:
+    change_configuration(workflow, "data.sources", [{key: value for key, value in source.items() if value is not None}])
+    expect_message(workflow, message)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +98,13 @@ def test_columns_stand_in_any_order_and_lines_may_be_empty(tmp_path: Path, exper
     ("content", "message"),
     [
         (None, "no such run sheet"),
-        ("", "not a readable tab-separated sheet"),
+        ("", "not a readable run sheet .it is empty.; save it as tab-separated text or CSV, in UTF-8"),
+        ("\t\t\n\n", "not a readable run sheet .it is empty."),
         ("experiment\ttask\n", "no column"),
         ("\t".join([*COLUMNS, "task"]) + "\n", "an unknown or double column 'task'"),
         ("\t".join(COLUMNS) + "\nmul\tvqa\n", "the row 'mul' has 2 cells for 12 columns"),
-        ("\x00\xff", "not a readable tab-separated sheet"),
+        ("\t".join(COLUMNS) + '\n"mul\tvqa\n', "not a readable run sheet .unexpected end of data."),
+        ("PK\x03\x04\xff", "not a readable run sheet .*; save it as tab-separated text or CSV, in UTF-8"),
     ],
 )
 def test_what_is_no_sheet_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:
@@ -109,6 +114,92 @@ def test_what_is_no_sheet_is_one_line(tmp_path: Path, content: str | None, messa
     with pytest.raises(RoutevlError, match=message) as error:
         read_sheet(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def quoted(text: str) -> str:
+    return "\n".join("\t".join(f'"{cell}"' for cell in line.split("\t")) for line in text.splitlines())
+
+
+def separated(text: str, separator: str) -> str:
+    """As spreadsheets write CSV: cells that have the separator in them are quoted."""
+    output = StringIO()
+    csv.writer(output, delimiter=separator).writerows(line.split("\t") for line in text.splitlines())
+    return output.getvalue()
+
+
+SPREADSHEETS: dict[str, Callable[[str], bytes]] = {
+    "CRLF": lambda text: text.replace("\n", "\r\n").encode(),
+    "CR": lambda text: text.replace("\n", "\r").encode(),
+    "byte-order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
+    "UTF-16, the other order": lambda text: b"\xfe\xff" + text.encode("utf-16-be"),
+    "quoted cells": lambda text: quoted(text).encode(),
+    "lines of tabs": lambda text: text.replace("\n", "\n" + "\t" * 11 + "\n").encode(),
+    "empty lines": lambda text: ("\n\n" + text + "\n\n").encode(),
+    "trailing empty columns": lambda text: text.replace("\n", "\t\t\n").encode(),
+    "blanks around cells": lambda text: text.replace("\t", " \t\u00a0").replace("\n", " \n").encode(),
+    "no last line break": lambda text: text.rstrip("\n").encode(),
+    "commas": lambda text: separated(text, ",").encode("utf-8-sig"),
+    "semicolons": lambda text: separated(text, ";").encode(),
+    "blanks after commas": lambda text: text.replace("2,1\t", "2, 1\t").replace("T1,F2\n", "T1, F2\n").encode(),
+    "numbers as floats": lambda text: text.replace("\t3\t", "\t3.0\t").replace("2,1\t", "2.0,1e0\t").encode(),
+}
+
+
+@pytest.mark.parametrize("written", SPREADSHEETS.values(), ids=SPREADSHEETS)
+def test_h13_a_sheet_is_read_as_spreadsheets_write_it(tmp_path: Path, written: Callable[[str], bytes]) -> None:
+    sheet = write_sheet(tmp_path / "sheet.tsv", {"feeds": "T1,F2"}, {"experiment": "other", "versus": "mul", "options": ""})
+    expected, content = read_sheet(sheet), written(sheet.read_text())
+    assert content != sheet.read_bytes()
+    sheet.write_bytes(content)
+    assert read_sheet(sheet) == expected and len(expected) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("\t", ","), "the row 'mul' has 14 cells for 12 columns; quote cells that have the separator"),
+        (lambda text: text.replace("F2\n", "F2\tsee mail\n"), "the row 'mul' has 13 cells for 12 columns"),
+        (lambda text: text.replace("feeds\n", "feeds\t\n").replace("F2\n", "F2\tsee mail\n"),
+         "the row 'mul' has 'see mail' in a column without a name"),
+        (lambda text: text.replace("task\t", "\t"), "an unknown or double column ''"),
+        (lambda text: "sep=;\n" + text.replace("\t", ";"), "no column 'epochs'|an unknown or double column"),
+        (lambda text: text.replace("\t3\t", "\t3.5\t"), "epochs '3.5' is not of the form 3, a whole number above zero"),
+        (lambda text: text.replace("\t3\t", "\t0\t"), "epochs '0' is not of the form 3"),
+        (lambda text: text.replace("2,1", "2.1"), "seeds '2.1' is not of the form 1,2,3"),
+        (lambda text: text.replace("2,1", "2,"), "seeds '2,' is not of the form 1,2,3"),
+        (lambda text: text.replace("2,1", "-2"), "seeds '-2' is not of the form 1,2,3"),
+        (lambda text: text.replace("2,1", "2,2.0"), "a seed stands twice in 2,2.0"),
+        (lambda text: text.replace("2,1", "1e400"), "seeds '1e400' is not of the form 1,2,3"),
+    ],
+)  # fmt: skip
+def test_h13_nothing_in_a_sheet_is_guessed(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+    sheet = write_sheet(tmp_path / "sheet.tsv", {})
+    sheet.write_text(change(sheet.read_text()))
+    with pytest.raises(RoutevlError, match=message) as error:
+        read_sheet(sheet)
+    assert str(error.value).startswith(f"{sheet}: ") and "\n" not in str(error.value)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    words = "learning_rate=1E-4 batch_size=3.2e1 r=4.0 lora_alpha=1e1 warmup=1e3 max_train_examples=1e3 weight_decay=0"
+    [experiment] = read_sheet(write_sheet(tmp_path / "sheet.tsv", {"options": words}))
+    found = settings_of(experiment, 2, config())
+    assert (found.learning_rate, found.warmup, found.weight_decay) == (0.0001, 1000.0, 0.0)
+    assert (found.batch_size, found.max_train_examples, found.options["r"], found.options["lora_alpha"]) == (32, 1000, 4, 10.0)
+    assert [type(found.as_record()[name]) for name in ("batch_size", "max_train_examples", "warmup")] == [int, int, float]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["batch_size=2.5", "batch_size=1e400", "batch_size=yes", "r=1e-1", "r=1,5", "max_train_examples=0", "max_train_examples=",
+     "learning_rate=0,001", "learning_rate=nan", "learning_rate=1e400", "learning_rate=1e-3x"],
+)  # fmt: skip
+def test_what_is_no_number_or_no_whole_one_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(
+        RoutevlError, match=f"experiment 'mul': options: .*{word.partition('=')[0]}.* (expected|is not of the form)"
+    ):
+        read_sheet(write_sheet(tmp_path / "sheet.tsv", {"options": word}))
 
 
 def test_versus_may_stand_anywhere_in_the_sheet(tmp_path: Path) -> None:

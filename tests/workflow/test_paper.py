@@ -130,17 +130,69 @@ def test_the_plan_tells_what_the_grid_costs(commands: str) -> None:
     assert int(table["total"][0]) == jobs + 1  # rule all has no command
 
 
-def test_the_plan_gives_a_derived_backbone_the_size_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_gives_a_derived_backbone_the_size_of_its_source(plan_module: Any) -> None:
+    derived = {"derive": {"by": "magnitude", "from": "gpt2-medium", "options": {"sparsity": 0.5}}}
+    texts = PAPER["backbones"]["text"] | {"pruned": derived, "pruned again": {"derive": {**derived["derive"], "from": "pruned"}}}
+    costs = plan_module.Plan(PAPER | {"backbones": PAPER["backbones"] | {"text": texts}})
+    disk = costs.cost("fetch_backbone", {"name": "gpt2-medium"}).disk / 2  # there it is twice
+    for name in ("pruned", "pruned again"):
+        assert costs.cost("derive_backbone", {"derived": name}).disk == disk > 1e9
+
+
+@pytest.fixture
+def plan_module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(PROJECT)
     monkeypatch.syspath_prepend(PROJECT / "workflow")
     import plan
 
-    derived = {"derive": {"by": "magnitude", "from": "gpt2-medium", "options": {"sparsity": 0.5}}}
-    texts = PAPER["backbones"]["text"] | {"pruned": derived, "pruned again": {"derive": {**derived["derive"], "from": "pruned"}}}
-    costs = plan.Plan(PAPER | {"backbones": PAPER["backbones"] | {"text": texts}})
-    disk = costs.cost("fetch_backbone", {"name": "gpt2-medium"}).disk / 2  # there it is twice
-    for name in ("pruned", "pruned again"):
-        assert costs.cost("derive_backbone", {"derived": name}).disk == disk > 1e9
+    return plan
+
+
+JOBS = [
+    ("download", {"file": "train2014.zip"}),
+    ("fetch_backbone", {"name": "roberta-base"}),
+    ("extract", {"vision": "vit-base"}),
+    *(("train", {"run": f"{run}_seed1"}) for run in RUNS),
+]
+
+
+def test_the_plan_counts_jobs_without_sizes_and_speeds(plan_module: Any) -> None:
+    """And what needs none of these; it says what is missing."""
+    lines = plan_module.report({key: value for key, value in PAPER.items() if key != "plan"}, JOBS).splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:-2]}
+    assert {name: cells[0] for name, cells in table.items()} == {
+        "download": "1", "fetch_backbone": "1", "extract": "1", "train": "3", "total": "6",
+    }  # fmt: skip
+    assert float(table["download"][2]) > 10 and table["total"][2] == table["download"][2]
+    assert " ".join(table["total"][4:]) == "(5 of them not in full)" and len(table["download"]) == 4
+    assert lines[-1].startswith("Not counted is what needs a key that the configuration lacks: plan.text.roberta-base.width, ")
+    for key in (
+        "plan.images",
+        "plan.train_examples.vqa",
+        "plan.vision.vit-base.images_per_second",
+        "plan.text.gpt2-medium.layers",
+    ):
+        assert f" {key}," in lines[-1] + ",", key
+
+
+def test_the_plan_lacks_one_speed_and_counts_the_rest(plan_module: Any) -> None:
+    whole = plan_module.report(PAPER, JOBS).splitlines()
+    large = {key: value for key, value in PAPER["plan"]["text"]["roberta-large"].items() if key != "samples_per_second"}
+    some = PAPER | {"plan": PAPER["plan"] | {"text": PAPER["plan"]["text"] | {"roberta-large": large}}}
+    lines = plan_module.report(some, JOBS).splitlines()
+    assert (
+        lines[-1] == "Not counted is what needs a key that the configuration lacks: plan.text.roberta-large.samples_per_second."
+    )
+    assert lines[1:4] == whole[1:4]
+    before, now = (float(line.split()[2]) for line in (whole[4], lines[4]))
+    assert 0 < now < before and lines[4].endswith("(2 of them not in full)")
+    assert lines[4].split()[4] == whole[4].split()[4]  # the weights
+
+
+def test_the_plan_counts_the_examples_that_a_row_learns_from(plan_module: Any) -> None:
+    some = PAPER | {"runs": PAPER["runs"] | {"max_train_examples": 605102 // 2}}
+    hours = [plan_module.Plan(config).cost("train", {"run": f"{RUNS[0]}_seed1"}).gpu_hours for config in (PAPER, some)]
+    assert hours[1] == hours[0] / 2 > 0
 
 
 # -------------------------------------------------------------------------------------------- at toy size

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 
 from routevl import options as command_line_options
 from routevl.backbones.derivations import check_backbones
+from routevl.configuration import check_schema
 from routevl.data.datasets import read_datasets
+from routevl.data.sources import SOURCE_FILES, parse_sources
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.methods.table import method_class
@@ -22,18 +22,6 @@ from routevl.provenance.record import LOCK
 from routevl.reporting import FIGURES, TABLES
 from routevl.sheet import check, read_sheet, runs_of, settings_of
 from routevl.startup import log_startup
-
-
-def check_schema(value, schema, source):
-    """Stop with one line, which names the key and what is wrong with it, where `value` does not fit the schema."""
-    schema = yaml.safe_load((Path(workflow.current_basedir) / "../schemas" / schema).read_text())
-    error = best_match(Draft202012Validator(schema).iter_errors(value))
-    if error is not None:
-        key = ".".join(map(str, error.absolute_path)) or "top level"
-        raise WorkflowError(f"{source}: {key}: {error.message}")
-
-
-SOURCE_FILES = ("images", "questions", "annotations", "captions")
 
 
 def configured_paths():
@@ -61,17 +49,30 @@ def check_paths():
         raise WorkflowError(f"configuration: results: {str(results)!r} is no folder of its own, named without ..")
 
 
-check_schema(config, "config.schema.yaml", "configuration")
-check_paths()
-R = str(Path(config["results"]))
+def sources():
+    """The sources of the data, with their paths under the data's root."""
+    entries = []
+    for source in config["data"]["sources"]:
+        entry = {key: str(DATA / value) if key in SOURCE_FILES else value for key, value in source.items()}
+        if "karpathy" in source["split"]:
+            entry["split"] = {"karpathy": str(DATA / source["split"]["karpathy"])}
+        entries.append(entry)
+    return entries
+
+
 try:
+    schema = Path(workflow.current_basedir) / "../schemas/config.schema.yaml"
+    check_schema(config, yaml.safe_load(schema.read_text(encoding="utf-8")), "configuration")
+    check_paths()
+    R = str(Path(config["results"]))
+    DATA = Path(config["data"]["root"])
+    parse_sources(json.dumps(sources()), "configuration: data.sources")
     check_backbones(config["backbones"])
     EXPERIMENTS = read_sheet(config["experiments"])
     check(EXPERIMENTS, config)
     downloads = read_datasets(config["data"]["downloads"]) if "downloads" in config["data"] else {}
 except RoutevlError as error:
     raise WorkflowError(str(error)) from None
-DATA = Path(config["data"]["root"])
 DOWNLOADS = {row.folder: row.file for row in downloads.values()}
 
 # `routevl` of the environment that runs Snakemake, also where that was not activated. Each rule's command takes the place of its
@@ -247,17 +248,6 @@ def run_input_options(wildcards, input):
     return options(
         {name: Path(input.features[0]).parent if name == "features" else input[name] for name in run_inputs(wildcards)}
     )
-
-
-def sources():
-    """The sources of the data, with their paths under the data's root."""
-    entries = []
-    for source in config["data"]["sources"]:
-        entry = {key: str(DATA / value) if key in SOURCE_FILES else value for key, value in source.items()}
-        if "karpathy" in source["split"]:
-            entry["split"] = {"karpathy": str(DATA / source["split"]["karpathy"])}
-        entries.append(entry)
-    return entries
 
 
 def source_files(wildcards):

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{split}-images", type=at_least(1), required=True, help=f"number of {split} images")
     parser.add_argument("--image-size", type=at_least(24), required=True, help="side of the square images, in pixels")
     numbers = range(1, MOST_QUESTIONS + 1)
-    parser.add_argument("--questions-per-image", type=int, choices=numbers, required=True, metavar="N", help="1 to 20")
+    parser.add_argument("--questions-per-image", type=at_least(1), choices=numbers, required=True, metavar="N", help="1 to 20")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from routevl.backbones.folder import check_folder, fingerprint_of
 from routevl.backbones.text import load_text_backbone
 from routevl.errors import RoutevlError
 from routevl.methods.base import Method
+from routevl.options import at_least
 from routevl.settings import RunSettings
 from routevl.tasks.base import Task
 from routevl.tasks.table import TASKS, task_class
@@ -28,21 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-backbone", required=True, metavar="FOLDER", help="the model that made the features")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least(1),
         default=1,
         help="CPU threads of each process; results depend on their number in the last bits, and a run resumes with the same",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that load batches, for each process; results do not depend on them"
+        "--workers",
+        type=at_least(0),
+        default=0,
+        help="processes that load batches, for each process; results do not depend on them",
     )
-
-
-def check_execution(arguments: argparse.Namespace) -> None:
-    """Raise RoutevlError where an option about how to run, not what, is out of range; a stage has some of them."""
-    for name, least in (("threads", 1), ("workers", 0), ("checkpoint_every", 1), ("log_every", 1)):
-        value = getattr(arguments, name, least)
-        if value < least:
-            raise RoutevlError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
 def load_task(

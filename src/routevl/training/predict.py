@@ -17,7 +17,7 @@ from routevl.settings import RunSettings
 from routevl.tasks.base import Task
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import check_execution, load_task
+from routevl.training.inputs import load_task
 from routevl.training.optimisation import prepare_torch
 from routevl.training.order import data_loader
 from routevl.training.prepared import PREPARED, load_prepared
@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RoutevlError: not a trained run, or one of another text or vision model than those given.
     """
-    check_execution(arguments)
     check_replaceable(arguments.predictions, "results.json")
     prepare_torch(arguments.threads)
     folder = Path(arguments.model)

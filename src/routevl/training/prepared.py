@@ -17,7 +17,7 @@ from routevl.methods.base import Method, NoOptions
 from routevl.methods.selective import Full
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import check_execution, load_task
+from routevl.training.inputs import load_task
 from routevl.training.optimisation import prepare_torch
 from routevl.training.order import training_batches
 
@@ -56,7 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
         RoutevlError: wrong settings or inputs, or a method without such a phase.
     """
     settings = run_settings.from_arguments(arguments)
-    check_execution(arguments)
     method = settings.new_method()
     if not method.prepares():
         raise RoutevlError(f"the method {settings.method} has no phase before training")

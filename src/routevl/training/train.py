@@ -11,9 +11,9 @@ from pathlib import Path
 
 from routevl import settings as run_settings
 from routevl.files import check_replaceable, lock
+from routevl.options import at_least
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import check_execution
 from routevl.training.predict import write_predictions
 from routevl.training.trainer import Trainer
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there"
     )
-    parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="steps between checkpoints")
-    parser.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged losses")
+    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
     run_settings.add_arguments(parser)
 
 
@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
         SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
     """
     settings = run_settings.from_arguments(arguments)
-    check_execution(arguments)
     check_replaceable(arguments.model, "run.json")  # before the work, not after it
     check_replaceable(arguments.predictions, "results.json")
     accelerator = new_accelerator(settings)
