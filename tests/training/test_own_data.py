@@ -116,6 +116,31 @@ def test_all_examples_are_as_if_nothing_were_said(
     assert settings[0] == settings[1] | ({} if most == "none" else {"max_train_examples": most})
 
 
+def test_h09_answers_are_all_that_is_learned_from(small_world: SmallWorld, trained: dict[str, Run], tmp_path: Path) -> None:
+    """Annotations as OK-VQA's and VizWiz's: no usual answer, no types or others."""
+    data = shutil.copytree(small_world.data, tmp_path / "data")
+    for split in ("train", "val", "test"):
+        content = json.loads((data / split / "annotations.json").read_text())
+        for annotation in content["annotations"]:
+            annotation["answer_type"] = "unanswerable"
+            del annotation["multiple_choice_answer"], annotation["question_type"]
+        (data / split / "annotations.json").write_text(json.dumps(content))
+    run = new_run(small_world, tmp_path / "run", "vqa", epochs=1).changed(data=data).train()
+    assert state(run) == state(trained["vqa"])
+
+
+def test_numbers_of_the_command_line_are_read_as_people_write_them(
+    small_world: SmallWorld, trained: dict[str, Run], tmp_path: Path
+) -> None:
+    numbers = {"epochs": "1.0", "batch_size": "5e0", "learning_rate": "2E-2", "threads": "1e0", "checkpoint_every": "0.3e1"}
+    run = new_run(small_world, tmp_path, "vqa").changed(options={"r": "2.0"}, **numbers).train()
+    records = [json.loads((r.model / "run.json").read_text()) for r in (run, trained["vqa"])]
+    assert records[0]["settings"] == records[1]["settings"] and state(run) == state(trained["vqa"])
+    for option in ({"epochs": "1.5"}, {"batch_size": "5e-1"}, {"options": {"r": "1e400"}}):
+        with pytest.raises(RoutevlError, match="expected integer"):
+            new_run(small_world, tmp_path / "wrong", "vqa").changed(**option).train()
+
+
 # ---------------------------------------------------------------------------------------------- planning
 
 

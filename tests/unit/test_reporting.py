@@ -618,3 +618,34 @@ def test_b11_examples_name_an_image_that_is_another_one_or_broken(own_copy, tmp_
 def test_nothing_heavier_is_imported_than_needed(imported, heavy):
     command = f"import sys, {imported}; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+# Relatives of VQAv2 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", [("question_type",), ("answer_type",), ("question_type", "answer_type")])
+def test_h09_f6_shows_the_types_that_there_are(own_copy, tmp_path, lacking):
+    for path in own_copy.glob("scores/vqa_*/metrics.json"):
+        content = json.loads(path.read_text())
+        if "question_type" in lacking:
+            content["metrics"]["by_question_type"] = {}
+        if "answer_type" in lacking:
+            content["metrics"] |= dict.fromkeys(("yes_no", "number", "other"))
+        path.write_text(json.dumps(content))
+    if len(lacking) == 2:
+        with pytest.raises(RoutevlError, match="F6 is about types of questions and answers, but the test split's have none"):
+            make_figure("F6_question_types", own_copy, tmp_path / "F6.svg")
+        return
+    with open(make_figure("F6_question_types", own_copy, tmp_path / "F6.svg").with_suffix(".csv"), encoding="utf-8") as file:
+        assert {row["by"] for row in csv.DictReader(file)} == {"question type", "answer type"} - {lacking[0].replace("_", " ")}
+
+
+def test_h09_f8_shows_the_usual_answer_where_the_annotations_have_no_field_for_it(own_copy, tmp_path):
+    path = own_copy / "data/test/annotations.json"
+    before = make_figure("F8_examples", own_copy, tmp_path / "before.svg")
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["multiple_choice_answer"]
+    path.write_text(json.dumps(content))
+    after = make_figure("F8_examples", own_copy, tmp_path / "after.svg")
+    assert after.with_suffix(".csv").read_text() == before.with_suffix(".csv").read_text()

@@ -127,16 +127,17 @@ def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
 
 def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:
     """Ids of questions, and of captions, are different in all sources."""
-    files: dict[tuple[str, int], str | None] = {}
-    for source, part in parts:
-        ids = [("question_id", question["question_id"], source.questions) for question in part.questions]
-        ids += [("caption's id", caption["id"], source.captions) for caption in part.captions]
-        for kind, number, file in ids:
-            if (kind, number) in files:
-                raise RoutevlError(
-                    f"--sources: the {kind} {number} is there twice, in {files[kind, number]} and in {file}; {MEND}"
-                )
-            files[kind, number] = file
+    for kind, field in (("questions", "question_id"), ("captions", "id")):
+        files: dict[int, str] = {}
+        for source, part in parts:
+            file = getattr(source, kind)
+            for record in getattr(part, kind):
+                number = record[field]
+                if number in files:
+                    raise RoutevlError(
+                        f"--sources: the {field} {number} is there twice, in {files[number]} and in {file}; {MEND}"
+                    )
+                files[number] = file
 
 
 def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:

@@ -172,8 +172,8 @@ def score_files(questions: str | Path, annotations: str | Path, results: str | P
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the stage `vqa-score`."""
-    parser.add_argument("--questions", required=True, help="VQAv2 questions file (json or json.gz)")
-    parser.add_argument("--annotations", required=True, help="VQAv2 annotations file (json or json.gz)")
+    parser.add_argument("--questions", required=True, help="questions file in VQAv2's form (json or json.gz)")
+    parser.add_argument("--annotations", required=True, help="annotations file in VQAv2's form (json or json.gz)")
     parser.add_argument("--results", required=True, help='results file: [{"question_id": ..., "answer": ...}]')
 
 

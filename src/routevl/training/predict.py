@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl predict`."""
     add_inputs(parser)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a trained run")
-    parser.add_argument("--split", default="test", help="split of --data to predict")
+    parser.add_argument(
+        "--split",
+        default="test",
+        help="split of --data to predict: its questions.json, or images.json for captioning; no answers or captions are needed",
+    )
     parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where results.json goes")
 
 

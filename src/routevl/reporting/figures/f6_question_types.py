@@ -17,20 +17,23 @@ _SPREAD = 0.5  # of the distance between two types
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
-    """A column per baseline with what is compared with it; above the answer types, below the most frequent question types."""
+    """A column per baseline with what is compared with it; above the answer types, below the most frequent question types, each
+    where the annotations have some."""
     data = accuracies(inputs)
     shown, blind = apart(data)
     groups = shown.drop_duplicates("root").to_dict("records")
-    labels = {kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"])) for kind in ("answer type", "question type")}
+    labels = {kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"])) for kind in data["by"].unique()}
     heights = [len(names) for names in labels.values()]
     figure = Figure(figsize=(min(TEXT_WIDTH, 1.8 + 2.6 * len(groups)), 1.3 + 0.24 * sum(heights)), layout="constrained")
-    panels = figure.subplots(2, len(groups), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights})
+    panels = figure.subplots(
+        len(labels), len(groups), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights}
+    )
     for column, group in enumerate(groups):
         chosen = shown[shown["root"] == group["root"]]
         for axes, (kind, names) in zip(panels[:, column], labels.items(), strict=True):
             _draw_panel(axes, chosen[chosen["by"] == kind], blind[blind["by"] == kind], names)
         panels[0, column].set_title(setting_label(group, groups))
-        panels[1, column].set_xlabel(TASKS["vqa"].score)
+        panels[-1, column].set_xlabel(TASKS["vqa"].score)
     for axes, kind in zip(panels[:, 0], labels, strict=True):
         axes.set_ylabel(kind)
     figure.align_ylabels(panels[:, 0])
@@ -53,6 +56,8 @@ def accuracies(inputs: FigureInputs) -> pd.DataFrame:
             accuracy = sum(table[name]["accuracy"] for table in tables) / len(tables)
             by = {"by": "question type", "type": name, "label": f"{name} ({-number:,})"}
             rows.append(shared | by | {"accuracy": accuracy, "n_questions": -number})
+    if not rows:
+        raise RoutevlError(f"{inputs.experiments}: F6 is about types of questions and answers, but the test split's have none")
     return pd.DataFrame(rows)
 
 
