@@ -110,8 +110,8 @@ def _read_cells(path: str | Path) -> tuple[list[str], list[list[str]]]:
         delimiter = next((mark for mark in "\t;," if mark in text.lstrip().partition("\n")[0]), "\t")
         reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [cells for line in reader if any(cells := [cell.strip() for cell in line])]
-        if not lines:
-            raise ValueError("it is empty")
+        if not lines or "\0" in text:
+            raise ValueError("it has null characters" if lines else "it is empty")
     except FileNotFoundError:
         raise RoutevlError(f"{path}: no such run sheet (config key experiments)") from None
     except (OSError, ValueError, csv.Error) as error:

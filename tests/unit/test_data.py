@@ -626,26 +626,16 @@ def test_an_offset_is_added_to_questions_and_their_annotations(tmp_path, make_so
     sources = [
         make_source(split, (n, n + 1), split=split, captioned=False) for n, split in ((1, "train"), (3, "val"), (5, "test"))
     ]
-    questions = save(
-        Path(sources[1]["questions"]), {"questions": [{"image_id": n, "question_id": n - 2, "question": "?"} for n in (3, 4)]}
-    )
-    annotations = annotations_file([3, 4])
-    for annotation in annotations["annotations"]:
-        annotation["question_id"] //= 1000
-        annotation["question_id"] -= 2
-    save(Path(sources[1]["annotations"]), annotations)
-    first = json.loads(Path(sources[0]["questions"]).read_text())
-    for question in first["questions"]:
-        question["question_id"] //= 1000
-    save(Path(sources[0]["questions"]), first)
-    content = annotations_file([1, 2])
-    for annotation in content["annotations"]:
-        annotation["question_id"] //= 1000
-    save(Path(sources[0]["annotations"]), content)
+    for source in sources[:2]:  # both count their questions from 1 on
+        for kind in ("questions", "annotations"):
+            content = json.loads(Path(source[kind]).read_text())
+            for number, record in enumerate(content[kind], start=1):
+                record["question_id"] = number
+            save(Path(source[kind]), content)
     with pytest.raises(RoutevlError) as error:
         prepare_run(tmp_path / "data", sources)
-    assert f"the question_id 1 is there twice, in {sources[0]['questions']} and in {questions}; give one of" in str(error.value)
-    assert "id_offset" in str(error.value)
+    places = f"in {sources[0]['questions']} and in {sources[1]['questions']}"
+    assert f"the question_id 1 is there twice, {places}; give one of the two sources an id_offset" in str(error.value)
     sources[1]["id_offset"] = 100
     prepare_run(tmp_path / "data", sources)
     folder = tmp_path / "data" / "val"

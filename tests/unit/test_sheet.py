@@ -104,6 +104,7 @@ def test_columns_stand_in_any_order_and_lines_may_be_empty(tmp_path: Path, exper
         ("\t".join([*COLUMNS, "task"]) + "\n", "an unknown or double column 'task'"),
         ("\t".join(COLUMNS) + "\nmul\tvqa\n", "the row 'mul' has 2 cells for 12 columns"),
         ("\t".join(COLUMNS) + '\n"mul\tvqa\n', "not a readable run sheet .unexpected end of data."),
+        ("\t".join(COLUMNS).encode("utf-16-le").decode(), "not a readable run sheet .it has null characters.; save it as"),
         ("PK\x03\x04\xff", "not a readable run sheet .*; save it as tab-separated text or CSV, in UTF-8"),
     ],
 )

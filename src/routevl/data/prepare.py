@@ -22,6 +22,7 @@ from routevl.progress import progress
 
 QUESTION_FIELDS = ("image_id", "question", "question_id")
 ANNOTATION_FIELDS = ("image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers")
+MEND_IDS = "give one of the two sources an id_offset, or leave out what is there twice"
 VOCABULARY = Format(
     "a list of different answers, or an object of answer to index",
     {
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{len(answers)} answers")
 
 
-# ------------------------------------------------------------------------------ merging
+# ------------------------------------------------------------------------------------------ merging
 
 
 def merge_sources(sources: list[Source]) -> dict[str, Split]:
@@ -112,9 +113,6 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
     return splits
 
 
-MEND = "give one of the two sources an id_offset, or leave out what is there twice"
-
-
 def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
     """Two sources may be about one image, by its id, where it is the same file."""
     paths: dict[int, Path] = {}
@@ -122,7 +120,7 @@ def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
         for image_id, path in part.images.items():
             first = paths.setdefault(image_id, path)
             if first != path and first.resolve() != path.resolve():
-                raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another; {MEND}")
+                raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another; {MEND_IDS}")
 
 
 def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:
@@ -135,7 +133,7 @@ def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:
                 number = record[field]
                 if number in files:
                     raise RoutevlError(
-                        f"--sources: the {field} {number} is there twice, in {files[number]} and in {file}; {MEND}"
+                        f"--sources: the {field} {number} is there twice, in {files[number]} and in {file}; {MEND_IDS}"
                     )
                 files[number] = file
 
