@@ -50,3 +50,4 @@ onstart:
     refuse_what_slurm_cannot_carry()
     log_startup("snakemake")
     write_json(f"{R}/manifests/config.json", command_line_config())
+    check_models()

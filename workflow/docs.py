@@ -223,9 +223,14 @@ def config_fields() -> str:
     return table(("of", "field", "default", "meaning"), rows)
 
 
-# --------------------------------------------------------------------------------------- the documents
-
 # --------------------------------------------------------------------------- docs/COMPATIBILITY.md
+
+
+def text_models() -> str:
+    """Which methods work on each architecture of text models."""
+    from text_models import rows  # beside this file; transformers takes seconds to load
+
+    return table(("architecture", "task", "LoRA", "Adapter", "(IA)³"), rows())
 
 
 def vision_models() -> str:
@@ -244,7 +249,7 @@ PARTS: Parts = {
     },
     "docs/METHODS.md": {"methods": methods, "options": options, "config-fields": config_fields},
 }  # fmt: skip
-PARTS_OF_MODELS: Parts = {"docs/COMPATIBILITY.md": {"vision-models": vision_models}}
+PARTS_OF_MODELS: Parts = {"docs/COMPATIBILITY.md": {"text-models": text_models, "vision-models": vision_models}}
 
 
 def written(document: str, text: str, parts: Mapping[str, Callable[[], str]]) -> str:

@@ -22,6 +22,7 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
+from routevl.backbones.skeleton import no_weights
 from routevl.configuration import check_schema
 from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
@@ -154,7 +155,7 @@ class Plan:
         if key not in self.trained:
             encoder = TASKS[experiment.task].text_model == "encoder"
             sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}  # any number has as many
-            with torch.device("meta"):
+            with no_weights():
                 model = RobertaModel(RobertaConfig(**sizes)) if encoder else GPT2LMHeadModel(GPT2Config(**sizes))
                 norms = [] if settings.freeze_layer_norm else layer_norms(model)
                 model = method.build(model.requires_grad_(False), AnyScore(), norms)

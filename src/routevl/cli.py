@@ -26,6 +26,7 @@ STAGES = {
     "pretrain-text": ("routevl.backbones.pretrain_text", "", "pretrain a small text backbone on text alone"),
     "pretrain-vision": ("routevl.backbones.pretrain_vision", "", "pretrain a small vision backbone on images alone"),
     "derive-backbone": ("routevl.backbones.derive", "", "make a backbone of another one, such as a pruned one"),
+    "check-models": ("routevl.training.check", "", "say whether the models of a run sheet fit together"),
     "extract": ("routevl.features.extract", "", "extract one shard of visual features"),
     "index-features": ("routevl.features.index", "", "check feature shards and index them"),
     "probe": ("routevl.training.prepared", "", "what a method looks at before training"),

@@ -31,6 +31,7 @@ class Call:
         streams: what `prepare` made of the given ones; empty where the call has none.
         generating: whether the batch may be larger than that of the streams, by the number of beams.
         position: how many positions came before, in a cache.
+        texts: how many texts the running forward pass has, with beams; None where that is not known.
         within: the call that this one was made in, such as a forward pass with an image of its own in a search.
         kept: what `projected` has computed already, for the steps of a generation.
     """
@@ -38,6 +39,7 @@ class Call:
     streams: Mapping[Any, Any]
     generating: bool = False
     position: int = 0
+    texts: int | None = None
     within: Call | None = None
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -87,6 +89,13 @@ class Conditioning:
         self.model._conditioning = None
 
     # -- what layers read
+
+    def by_text(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (B, ..., d) as they are; (B * L, d), as some models flatten them, as (B, L, d)."""
+        texts = self.call().texts
+        if hidden_states.dim() > 2 or not texts or len(hidden_states) % texts:
+            return hidden_states
+        return hidden_states.unflatten(0, (texts, -1))
 
     def per_example(self, key: Any, batch_size: int, name: str) -> Tensor:
         """A stream (batch_size, ...) by its key in `prepare`'s result, repeated for beams while generating.
@@ -164,11 +173,12 @@ class Conditioning:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
-        given, before, position = self._taken_from(kwargs), self.call(), _cached_positions(kwargs)
+        given, before = self._taken_from(kwargs), self.call()
+        now = {"position": _cached_positions(kwargs), "texts": _number_of_texts(self.model, args, kwargs)}
         if before.generating and not given:
-            call = replace(before, position=position)
+            call = replace(before, **now)
         else:
-            call = Call(self.prepare(given) if given else {}, position=position, within=before if before.generating else None)
+            call = Call(self.prepare(given) if given else {}, within=before if before.generating else None, **now)
         _RUNNING.set({**_RUNNING.get(), self: call})
         if module.training and given:
             self._keep_streams_when_checkpointing()
@@ -182,7 +192,7 @@ class Conditioning:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         given = self._taken_from(kwargs)
-        prompts = _number_of_prompts(self.model, args, kwargs) if given else 0
+        prompts = (_number_of_texts(self.model, args, kwargs) or 1) if given else 0
         for name, value in given.items():
             if value.shape[0] != prompts:
                 raise RoutevlError(
@@ -234,11 +244,11 @@ def _cached_positions(kwargs: Mapping[str, Any]) -> int:
     return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
 
 
-def _number_of_prompts(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int:
-    """How many texts transformers' `generate` begins with, before it makes beams of them: the rows of its input, else of any
-    tensor that is given, else one."""
+def _number_of_texts(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> int | None:
+    """How many texts a call has, in `generate` before it makes beams of them: the rows of its input, else of any tensor that is
+    given; None where there is none."""
     inputs = ("inputs", "input_ids", getattr(model, "main_input_name", "input_ids"), "inputs_embeds", "encoder_outputs")
     given = next((value for value in (*args[:1], *map(kwargs.get, inputs)) if value is not None), None)
     if given is None:
-        given = next((value for value in kwargs.values() if isinstance(value, Tensor)), [None])
-    return len(given if isinstance(given, (Tensor, list)) else given[0])
+        given = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+    return None if given is None else len(given if isinstance(given, (Tensor, list)) else given[0])

@@ -62,8 +62,10 @@ class RunSettings(_Settings):
         return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as a JSON object, without those that are none: so a record outlives a new setting."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The settings as a JSON object, without settings and options that are none: so a record outlives a new one."""
+        record = asdict(self)
+        record["options"] = {name: value for name, value in record["options"].items() if value is not None}
+        return {name: value for name, value in record.items() if value is not None}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], options: Mapping[str, Any], where: str) -> RunSettings:

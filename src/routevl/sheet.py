@@ -201,7 +201,8 @@ def runs_of(experiments: Sequence[Experiment]) -> dict[str, tuple[Experiment, in
 
 
 def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) -> RunSettings:
-    """The settings of a run: `runs`, then `tasks`, then `methods` of the configuration, then the row; the later ones win.
+    """The settings of a run: `runs`, then `tasks`, then `methods` of the configuration, then the text backbone's `target_modules`
+    for the method, then the row; the later ones win.
 
     Raises:
         RoutevlError: a setting is missing everywhere, or one of the configuration's is wrong.
@@ -209,7 +210,9 @@ def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) ->
     values: dict[str, Any] = {}
     options: dict[str, Any] = {}
     sections = [config["runs"], config["tasks"].get(experiment.task, {}), config.get("methods", {}).get(experiment.method, {})]
-    for section in (*sections, experiment.options):
+    modules = target_modules(config["backbones"]["text"], experiment.text_backbone).get(experiment.method)
+    of_backbone = {} if modules is None else {"target_modules": ",".join(modules)}
+    for section in (*sections, of_backbone, experiment.options):
         for name, value in section.items():
             (values if name in SHARED_SETTINGS else options)[name] = value
     columns = {"task": experiment.task, "method": experiment.method, "epochs": experiment.epochs, "prefix": experiment.prefix}
@@ -235,6 +238,11 @@ def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
                     check_setting(name, value, f"configuration: {where}")
                 else:
                     _check_option(where.partition(".")[2], name, value, f"configuration: {where}")
+    for name in config["backbones"]["text"]:
+        for method, modules in target_modules(config["backbones"]["text"], name).items():
+            if method not in METHODS:
+                raise RoutevlError(f"configuration: backbones.text.{name}.target_modules: {method!r} is not a method")
+            _check_option(method, "target_modules", ",".join(modules), f"configuration: backbones.text.{name}.target_modules")
     for experiment in experiments:
         where = f"{config['experiments']}: experiment {experiment.experiment!r}"
         known = {
@@ -259,6 +267,15 @@ def _sections(name: str, section: Mapping[str, Any]) -> Iterator[tuple[str, Mapp
         yield name, section
     else:
         yield from ((f"{name}.{key}", values) for key, values in section.items())
+
+
+def target_modules(backbones: Mapping[str, Any], name: str) -> Mapping[str, Sequence[str]]:
+    """Method -> the modules of a text backbone that it adapts, as far as the configuration names them; those of its source, of a
+    derived backbone that names none."""
+    entry = backbones[name]
+    if "derive" in entry and "target_modules" not in entry:
+        return target_modules(backbones, entry["derive"]["from"])
+    return entry.get("target_modules", {})
 
 
 def model_type(backbones: Mapping[str, Any], name: str) -> str | None:

@@ -221,7 +221,9 @@ def test_the_row_wins_over_methods_over_tasks_over_runs(tmp_path: Path, experime
     found = settings_of(experiment, 2, config(**sections))
     values = found.as_record()
     assert [values[name] for name in everywhere] == [1, 2, 3, 0.5]
-    assert found.options == {"r": 4, "routing": "mul", "visual_scale": "none", "lora_alpha": 16.0, "lora_dropout": 0.0}
+    assert found.options == {
+        "r": 4, "routing": "mul", "visual_scale": "none", "target_modules": None, "lora_alpha": 16.0, "lora_dropout": 0.0
+    }  # fmt: skip
     assert (found.seed, found.epochs, found.prefix, found.method, found.control) == (2, 3, True, "lora", "none")
 
 

@@ -20,7 +20,9 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, sha256_of, write_json
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-FILES_OF_A_BACKBONE = ["*.json", "*.txt", "*.safetensors", "README.md"]  # the model card names the licence
+# *.model: sentencepiece's vocabulary, where there is no tokenizer.json; the model card names the licence
+SMALL_FILES = ["*.json", "*.txt", "*.model", "README.md"]
+FILES_OF_A_BACKBONE = [*SMALL_FILES, "*.safetensors"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         RoutevlError: not a hub id; not on the hub; not in the local cache when offline; no config.json or no safetensors weights;
             or a file that is not what the hub published.
     """
-    snapshot = check_folder(_hub_snapshot(arguments.hub_id, arguments.revision))
+    snapshot = check_folder(hub_snapshot(arguments.hub_id, arguments.revision))
     with atomic_folder(arguments.output, "config.json") as folder:
         hashes = {}
         for file in sorted(snapshot.iterdir()):
@@ -50,10 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(folder / SOURCE, {"hub_id": arguments.hub_id, "commit": snapshot.name, "sha256": hashes})
 
 
-def _hub_snapshot(hub_id: str, revision: str) -> Path:
-    """The folder of a hub model's files in the local cache, downloaded where they are not there."""
+def hub_snapshot(hub_id: str, revision: str, patterns: list[str] = FILES_OF_A_BACKBONE) -> Path:
+    """The folder of a hub model's files in the local cache, downloaded where they are not there. Raises RoutevlError as `run`."""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES_OF_A_BACKBONE, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except HFValidationError:
         raise RoutevlError(f"backbone {hub_id}: no such folder, and not a Hugging Face hub id (owner/name)") from None
     except RevisionNotFoundError:

@@ -7,8 +7,9 @@ the models are tiny, and the same seed and thread count give the same bits on on
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -41,6 +42,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest of the one-cycle schedule")
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
+
+
+def arguments_of(stage: ModuleType, options: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments of a stage by the options that a configuration has under `pretrain`."""
+    parser = argparse.ArgumentParser()
+    stage.add_arguments(parser)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return parser.parse_args([*words, "--output=none"])
 
 
 def prepare(arguments: argparse.Namespace) -> None:

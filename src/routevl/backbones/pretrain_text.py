@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,14 @@ def run(arguments: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         pretrain.write_record(folder, "pretrain-text", quality, arguments)
+
+
+def write_untrained(folder: str | Path, options: Mapping[str, Any]) -> None:
+    """What a pretraining with these options would have beside the weights: config.json, and a tokenizer of fewer sentences."""
+    arguments = pretrain.arguments_of(sys.modules[__name__], options)
+    tokenizer, model = ARCHITECTURES[arguments.architecture](sentences(random_generator(0, TRAINING_DATA), 100), arguments)
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _roberta(sentences: list[str], arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy
 import timm
@@ -77,6 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
     with atomic_folder(arguments.output, "config.json") as folder:
         save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
         pretrain.write_record(folder, "pretrain-vision", quality, arguments)
+
+
+def write_untrained(folder: str | Path, options: Mapping[str, Any]) -> None:
+    """What a pretraining with these options would begin with, as a timm folder."""
+    model = _vision_transformer(pretrain.arguments_of(sys.modules[__name__], options))
+    save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
 
 
 def _vision_transformer(arguments: argparse.Namespace) -> nn.Module:

@@ -75,9 +75,9 @@ class Method:
         """As `build`, of a vision model that runs in the training process (needs "pixels")."""
         return vision_model
 
-    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Module | None:
+    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Linear | None:
         """The built model's own trainable projection of the image's tokens, (B, L_v, width) -> (B, L_v, d), which the visual
-        prefix reads too; asked for only where the widths differ. None: it has none, and the task makes one.
+        prefix reads too where its embeddings are as wide. None: it needs or has none, and the task makes one where d differs.
         """
         return None
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
 from routevl.methods.base import Method
+from routevl.options import option
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
 
+def modules_option(what: str) -> Any:
+    """An option of a method that names modules: None, or the ends of their names, as in peft, with commas between them."""
+    return option(f"{what}, by the ends of their names with commas between them; `none`: found in the model", None)
+
+
 class PeftMethod(Method):
     """A method whose model is a `PeftModel`; a run's folder is an ordinary peft adapter folder."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """The options as fields of a peft config."""
+        fields = asdict(self.options)
+        return {name: value.split(",") if name.endswith("_modules") and value else value for name, value in fields.items()}
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         """The peft config of the options."""
@@ -27,6 +39,8 @@ class PeftMethod(Method):
         check_ends(train_also, text_model)
         try:
             return get_peft_model(text_model, self.config(text_model, train_also))
+        except RoutevlError:  # which is a ValueError too
+            raise
         except ValueError as error:  # an option or a model that peft refuses
             raise RoutevlError(f"peft refuses this model or these options: {error}") from error
 

@@ -32,7 +32,7 @@ def differing(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]], but: 
     return {
         name: value
         for name, value in row["details"].items()
-        if name not in but and any(o["details"][name] != value for o in (of_task if name in BACKBONES else of_method))
+        if name not in but and any(o["details"].get(name) != value for o in (of_task if name in BACKBONES else of_method))
     }
 
 

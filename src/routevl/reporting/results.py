@@ -74,7 +74,8 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
     content, scored = read_json(model / "run.json"), read_json(scores)
     settings = RunSettings.from_record(content["settings"], str(model / "run.json"))
     of_sheet = {name: getattr(settings, name) for name in experiment.options if name in SHARED_SETTINGS}
-    details = {column: getattr(experiment, column) for column in BACKBONES} | settings.as_record() | settings.options
+    record = settings.as_record()
+    details = {column: getattr(experiment, column) for column in BACKBONES} | record | record["options"]
     metrics = {name: math.nan if value is None else value for name, value in scored["metrics"].items()}
     main = TASKS[experiment.task].metric
     if not math.isfinite(metrics.get(main, math.nan)):
@@ -82,7 +83,7 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
     return {
         "rank": settings.options.get("r"),
         "routing": settings.options.get("routing", "none"),
-        "options": " ".join(words_of(settings.options | of_sheet)),
+        "options": " ".join(words_of(record["options"] | of_sheet)),
         "details": {k: v for k, v in details.items() if k not in ("task", "method", "routing", "seed", "options")},
         "blind": not (settings.prefix or settings.new_method().uses_image),
         **{name: content[name] for name in _COUNTS},

@@ -32,7 +32,8 @@ class VisionLanguageModel(nn.Module):
         prepared: what the method's phase before training found.
         train_also: names of modules that are trained beside the method.
         visual: where the image comes from; where its width is not d, one trainable linear layer brings it to d, for the prefix
-            and for the method alike: the method's own where it has one, so that its adapter can be used without this class.
+            and for the method alike: the method's own where it has one, so that its adapter can be used without this class. Where
+            the text model's embeddings have another width d_e than its hidden states, the prefix has a layer of its own.
         prefix: put the visual tokens before the text's embeddings.
 
     Raises:
@@ -60,27 +61,32 @@ class VisionLanguageModel(nn.Module):
             if not prepared:
                 raise
             raise RoutevlError(f"--prepared was found for another text model: it has no {error}") from error
-        self.visual_projection, self.method_projects = nn.Identity(), False
-        if (
-            self.sees_image and visual.width != self.width
-        ):  # drawn after the method, so that baselines and routed twins start alike
-            own = method.visual_projection(self.text_model, visual.width)
-            self.visual_projection, self.method_projects = own or nn.Linear(visual.width, self.width), own is not None
+        # drawn after the method, so that baselines and routed twins start alike
+        own = method.visual_projection(self.text_model, visual.width) if method.uses_image else None
+        embedding_width = self.text_model.get_input_embeddings().weight.shape[1]
+        width = self.width if method.uses_image else embedding_width
+        self.method_projects = own is not None
+        self.visual_projection = own or _linear(visual.width, width if self.sees_image else visual.width)
+        shared = (own.out_features if own else width) == embedding_width
+        self.prefix_projection = None if shared or not prefix else _linear(visual.width, embedding_width)
 
     def text_inputs(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
         """The text model's arguments: embeddings behind the visual prefix, their mask, and what travels beside the call.
 
         Shapes: input_ids and attention_mask (B, L_t) int64; image as the visual source gives it, features (B, L_v, d_v) or pixels
-        (B, 3, H, W), float32; inputs_embeds (B, P + L_t, d) with P = L_v with the prefix, else 0.
+        (B, 3, H, W), float32; inputs_embeds (B, P + L_t, d_e) with P = L_v with the prefix, else 0.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
         visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
-        if visual is not None and (self.prefix or not self.method_projects):
-            projected = self.visual_projection(visual)  # (B, L_v, d)
+        if visual is not None:
+            tokens = None if self.prefix_projection is None else self.prefix_projection(visual)  # (B, L_v, d_e)
+            if not self.method_projects or (self.prefix and tokens is None):
+                projected = self.visual_projection(visual)  # (B, L_v, d)
+                tokens = projected if tokens is None else tokens
+                visual = visual if self.method_projects else projected
             if self.prefix:
-                embeddings = torch.cat([projected.to(embeddings.dtype), embeddings], dim=1)
-                attention_mask = torch.cat([attention_mask.new_ones(projected.shape[:2]), attention_mask], dim=1)
-            visual = visual if self.method_projects else projected
+                embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)
+                attention_mask = torch.cat([attention_mask.new_ones(tokens.shape[:2]), attention_mask], dim=1)
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         return inputs | self.method.beside(inputs, visual)
 
@@ -120,8 +126,15 @@ class VisionLanguageModel(nn.Module):
                 part, _, rest = name.partition(".")
                 if part == "text_model":
                     part = self.method.part_of(rest)
+                elif part == "prefix_projection":
+                    part = "visual_projection"
                 counts[part] = counts.get(part, 0) + parameter.numel()
         return counts
+
+
+def _linear(width: int, width_out: int) -> nn.Module:
+    """A linear layer where the widths differ."""
+    return nn.Identity() if width == width_out else nn.Linear(width, width_out)
 
 
 class Task(ABC):
@@ -163,7 +176,8 @@ class Task(ABC):
 
     def _check_lengths(self, text_model: PreTrainedModel) -> None:
         """Raise RoutevlError where the longest text, behind its visual prefix, has more tokens than the model has positions."""
-        positions = min(self.tokenizer.model_max_length, getattr(text_model.config, "max_position_embeddings", math.inf))
+        own = getattr(text_model.config, "max_position_embeddings", None) or math.inf
+        positions = min(self.tokenizer.model_max_length, own if own > 0 else math.inf)  # XLNet's is -1
         name, length = self.longest_text()
         visual = self.visual.length if self.settings.prefix else 0
         if length + visual > positions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,13 @@ class CaptionTask(Task):
     selection = ("val_loss", False)
 
     def build(self, text_model: PreTrainedModel, *arguments: Any) -> CaptionModel:
+        if self.tokenizer.eos_token_id is None:
+            raise RoutevlError(f"backbone {text_model.name_or_path}: its tokenizer has no token (eos_token) that ends a caption")
+        if "inputs_embeds" not in inspect.signature(text_model.prepare_inputs_for_generation).parameters:
+            raise RoutevlError(
+                f"backbone {text_model.name_or_path}: transformers' {type(text_model).__name__} cannot generate from embeddings; "
+                "take another text backbone"
+            )
         return CaptionModel(text_model, *arguments)
 
     def longest_text(self) -> tuple[str, int]:
@@ -61,8 +69,9 @@ class CaptionTask(Task):
 
     @property
     def bos(self) -> int:
-        """The token that a caption starts from; GPT-2 has one token for both ends."""
-        return self.tokenizer.bos_token_id
+        """The token that a caption starts from; GPT-2 has one token for both ends, and so has a model without one to begin."""
+        own = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if own is None else own
 
     def examples(self, split: str) -> Dataset:
         path = self.data / split / "captions.json"
@@ -111,6 +120,7 @@ class CaptionTask(Task):
             num_beams=self.settings.beams,
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
         )
         captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)

@@ -24,6 +24,13 @@ from routevl.training.order import training_batches
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
 
 
+def bare(method: Method) -> Method:
+    """What stands in for a method while it prepares: the text model as it is, all of it trainable."""
+    full = Full(NoOptions())
+    full.needs, full.refuses = method.needs, method.refuses
+    return full
+
+
 def load_prepared(method: Method, path: str | Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a method's phase before training found, and its fingerprint among a run's inputs; nothing of a method without one.
 
@@ -62,9 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     accelerator = new_accelerator(settings)
     prepare_torch(arguments.threads)
     set_seed(settings.seed)
-    bare = Full(NoOptions())
-    bare.needs, bare.refuses = method.needs, method.refuses
-    task, _ = load_task(settings, bare, {}, arguments)
+    task, _ = load_task(settings, bare(method), {}, arguments)
     task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
     batches = training_batches(task, task.training_examples(), accelerator, arguments.workers, epoch=0)
     tensors = method.prepare(task, batches)

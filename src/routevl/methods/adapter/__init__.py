@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from routevl.methods.routed import RoutedMethod, RoutedOptions
@@ -26,4 +26,4 @@ class Adapter(RoutedMethod):
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         from routevl.methods.adapter.model import RoutedAdapterConfig
 
-        return RoutedAdapterConfig(**asdict(self.options), modules_to_save=train_also or None)
+        return RoutedAdapterConfig(**self.config_fields(), modules_to_save=train_also or None)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
+from routevl.backbones.structure import Structure
 from routevl.methods.adapter.config import RoutedAdapterConfig
 from routevl.methods.adapter.layer import RoutedAdapterLayer
 from routevl.methods.routed.tuner import RoutedTuner, register
-
-# model type -> the attention output and the feed-forward output of every layer
-TARGET_MODULES = {
-    "bert": ["attention.output.dense", "output.dense"],
-    "roberta": ["attention.output.dense", "output.dense"],
-    "gpt2": ["attn.c_proj", "mlp.c_proj"],
-    "bart": ["self_attn.out_proj", "fc2"],
-}
 
 
 class RoutedAdapterModel(RoutedTuner):
@@ -20,7 +13,9 @@ class RoutedAdapterModel(RoutedTuner):
 
     prefix = "adapter_"
     tuner_layer_cls = RoutedAdapterLayer
-    target_module_mapping = TARGET_MODULES
+
+    def default_targets(self, structure: Structure) -> list[str]:
+        return [*structure.attention_outputs, *structure.ends_of_feed_forward()]
 
 
 register(RoutedAdapterConfig.PEFT_TYPE, RoutedAdapterConfig, RoutedAdapterModel)

@@ -3,11 +3,11 @@ may set. They read no image, which comes by the visual prefix alone."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from routevl.methods.base import NoOptions, layer_norms
-from routevl.methods.peft_method import PeftMethod, check_ends
+from routevl.methods.peft_method import PeftMethod, check_ends, modules_option
 from routevl.options import option
 
 if TYPE_CHECKING:
@@ -18,20 +18,38 @@ if TYPE_CHECKING:
 
 
 class FromPeft(PeftMethod):
-    """A method of peft, by its `peft_type`."""
+    """A method of peft, by its `peft_type`, on the modules that peft chooses for the type of the text model; found in the model
+    where peft knows none."""
 
     peft_type: ClassVar[str]
+
+    def found_in(self, text_model: nn.Module) -> dict[str, list[str]]:
+        """Fields of the config that name modules, of a method that adapts some. Raises RoutevlError where there are none."""
+        return {}
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import constants
 
-        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[self.peft_type]]
-        return config_class(**asdict(self.options), modules_to_save=train_also or None)
+        peft_type, fields = PeftType[self.peft_type], self.config_fields()
+        known = getattr(constants, f"TRANSFORMERS_MODELS_TO_{self.peft_type}_TARGET_MODULES_MAPPING", {})
+        if fields.get("target_modules", ()) is None and text_model.config.model_type not in known:
+            fields |= {name: modules for name, modules in self.found_in(text_model).items() if fields[name] is None}
+        return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**fields, modules_to_save=train_also or None)
 
 
-class Lora(FromPeft):
-    """W0 + (lora_alpha / r) B A on the modules that peft chooses: query and value; GPT-2's fused query, key and value whole."""
+class OnQueryAndValue(FromPeft):
+    """A method that adapts query and value; modules that hold them and the key, such as GPT-2's, whole."""
+
+    def found_in(self, text_model: nn.Module) -> dict[str, list[str]]:
+        from routevl.backbones.structure import QUERY, VALUE, structure_of, targets
+
+        return {"target_modules": targets(text_model, structure_of(text_model).computing(QUERY, VALUE))}
+
+
+class Lora(OnQueryAndValue):
+    """W0 + (lora_alpha / r) B A."""
 
     peft_type = "LORA"
 
@@ -44,9 +62,10 @@ class Lora(FromPeft):
         lora_dropout: float = option("dropout on the input of the down-projection", 0.0, least=0, below=1)
         bias: str = option("which biases of the text model are trained", "none", choices=("none", "all", "lora_only"))
         use_dora: bool = option("learn the magnitude of each column apart from its direction", False)
+        target_modules: str | None = modules_option("modules to adapt")
 
 
-class Vera(FromPeft):
+class Vera(OnQueryAndValue):
     """One pair of frozen random projections for all modules of a shape; two scaling vectors are trained in each module."""
 
     peft_type = "VERA"
@@ -59,9 +78,10 @@ class Vera(FromPeft):
         vera_dropout: float = option("dropout on the input of the down-projection", 0.0, least=0, below=1)
         d_initial: float = option("start of the inner scaling vector", 0.1)
         projection_prng_key: int = option("seed of the random projections", 0, least=0)
+        target_modules: str | None = modules_option("modules to adapt")
 
 
-class FourierFT(FromPeft):
+class FourierFT(OnQueryAndValue):
     """The update's spectrum has few trained coefficients, at random places that are the same in every module."""
 
     peft_type = "FOURIERFT"
@@ -73,13 +93,28 @@ class FourierFT(FromPeft):
         n_frequency: int = option("trained coefficients of each module, at most its number of entries", 1000, least=1)
         scaling: float = option("scale of the update", 150.0, above=0)
         random_loc_seed: int = option("seed of the coefficients' places", 777, least=0)
+        target_modules: str | None = modules_option("modules to adapt")
 
 
 class IA3(FromPeft):
     """Trained vectors that scale keys, values and the feed-forward layer's inner activations."""
 
     peft_type = "IA3"
-    Options = NoOptions
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of (IA)³."""
+
+        target_modules: str | None = modules_option("modules that are scaled")
+        feedforward_modules: str | None = modules_option("those of them whose input is scaled, in place of their output")
+
+    def found_in(self, text_model: nn.Module) -> dict[str, list[str]]:
+        from routevl.backbones.structure import KEY, VALUE, structure_of, targets
+
+        structure = structure_of(text_model)
+        feed_forward = targets(text_model, structure.ends_of_feed_forward())
+        attention = targets(text_model, structure.computing(KEY, VALUE))
+        return {"target_modules": attention + feed_forward, "feedforward_modules": feed_forward}
 
 
 class LNTuning(FromPeft):

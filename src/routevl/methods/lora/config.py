@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from routevl.errors import RoutevlError
 from routevl.methods.lora import Lora
 from routevl.methods.routed.config import MethodType, RoutedConfig
+
+LAYOUT = {"groups", "widths", "adapted"}  # of a module that holds several projections
 
 
 @dataclass
@@ -25,10 +28,17 @@ class RoutedLoraConfig(RoutedConfig):
 
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the text hidden states before the down-projection."})
-    fused_projections: dict[str, list[bool]] | None = field(
+    fused_projections: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata={
-            "help": "For modules whose output is several equally wide projections side by side: which of them are adapted, each "
-            "with its own bottleneck. None: GPT-2's c_attn adapts query and value, not key; {}: nothing is fused."
+            "help": "For modules that hold several projections, by the end of their name: `groups` (1, or the heads, where each "
+            "head has its part of all projections), the `widths` of the projections in a group, and which of them are `adapted`, "
+            "each with its own bottleneck. None: found in the model, where query and value are adapted; {}: nothing is fused."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, layout in (self.fused_projections or {}).items():
+            if not (isinstance(layout, dict) and layout.keys() == LAYOUT and len(layout["widths"]) == len(layout["adapted"])):
+                raise RoutevlError(f"fused_projections: {name}: expected {', '.join(sorted(LAYOUT))}, not {layout!r}")

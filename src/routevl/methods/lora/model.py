@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 
+from routevl.backbones.structure import QUERY, VALUE, Structure, targets
 from routevl.methods.lora.config import RoutedLoraConfig
 from routevl.methods.lora.layer import RoutedLoraLayer
 from routevl.methods.routed.tuner import RoutedTuner, register
-
-# model type -> modules whose output is several projections side by side, and which of them LoRA adapts
-FUSED_PROJECTIONS = {"gpt2": {"c_attn": [True, False, True]}}  # query, key, value
 
 
 class RoutedLoraModel(RoutedTuner):
@@ -17,12 +15,21 @@ class RoutedLoraModel(RoutedTuner):
 
     prefix = "lora_"
     tuner_layer_cls = RoutedLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    left_to_the_model = ("target_modules", "fused_projections")
 
-    def _prepare_adapter_config(self, peft_config: RoutedLoraConfig, model_config: dict) -> RoutedLoraConfig:
-        if peft_config.fused_projections is None:
-            peft_config.fused_projections = FUSED_PROJECTIONS.get(model_config.get("model_type"), {})
-        return super()._prepare_adapter_config(peft_config, model_config)
+    def default_targets(self, structure: Structure) -> list[str]:
+        return structure.computing(QUERY, VALUE)
+
+    def complete(self, config: RoutedLoraConfig, model: nn.Module) -> Structure:
+        structure = super().complete(config, model)
+        if config.fused_projections is None:
+            config.fused_projections = {}
+            for fused in dict.fromkeys(structure.fused.values()):
+                adapted = [role in (QUERY, VALUE) for role in fused.roles]
+                layout = {"groups": fused.groups, "widths": list(fused.widths), "adapted": adapted}
+                names = [name for name, own in structure.fused.items() if own == fused]
+                config.fused_projections |= {end: layout for end in targets(model, names) if any(adapted)}
+        return structure
 
 
 register(RoutedLoraConfig.PEFT_TYPE, RoutedLoraConfig, RoutedLoraModel)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from routevl.methods.peft_method import PeftMethod
+from routevl.methods.peft_method import PeftMethod, modules_option
 from routevl.options import option
 from routevl.routing import ROUTING
 
@@ -26,6 +26,7 @@ class RoutedOptions:
         "parameter-free scaling of the routed features; `attn` and `expand` are quadratic in them, so `tanh` or `layer_norm` "
         "where a vision model's features are not bounded", "none", choices=VISUAL_SCALES,
     )  # fmt: skip
+    target_modules: str | None = modules_option("modules to adapt")
 
 
 class RoutedMethod(PeftMethod):
@@ -35,7 +36,7 @@ class RoutedMethod(PeftMethod):
     def uses_image(self) -> bool:
         return self.options.routing != "none"
 
-    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Module | None:
+    def visual_projection(self, text_model: nn.Module, width: int) -> nn.Linear | None:
         return text_model.base_model.project_from(width)
 
     def part_of(self, name: str) -> str:

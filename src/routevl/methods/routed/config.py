@@ -37,7 +37,8 @@ class RoutedConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (or one regular expression) of the modules to adapt; None: the method's own for the model type."
+            "help": "Names (or one regular expression) of the modules to adapt; None: those that the method adapts in any model, "
+            "found by what they compute."
         },
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to adapt."})
@@ -62,6 +63,7 @@ class RoutedConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = self.PEFT_TYPE
         for f in fields(self.options_class):
-            check_value(self.options_class, f.name, getattr(self, f.name), type(self).__name__)
+            if f.name != "target_modules":  # which peft checks, in more forms than a run's option has
+                check_value(self.options_class, f.name, getattr(self, f.name), type(self).__name__)
         if self.visual_width is not None and self.visual_width <= 0:
             raise RoutevlError(f"visual_width must be a positive integer or None, not {self.visual_width!r}")

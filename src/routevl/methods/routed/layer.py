@@ -33,19 +33,19 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def routed(self, adapter: str, down: nn.Module, hidden_states: Tensor, parts: int = 1) -> Tensor:
         """route(x_H W_down, x_R W_down): (B, ..., d) -> (B, ..., parts * r), each of the `parts` bottlenecks on its own."""
-        x_t = down(hidden_states)
         route = self.route[adapter]
         if route is None:
-            return x_t
+            return down(hidden_states)
+        leading, hidden_states = hidden_states.shape[:-1], self.conditioning.by_text(hidden_states)
+        x_t = down(hidden_states)
         x_v = self.conditioning.projected(("visual_features", adapter), hidden_states, "visual_features", down)
         mask = self.conditioning.per_example("visual_mask", len(hidden_states), "visual_mask")
         mask = None if mask is None else mask.to(x_v.device)  # layers may be on several devices
-        shape = x_t.shape
-        x_t = x_t.reshape(shape[0], -1, shape[-1])  # (B, L_t, parts * r)
+        x_t = x_t.reshape(x_t.shape[0], -1, x_t.shape[-1])  # (B, L_t, parts * r)
         if parts == 1:
-            return route(x_t, x_v, mask).view(shape)
+            return route(x_t, x_v, mask).view(*leading, -1)
         pieces = zip(x_t.chunk(parts, -1), x_v.chunk(parts, -1), strict=True)
-        return torch.cat([route(text, image, mask) for text, image in pieces], dim=-1).view(shape)
+        return torch.cat([route(text, image, mask) for text, image in pieces], dim=-1).view(*leading, -1)
 
     def adapters_in_use(self) -> list[str]:
         """The names of the active adapters that this module has; none while adapters are disabled."""

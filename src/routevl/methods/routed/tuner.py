@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from routevl.backbones.structure import Structure, structure_of, targets
 from routevl.conditioning import PER_EXAMPLE, Conditioning, refuse_a_second
 from routevl.errors import RoutevlError
 from routevl.methods.routed.config import RoutedConfig
@@ -41,7 +42,7 @@ def register(peft_type: str, config_class: type[PeftConfig], model_class: type[B
 
 
 class RoutedTuner(BaseTuner):
-    """peft's tuner for routed methods. Subclasses name their layer, a RoutedLayer.
+    """peft's tuner for routed methods. Subclasses name their layer, a RoutedLayer, and the modules that they adapt by default.
 
     `model(...)` and `model.generate(...)` take `visual_features` (B, L_v, d_v) and `visual_mask` (B, L_v), bool, beside their own
     arguments; the features are projected, where d_v is not d, and scaled once per call.
@@ -52,6 +53,7 @@ class RoutedTuner(BaseTuner):
     """
 
     uses_shared_state = True
+    left_to_the_model: ClassVar[tuple[str, ...]] = ("target_modules",)  # fields of the config that `complete` fills in where None
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         refuse_a_second(model)  # before peft writes the new config into the first tuner's
@@ -62,18 +64,43 @@ class RoutedTuner(BaseTuner):
         self.visual_projection = nn.ModuleDict()
         self.routed_width: dict[str, int] = {}
 
-    def _prepare_adapter_config(self, peft_config: RoutedConfig, model_config: dict) -> RoutedConfig:
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if isinstance(peft_config.target_modules, set):  # written to adapter_config.json, which must not vary from run to run
-            peft_config.target_modules = sorted(peft_config.target_modules)
-        return peft_config
+    def default_targets(self, structure: Structure) -> list[str]:
+        """The names of the modules that the method adapts unless others are named. Raises RoutevlError where there are none."""
+        raise NotImplementedError
+
+    def complete(self, config: RoutedConfig, model: nn.Module) -> Structure:
+        """Fill in what the config leaves to the model.
+
+        Returns:
+            the model's parts; empty ones where they cannot be found but need not be.
+
+        Raises:
+            RoutevlError: the parts cannot be found, or cannot be routed.
+        """
+        try:
+            structure = structure_of(model)
+        except RoutevlError:
+            if config.target_modules is None:
+                raise
+            return Structure()
+        if config.target_modules is None:
+            names = self.default_targets(structure)
+            config.target_modules = targets(model, names)
+            if config.routing != "none" and (shared := structure.shared.intersection(names)):
+                raise RoutevlError(
+                    f"{min(shared)} also reads a table of positions, which no image belongs to, and so cannot be routed: take "
+                    f"those of {', '.join(config.target_modules)} that read the text alone as target_modules"
+                )
+        return structure
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """peft's own, which leaves the model as it was where it fails, and the other adapters as trainable as they were."""
         trained = {name: projection.weight.requires_grad for name, projection in self.visual_projection.items()}
+        config = self.peft_config[adapter_name]
         try:
+            if any(getattr(config, name) is None for name in self.left_to_the_model):
+                self.complete(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config = self.peft_config[adapter_name]
             if config.visual_width is not None:
                 with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
                     self.project_from(config.visual_width, adapter_name)

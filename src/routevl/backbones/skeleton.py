@@ -1,0 +1,100 @@
+"""Models without weights: built from a configuration in no memory to speak of, and run for the shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+def no_weights() -> AbstractContextManager[None]:
+    """Modules that are made here have parameters on the meta device; their buffers are real."""
+    return init_empty_weights(include_buffers=False)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module that a tuner's layer has wrapped; any other as it is."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def widths_of(module: nn.Module) -> tuple[int, int]:
+    """How many inputs and outputs a linear module has."""
+    base = base_of(module)
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+@contextmanager
+def replaced(modules: Mapping[str, nn.Module], stand_in: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Let other functions stand in for modules' forward passes."""
+    for name, module in modules.items():
+        module.forward = stand_in(name, module)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+@contextmanager
+def ready_to_run(model: nn.Module, not_read: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Let float32 numbers stand in for parameters of other types, and for what is on the meta device: ones, but zeros for stacks
+    of matrices, such as of experts. These take no memory.
+
+    Args:
+        not_read: modules whose parameters are left alone.
+    """
+    left = {part for module in not_read for part in module.modules()}
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    taken = []
+    for module in model.modules():
+        for tensors in () if module in left else (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                of_another_type = isinstance(tensor, nn.Parameter) and tensor.dtype != torch.float32
+                if tensor is not None and (tensor.is_meta or of_another_type):
+                    taken.append((tensors, name, tensor))
+                    tensors[name] = nn.Parameter(_to_run(tensor.detach(), device), requires_grad=False)
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in taken:
+            tensors[name] = tensor
+
+
+def _to_run(tensor: Tensor, device: torch.device) -> Tensor:
+    if not tensor.is_meta:
+        return tensor.float()
+    if tensor.dim() < 3:
+        return torch.ones((), device=device).expand(tensor.shape)
+    return torch.from_numpy(numpy.zeros(tensor.shape, numpy.float32)).to(device)  # some kernels want real strides
+
+
+@torch.no_grad()
+def run_for_shapes(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """A forward pass on the CPU in which linear modules give zeros.
+
+    Raises:
+        ValueError: a linear module got an input of another width.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
+
+    def stand_in(name: str, module: nn.Module) -> Callable[..., Tensor]:
+        width, width_out = widths_of(module)
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if hidden_states.shape[-1] != width:
+                raise ValueError(f"{name} takes width {width}, not {hidden_states.shape[-1]}")
+            return hidden_states.new_zeros(*hidden_states.shape[:-1], width_out)
+
+        return forward
+
+    with ready_to_run(model), replaced(linears, stand_in):
+        return model(**inputs)

@@ -1,0 +1,289 @@
+"""The parts of a text model, found by what depends on what: the names that its authors gave do not matter.
+
+Every linear module's output is replaced by random numbers that stand for themselves, and gradients say what the next modules'
+inputs depend on directly. The input of an attention's output projection at one position depends on
+
+* values at other positions, and on the value alone where there is one position, since the softmax over it is 1;
+* keys at other positions, and on no key where there is one position;
+* the query of its own position, and on no query where there is one position.
+
+So the projections are told apart to the component, also where one module holds several of them side by side or head by head.
+Weights are not read: a model on the meta device will do, as long as its buffers are real.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from routevl.backbones.skeleton import LINEAR, base_of, ready_to_run, replaced, widths_of
+from routevl.errors import RoutevlError
+
+QUERY, KEY, VALUE = "query", "key", "value"
+BATCH = 2
+LENGTHS = ((1, 1), (2, 3))  # positions of the text, and of what an encoder has read
+NEGLIGIBLE = 1e-3  # of the largest gradient: rounding, where the true one is zero
+NAME_THEM = "name the modules to adapt: `target_modules` of the text backbone in the configuration, or of the peft config"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How a module's outputs hold several projections: as `groups` of heads, in each the projections' `widths` side by side."""
+
+    groups: int
+    roles: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The modules of a text model by what they do, in the order in which they are called.
+
+    Attributes:
+        roles: name of a module that computes queries, keys or values -> which of them.
+        fused: name of a module that computes more than one of them -> how.
+        attention_outputs: output projections of attention over the text itself.
+        cross_attention_outputs: of attention over what an encoder has read.
+        feed_forward_outputs: the last module of each layer's feed-forward part.
+        shared: modules that also read what is of no example, such as a table of relative positions.
+    """
+
+    roles: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    fused: Mapping[str, Fused] = field(default_factory=dict)
+    attention_outputs: tuple[str, ...] = ()
+    cross_attention_outputs: tuple[str, ...] = ()
+    feed_forward_outputs: tuple[str, ...] = ()
+    shared: frozenset[str] = frozenset()
+
+    def computing(self, *roles: str) -> list[str]:
+        """The modules that compute any of these roles."""
+        return [name for name, own in self.roles.items() if own & set(roles)]
+
+    def ends_of_feed_forward(self) -> tuple[str, ...]:
+        """`feed_forward_outputs`. Raises RoutevlError where there are none, as with experts, which are no linear modules."""
+        if not self.feed_forward_outputs:
+            raise RoutevlError(f"the model has no feed-forward part that ends in a linear module; {NAME_THEM}")
+        return self.feed_forward_outputs
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Find the parts of a text model of transformers. It is run twice, on a few positions, and left as it was.
+
+    Raises:
+        RoutevlError: it cannot be run on embeddings, or has no attention with one linear module for the query and one for the
+            value.
+    """
+    linears = _linear_modules(model)
+    try:
+        one, several = (_run(model, linears, *lengths) for lengths in LENGTHS)
+        attentions = _attentions(one, several)
+    except Exception as error:  # of the model's own code, of any kind
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RoutevlError(f"the parts of {type(model).__name__} cannot be found ({reason}); {NAME_THEM}") from error
+    if not attentions:
+        raise RoutevlError(
+            f"{type(model).__name__} has no attention with one linear module for the query and one for the value; {NAME_THEM}"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}  # a module that several layers share has the same parts in all of them
+    for attention in attentions:
+        for name, own in attention.parts.items():
+            parts.setdefault(name, own)
+    itself, cross = ([a.output for a in attentions if a.cross is crossed] for crossed in (False, True))
+    called = [call.name for call in several if call.hidden_states is not None]
+    return Structure(
+        roles={name: frozenset(own) for name, own in parts.items()},
+        fused={name: _layout(name, own) for name, own in parts.items() if len(own) > 1},
+        attention_outputs=tuple(dict.fromkeys(itself)),
+        cross_attention_outputs=tuple(dict.fromkeys(cross)),
+        feed_forward_outputs=_feed_forward_outputs(linears, called, itself, {*parts, *itself, *cross}),
+        shared=frozenset(call.name for call in several if call.hidden_states is None),
+    )
+
+
+def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules by name; those that a tuner has wrapped by the name that they had before."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        wrapped = any(name.startswith(f"{parent}.") for parent, of in found.items() if isinstance(of, BaseTunerLayer))
+        if not wrapped and isinstance(module, (*LINEAR, BaseTunerLayer)):
+            found[name] = module
+    return {name: module for name, module in found.items() if isinstance(base_of(module), LINEAR)}
+
+
+# ------------------------------------------------------------------------------------------ running
+
+
+class Call(NamedTuple):
+    """One call of a linear module.
+
+    Attributes:
+        hidden_states: its input, (B, L, d); None where that has no entry for each position of each example.
+        output: the random numbers that it gave, (B, L, d_out); any shape where it is of no example.
+    """
+
+    name: str
+    hidden_states: Tensor | None
+    output: Tensor
+
+
+def _run(model: PreTrainedModel, linears: Mapping[str, nn.Module], length: int, encoder_length: int) -> list[Call]:
+    """The calls of the linear modules, in their order, in a forward pass whose linear outputs are replaced."""
+    calls: list[Call] = []
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    width = model.get_input_embeddings().weight.shape[1]
+
+    def embeddings(length: int) -> Tensor:
+        return torch.randn(BATCH, length, width, generator=generator).to(device)
+
+    inputs = {"inputs_embeds": embeddings(length)}
+    if model.config.is_encoder_decoder:
+        inputs = {"inputs_embeds": embeddings(encoder_length), "decoder_inputs_embeds": embeddings(length)}
+
+    def stand_in(name: str, module: nn.Module) -> Callable[..., Tensor]:
+        width_out = widths_of(module)[1]
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            *shape, width = hidden_states.shape
+            positions = math.prod(shape) // BATCH
+            of_examples = positions in (length, encoder_length) and shape in ([BATCH, positions], [BATCH * positions])
+            own = (BATCH, positions) if of_examples else shape  # OPT flattens examples and positions
+            output = torch.randn((*own, width_out), generator=generator).to(hidden_states).detach().requires_grad_()
+            calls.append(Call(name, hidden_states.reshape(*own, width) if of_examples else None, output))
+            return output.reshape(*shape, width_out).clone()  # the model may change it in place
+
+        return forward
+
+    with _evaluated(model), ready_to_run(model, linears.values()), replaced(linears, stand_in), torch.enable_grad():
+        model(**inputs)
+    return calls
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """No dropout, and layers forget where their input comes from."""
+
+    def forget(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+
+    layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+    hooks = [layer.register_forward_pre_hook(forget, with_kwargs=True) for layer in layers]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+# ---------------------------------------------------------------------------------------- attention
+
+
+class _Attention(NamedTuple):
+    """One attention: name of a module -> role -> which of its outputs have it, (d,) bool; and its output projection."""
+
+    parts: dict[str, dict[str, Tensor]]
+    output: str
+    cross: bool
+
+
+def _attentions(one: list[Call], several: list[Call]) -> list[_Attention]:
+    """The attentions of the calls of a run with one position and of another with several."""
+    found = []
+    for place, (call, long_call) in enumerate(zip(one, several, strict=True)):
+        alone, together = _influences(call, one[:place]), _influences(long_call, several[:place])
+        largest = max((gradient.abs().max() for gradient in alone.values()), default=0)
+        parts: dict[str, dict[str, Tensor]] = {}
+        crossed = False
+        for source, gradient in together.items():
+            length = several[source].output.shape[1]
+            crosses = length != long_call.hidden_states.shape[1]
+            elsewhere = _touched(gradient if crosses else gradient[:, :-1])
+            here = _touched(gradient) & ~elsewhere
+            without_softmax = _touched(alone[source], NEGLIGIBLE * largest) if source in alone else torch.zeros_like(here)
+            roles = {QUERY: here & ~without_softmax, KEY: elsewhere & ~without_softmax, VALUE: elsewhere & without_softmax}
+            for role, mask in roles.items():
+                if mask.any():
+                    parts.setdefault(several[source].name, {})[role] = mask
+                    crossed = crosses if role == VALUE else crossed
+        modules = Counter(role for own in parts.values() for role in own)
+        if modules[QUERY] == modules[VALUE] == 1 <= modules[KEY]:  # else something else mixes positions, such as a convolution
+            found.append(_Attention(parts, call.name, crossed))
+    return found
+
+
+def _influences(call: Call, before: list[Call]) -> dict[int, Tensor]:
+    """Which outputs the last position of a call's input depends on directly: place of a call -> gradient (B, L, d)."""
+    if call.hidden_states is None or not call.hidden_states.requires_grad or not before:
+        return {}
+    weights = torch.randn(call.hidden_states[:, -1].shape, generator=torch.Generator().manual_seed(0))
+    last = (call.hidden_states[:, -1] * weights.to(call.hidden_states)).sum()
+    gradients = torch.autograd.grad(last, [c.output for c in before], retain_graph=True, allow_unused=True)
+    return {n: g for n, g in enumerate(gradients) if g is not None and before[n].hidden_states is not None}
+
+
+def _touched(gradient: Tensor, least: float | Tensor = 0.0) -> Tensor:
+    """Which components of (B, L, d) have a gradient at any position: (d,) bool."""
+    return (gradient.abs() > least).flatten(0, 1).any(0)
+
+
+def _layout(name: str, parts: Mapping[str, Tensor]) -> Fused:
+    """How a module's outputs hold the roles, from which of them have which."""
+    roles_of = [next((role for role, mask in parts.items() if mask[n]), "") for n in range(len(next(iter(parts.values()))))]
+    runs = [(role, len(list(members))) for role, members in groupby(roles_of)]
+    groups = max(n for n in range(1, len(runs) + 1) if len(runs) % n == 0 and runs == runs[: len(runs) // n] * n)
+    roles, widths = zip(*runs[: len(runs) // groups], strict=True)
+    if len(set(roles)) < len(roles):
+        raise RoutevlError(f"{name} holds queries, keys and values in no order that is known; {NAME_THEM}")
+    return Fused(groups, roles, widths)
+
+
+# ------------------------------------------------------------------------------------- feed-forward
+
+
+def _feed_forward_outputs(
+    linears: Mapping[str, nn.Module], called: list[str], attention_outputs: list[str], of_attention: set[str]
+) -> tuple[str, ...]:
+    """Of each layer the module of the hidden states' width that is called last, beside its attention."""
+    found = []
+    for output in dict.fromkeys(attention_outputs):
+        path = output.split(".")
+        for end in range(len(path), 0, -1):  # the innermost numbered part around the attention that has other modules too
+            layer = ".".join(path[:end]) + "."
+            inside = [name for name in called if name.startswith(layer) and name not in of_attention]
+            if path[end - 1].isdigit() and inside:
+                same_width = [name for name in inside if widths_of(linears[name])[1] == widths_of(linears[output])[1]]
+                found += same_width[-1:]
+                break
+    return tuple(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------------------------------ targets
+
+
+def targets(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Modules as peft's `target_modules`: the ends of their names behind the layers' numbers, where no other module of the model
+    has that end; their full names else."""
+    names = set(names)
+    ends = {name: re.sub(r".*\.\d+\.", "", name) for name in names}
+    others = [name for name, _ in model.named_modules() if name not in names]
+    clash = {end for end in ends.values() if any(f".{other}".endswith(f".{end}") for other in others)}
+    return sorted({name if end in clash else end for name, end in ends.items()})

@@ -1,0 +1,206 @@
+"""Stage `check-models`: whether the models of a run sheet fit together, before anything is computed with them."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from routevl.backbones import pretrain_text, pretrain_vision
+from routevl.backbones.fetch import SMALL_FILES, hub_snapshot
+from routevl.backbones.from_transformers import first_line
+from routevl.backbones.skeleton import no_weights, run_for_shapes
+from routevl.backbones.structure import NAME_THEM
+from routevl.backbones.text import text_skeleton
+from routevl.backbones.vision import Tokens, vision_tokens
+from routevl.errors import RoutevlError
+from routevl.files import write_json
+from routevl.progress import progress
+from routevl.settings import RunSettings
+from routevl.sheet import Experiment, read_sheet, settings_of
+from routevl.sheet import check as check_sheet
+from routevl.tasks.table import TASKS, task_class
+from routevl.training.inputs import refuse
+from routevl.training.prepared import bare
+
+IMAGES = [1, 2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl check-models`."""
+    parser.add_argument("--configuration", required=True, metavar="FILE", help="of the workflow, in YAML or JSON")
+    parser.add_argument("--asked", help="what to write into the output beside what was found, to know it by")
+    parser.add_argument("--output", metavar="JSON", help="where what has been checked goes, with the trainable parameters")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build every distinct combination of text backbone, task, method and vision backbone of a configuration's run sheet, without
+    weights, and put a batch of two through it.
+
+    Raises:
+        RoutevlError: some cannot work. There is a line about each fault: the experiment, the model and the key that mends it.
+    """
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+    config = read_configuration(arguments.configuration)
+    experiments = read_sheet(config["experiments"])
+    check_sheet(experiments, config)
+    cases = distinct_cases(experiments, config)
+    checked, faults = [], {}
+    with tempfile.TemporaryDirectory() as name:
+        write_data(Path(name) / "data")
+        folders = Folders(config["backbones"], Path(name))
+        for case in progress(cases, len(cases), "check"):
+            try:
+                text, vision = (folders.of(kind, getattr(case.experiment, f"{kind}_backbone")) for kind in ("text", "vision"))
+                counts = check(case.settings, text, vision, Path(name) / "data")
+            except RoutevlError as error:
+                faults.setdefault(str(error), case.experiment)
+            else:
+                checked.append({**case.names(), "trainable_params_by_part": counts})
+    if faults:
+        *others, last = [f"experiment {experiment.experiment!r}: {fault}" for fault, experiment in faults.items()]
+        for line in others:
+            print(f"check-models: error: {line}", file=sys.stderr)
+        raise RoutevlError(last)
+    if arguments.output:
+        write_json(arguments.output, {"asked": arguments.asked, "checked": checked})
+
+
+def read_configuration(path: str) -> dict[str, Any]:
+    """A configuration's file. Raises RoutevlError where it is not one."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RoutevlError(f"{path}: not a readable YAML file ({first_line(error)})") from None
+    if not isinstance(config, dict) or not {"experiments", "backbones", "features", "runs", "tasks"} <= config.keys():
+        raise RoutevlError(f"{path}: not a configuration of the workflow")
+    return config
+
+
+class Folders:
+    """Where the configurations and tokenizers of the backbones are: the user's folder, a hub model's small files in the hub's
+    cache, or what the demo's pretraining would begin with, written into `scratch`. A derived backbone counts as its source."""
+
+    def __init__(self, backbones: Mapping[str, Any], scratch: Path) -> None:
+        self.backbones, self.scratch = backbones, scratch
+
+    def of(self, kind: str, name: str) -> Path:
+        """The folder of a text or a vision backbone. Raises RoutevlError as `routevl fetch-backbone`."""
+        entry = self.backbones[kind][name]
+        if "derive" in entry:
+            return self.of(kind, entry["derive"]["from"])
+        if "path" in entry:
+            path = Path(entry["path"])
+            return path if path.is_dir() else hub_snapshot(entry["path"], entry.get("revision", "main"), SMALL_FILES)
+        folder = self.scratch / name
+        if not folder.exists():
+            stage = pretrain_text if kind == "text" else pretrain_vision
+            stage.write_untrained(folder, entry["pretrain"])
+        return folder
+
+
+class Case(NamedTuple):
+    """The first experiment of its kind, with the settings of its runs."""
+
+    experiment: Experiment
+    settings: RunSettings
+
+    def names(self) -> dict[str, str]:
+        """What it is a combination of."""
+        columns = ("experiment", "task", "text_backbone", "vision_backbone", "method")
+        return {name: getattr(self.experiment, name) for name in columns}
+
+
+def distinct_cases(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> list[Case]:
+    """The first experiment of each combination of what decides the shapes: models, method, what it adapts, how it sees."""
+    cases: dict[tuple, Case] = {}
+    for experiment in experiments:
+        settings = settings_of(experiment, experiment.seeds[0], config)
+        sees = settings.new_method().uses_image, settings.prefix, experiment.vision_backbone, settings.visual_tokens
+        modules = tuple((name, value) for name, value in settings.options.items() if name.endswith("_modules"))
+        how = settings.freeze_layer_norm, settings.gradient_checkpointing, settings.max_text_tokens, settings.max_new_tokens
+        kind = experiment.text_backbone, settings.task, settings.method, modules, *how, *sees
+        cases.setdefault(kind, Case(experiment, settings))
+    return list(cases.values())
+
+
+def check(settings: RunSettings, text_backbone: Path, vision_backbone: Path, data: Path) -> dict[str, int]:
+    """Build a task on the backbones of two folders, and put the examples of `write_data` through it. Of a method with a phase
+    before training the bare text model is built, which this phase begins with.
+
+    Returns:
+        its trainable parameters by part; the answers' head has two outputs.
+
+    Raises:
+        RoutevlError: it cannot work, for any reason.
+    """
+    visual = _Shapes(*_vision_tokens(vision_backbone).shape(settings.visual_tokens))
+    skeleton, tokenizer = _text_skeleton(text_backbone, TASKS[settings.task].text_model)
+    text_model, method = copy.deepcopy(skeleton), settings.new_method()
+    refuse(method, text_model.config.model_type, str(text_backbone))
+    method = bare(method) if method.prepares() else method
+    try:
+        with no_weights():
+            task = task_class(settings.task)(settings, method, {}, text_model, tokenizer, visual, data)
+        run_for_shapes(task.model.eval(), task.collate(list(task.examples("train"))))
+    except RoutevlError as error:
+        raise RoutevlError(f"backbone {text_backbone}, method {settings.method}: {error}") from error
+    except Exception as error:  # of the model's own code, of any kind
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RoutevlError(
+            f"backbone {text_backbone}, method {settings.method}: cannot be run ({reason}); {NAME_THEM}, or take another backbone"
+        ) from error
+    return task.model.trainable_params_by_part()
+
+
+@cache
+def _text_skeleton(folder: Path, kind: str) -> tuple[Any, Any]:
+    return text_skeleton(folder, kind)
+
+
+@cache
+def _vision_tokens(folder: Path) -> Tokens:
+    return vision_tokens(folder)
+
+
+def write_data(folder: Path) -> None:
+    """A training split of two examples of every task, prepared as `routevl prepare` would."""
+    texts = dict(zip(IMAGES, ("is it a bus?", "what is on the left of it?"), strict=True))
+    questions = [{"question_id": n, "image_id": n, "question": text} for n, text in texts.items()]
+    annotation = {"question_type": "is", "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}]}
+    captions = [{"id": n, "image_id": n, "caption": text} for n, text in texts.items()]
+    files = {
+        "train/images.json": [{"id": n, "file_name": f"{n}.jpg"} for n in texts],
+        "train/questions.json": {"questions": questions},
+        "train/annotations.json": {"annotations": [{"question_id": n, "image_id": n, **annotation} for n in texts]},
+        "train/captions.json": {"annotations": captions},
+        "answers.json": ["yes", "no"],
+    }
+    for name, content in files.items():
+        write_json(folder / name, content)
+
+
+class _Shapes:
+    """A `routevl.visual.VisualSource` of zeros."""
+
+    def __init__(self, length: int, width: int) -> None:
+        self.length, self.width = length, width
+        self.image_ids = torch.tensor(IMAGES)
+        self.encoder = nn.Identity()
+
+    def of(self, image_ids: Sequence[int]) -> Tensor:
+        return torch.zeros(len(image_ids), self.length, self.width)
+
+    def check(self, image_ids: Sequence[int]) -> None:
+        """Nothing can be missing."""
