@@ -116,7 +116,9 @@ def test_every_key_has_a_description() -> None:
 def test_defaults_of_pretraining_are_those_of_the_command_line() -> None:
     backbones = yaml.safe_load((PROJECT / "workflow/schemas/config.schema.yaml").read_text())["properties"]["backbones"]
     for modality, stage in (("text", "pretrain-text"), ("vision", "pretrain-vision")):
-        [pretrain] = [a for a in backbones["properties"][modality]["additionalProperties"]["oneOf"] if "properties" in a]
+        [pretrain] = [
+            a for a in backbones["properties"][modality]["additionalProperties"]["oneOf"] if "pretrain" in a["properties"]
+        ]
         pretrain = pretrain["properties"]["pretrain"]
         parser = stage_parser(stage)
         for name, node in pretrain["properties"].items():
@@ -145,8 +147,7 @@ def test_files_that_are_named_are_there(document: Path) -> None:
         r"(?:src|workflow|config|docs|slurm|tests|examples|envs|benchmarks)/[\w./-]*\w\.(?:py|md|yaml|tsv|csv|lock|smk|json)"
     )
     for name in set(named.findall(code_in(document))):
-        made_up = name.startswith(("config/own.", "config/experiments/own."))  # of one's own data
-        assert made_up or (PROJECT / name).exists(), f"{name} in {document}"
+        assert (PROJECT / name).exists(), f"{name} in {document}"
 
 
 @every_document
@@ -185,10 +186,10 @@ def snakemake_commands() -> list[str]:
 def test_every_snakemake_command_is_one(command: str, workflow: Path) -> None:
     """The wrong order of targets and --configfile ends in a traceback."""
     shutil.copytree(PROJECT / "slurm", workflow / "slurm")
-    (workflow / "config/own.yaml").write_text(example("yaml"))
-    (workflow / "config/experiments/own.tsv").write_text(example("tsv"))
-    for name in ("images", "questions.json", "annotations.json", "captions.json"):
-        (workflow / "my_data" / name).mkdir(parents=True)
+    for name in ("photos", "images.json", "questions.json", "annotations.json", "captions.json"):
+        (workflow / "own" / name).mkdir(parents=True)
+    (workflow / "own/own.yaml").write_text(example("yaml"))
+    (workflow / "own/own.tsv").write_text(example("tsv"))
     status, output = dry_run(workflow, *shlex.split(command))
     missing = "--report" in command and "marked for report but does not exist" in output  # yet
     assert (status == 0 or missing) and "Traceback" not in output, output
@@ -226,8 +227,9 @@ def test_the_examples_of_the_readme_print_what_it_says(block: str, tmp_path: Pat
 
 
 def example(language: str) -> str:
-    """The block of config/README.md in this language."""
-    [block] = [match[3] for match in FENCE.finditer(DOCUMENTS[1].read_text(encoding="utf-8")) if match[2] == language]
+    """The block of docs/OWN.md in this language."""
+    text = (PROJECT / "docs/OWN.md").read_text(encoding="utf-8")
+    [block] = [match[3] for match in FENCE.finditer(text) if match[2] == language]
     return block
 
 
