@@ -43,7 +43,7 @@ def make_project(folder: Path, experiments: list[str]) -> Path:
 def copy_project(folder: Path) -> None:
     """Copy what the workflow consists of, but for its installed code."""
     shutil.copy(PROJECT / "Snakefile", folder)
-    for name in ("workflow", "config", "envs"):
+    for name in ("workflow", "profiles", "config", "envs"):
         shutil.copytree(PROJECT / name, folder / name)
 
 
