@@ -152,6 +152,7 @@ def run_options(
         "learning_rate": 0.02,
         "warmup": 0.1,
         "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
         "max_text_tokens": 20,
         "beams": 2,
         "max_new_tokens": 8,

@@ -39,6 +39,10 @@ class _Settings:
     learning_rate: float = option("peak learning rate of AdamW; it then falls linearly to zero", above=0)
     warmup: float = option("linear warm-up: a fraction of all steps when below 1, else a number of steps", least=0)
     weight_decay: float = option("AdamW's weight decay", least=0)
+    max_grad_norm: float | None = option(
+        "gradients are clipped to this norm, over all trained parameters together and over all processes; `none`: they are not",
+        1.0, above=0,
+    )  # fmt: skip
     max_text_tokens: int = option("longer texts are cut here, special tokens included", least=3)
     beams: int = option("beams of the caption search", least=1)
     max_new_tokens: int = option("longest generated caption, in tokens", least=1)
@@ -62,10 +66,11 @@ class RunSettings(_Settings):
         return round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as a JSON object, without settings and options that are none: so a record outlives a new one."""
+        """The settings as a JSON object, without those, and options, that are none by default: so it outlives a new one."""
         record = asdict(self)
         record["options"] = {name: value for name, value in record["options"].items() if value is not None}
-        return {name: value for name, value in record.items() if value is not None}
+        none_by_default = {f.name for f in fields(self) if f.default is None}
+        return {name: value for name, value in record.items() if value is not None or name not in none_by_default}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], options: Mapping[str, Any], where: str) -> RunSettings:

@@ -36,10 +36,12 @@ from safetensors.torch import load_file, save_file
 
 from routevl import cli
 from routevl.errors import RoutevlError
+from routevl.settings import RunSettings
 from routevl.signals import EXIT_STOPPED, STOP_SIGNALS
 from routevl.signals import exit_status as stopped_by
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint, save_checkpoint
+from routevl.training.order import training_batches
 from routevl.training.predict import write_predictions
 from routevl.training.trainer import Trainer
 
@@ -245,13 +247,49 @@ def test_repetition_gives_the_same_bits(
     assert_same_outcome(baseline, new_run(small_world, tmp_path, task, **changes).train())
 
 
-@pytest.mark.parametrize("changes", [{"seed": 6}, {"options": {"routing": "add"}}, {"learning_rate": 0.021}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"seed": 6}, {"options": {"routing": "add"}}, {"learning_rate": 0.021}, {"max_grad_norm": 0.001}], ids=str
+)
 def test_other_settings_give_other_bits(
     small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str, changes: dict[str, Any]
 ) -> None:
     other = new_run(small_world, tmp_path, task, **changes).train()
     with pytest.raises(RoutevlError, match="differ, first in"):
         run_stage("compare", baseline.model, other.model)
+
+
+@pytest.mark.parametrize(("norm", "clipped"), [(0.001, 0.001), (1e6, None), ("none", None)])
+def test_gradients_are_clipped_over_all_parameters_together(
+    small_world: SmallWorld, tmp_path: Path, task: str, norm: float | str, clipped: float | None
+) -> None:
+    trainer = new_run(small_world, tmp_path, task, max_grad_norm=norm).trainer()
+    batch = next(iter(training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0)))
+    trainer.model.train()
+    trainer.model(**batch)["loss"].backward()
+    parameters = trainer.optimisation.parameters
+    free = torch.stack([parameter.grad.norm() for parameter in parameters]).norm().item()
+    given: list[float] = []
+
+    def instead_of_adamw() -> None:
+        given.append(torch.stack([parameter.grad.norm() for parameter in parameters]).norm().item())
+
+    trainer.optimisation.optimiser.step = instead_of_adamw
+    trainer.optimisation.step()
+    assert free > 0.01 and given == [pytest.approx(clipped or free, rel=1e-4)]
+    settings = trainer.settings.as_record()
+    assert settings["max_grad_norm"] == (None if norm == "none" else norm)
+    assert RunSettings.from_record(settings, "run.json") == trainer.settings
+
+
+def test_the_order_of_examples_is_a_function_of_seed_and_epoch(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        trainer = new_run(small_world, tmp_path / f"{seed}-{epoch}", task, seed=seed).trainer()
+        batches = training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=epoch)
+        return batches.batch_sampler.order if hasattr(batches, "batch_sampler") else batches.base_dataloader.batch_sampler.order
+
+    orders = [order(seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0), (6, 1), (5, 0))]
+    assert orders[0] == orders[4] and all(sorted(o) == list(range(len(o))) for o in orders)
+    assert len({tuple(o) for o in orders}) == 4
 
 
 def test_compare_names_the_tensor_that_differs(tmp_path: Path, baseline: Run) -> None:

@@ -145,7 +145,7 @@ def rows(batch: dict[str, Tensor], *chosen: int) -> dict[str, Tensor]:
 def one_step(model: VisionLanguageModel, batch: dict[str, Tensor]) -> None:
     """One optimiser step."""
     groups = model.method.groups(model, 0.01)
-    optimisation = Optimisation(groups, 0.0, lambda optimiser: torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0))
+    optimisation = Optimisation(groups, 0.0, lambda optimiser: torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0), None)
     model.train()
     model(**batch)["loss"].backward()
     optimisation.step()

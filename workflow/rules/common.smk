@@ -189,8 +189,8 @@ def time_to_restart(minutes):
 
 def option(name, value):
     """One option of the command line, quoted."""
-    if isinstance(value, bool):
-        value = "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        value = command_line_options.text_of(value)
     values = value if isinstance(value, list) else [value]
     return f"--{name.replace('_', '-')} {' '.join(shlex.quote(str(value)) for value in values)}"
 

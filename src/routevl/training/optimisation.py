@@ -31,7 +31,7 @@ class Optimisation:
         groups: list[dict[str, Any]],
         weight_decay: float,
         schedule: Callable[[Optimizer], LRScheduler],
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None,
     ) -> None:
         self.optimiser = AdamW(groups, weight_decay=weight_decay, fused=True)
         self.schedule = schedule(self.optimiser)

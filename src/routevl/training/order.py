@@ -1,4 +1,4 @@
-"""The order of training examples, a function of the epoch, and the loaders of batches."""
+"""The order of training examples, a function of the seed and the epoch, and the loaders of batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -40,9 +41,7 @@ class EpochBatches:
 
 def training_batches(task: Task, examples: Any, accelerator: Accelerator, workers: int, epoch: int, first: int = 0) -> Any:
     """One epoch's batches from number `first` on, this process's share of each."""
-    # torch keeps the lower 32 bits, so the seed does nothing here. Its mend changes the bits of every run.
-    generator = torch.Generator().manual_seed((task.settings.seed << 32) + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = numpy.random.default_rng([task.settings.seed, epoch]).permutation(len(examples)).tolist()
     size = task.settings.batch_size
     batches = EpochBatches(order[first * size :], size, accelerator.process_index, accelerator.num_processes)
     return data_loader(task, examples, accelerator, workers, batch_sampler=batches)

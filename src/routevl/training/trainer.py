@@ -85,6 +85,7 @@ class Trainer:
             lambda optimiser: get_linear_schedule_with_warmup(
                 optimiser, settings.warmup_steps(self.total_steps), self.total_steps
             ),
+            settings.max_grad_norm,
         )
         self.step = 0
         self.history: list[dict[str, Any]] = []  # the lines of training.jsonl
