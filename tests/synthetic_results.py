@@ -179,7 +179,8 @@ def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
         for ok, a in zip(right, annotations, strict=True)
     ]
     ids = [a["question_id"] for a in annotations]
-    return metrics, {"ids": ids, "accuracy": scores.tolist()}, predictions
+    images = [a["image_id"] for a in annotations]
+    return metrics, {"ids": ids, "images": images, "accuracy": scores.tolist()}, predictions
 
 
 def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
@@ -191,14 +192,15 @@ def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, lis
         {"image_id": c["image_id"], "caption": c["caption"].replace("red", "blue") if s < 1 else c["caption"]}
         for c, s in zip(captions, scores, strict=True)
     ]
-    items = {"ids": [c["image_id"] for c in captions], "CIDEr": scores.tolist()}
+    images = [c["image_id"] for c in captions]
+    items = {"ids": images, "images": images, "CIDEr": scores.tolist()}
     return metrics | {"CIDEr": float(scores.mean()), "SPICE": None}, items, predictions
 
 
 # Two tasks with LoRA and two routing functions; the blind baseline; and methods without a routing function.
 RUNS = [
     experiment(
-        task, "lora", routing, seeds="1,2" if routing != "add" else "1", feeds=feeds,
+        task, "lora", routing, seeds="1,2,3" if routing != "add" else "1", feeds=feeds,
         versus="" if routing == "none" else f"{task}_lora_none_r4_e2",
     )
     for task, feeds in (("vqa", "T0,T1,T6,F2,F3,F5,F6,F8"), ("caption", "T0,T2,T6,F2,F5,F8"))

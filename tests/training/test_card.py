@@ -24,7 +24,7 @@ from routevl.backbones.folder import origin_of
 from routevl.errors import RoutevlError
 from routevl.files import read_json, write_json
 from routevl.provenance.manifest import describe, read_manifest, write_manifest
-from routevl.reporting.statistics import BOOTSTRAP_SEED, bootstrap_mean
+from routevl.reporting.statistics import mean_interval
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 METHODS = [("vqa", "lora"), ("caption", "adapter"), ("vqa", "ia3"), ("caption", "bitfit"), ("vqa", "full")]
@@ -188,8 +188,9 @@ def test_a_release_has_the_files_and_the_test_scores(release: dict[str, Path]) -
     accuracy = next(result for result in card.data.eval_results if result.metric_name == "Accuracy")
     assert accuracy.metric_value == round(scored["metrics"]["accuracy"], 4) and accuracy.dataset_split == "test"
     assert card.data.model_name == "model" and card.data.tags == before.data.tags
-    interval = bootstrap_mean(np.asarray(items["accuracy"]), BOOTSTRAP_SEED)
+    interval = mean_interval(np.asarray([items["accuracy"]]), np.asarray(items["images"]))
     assert f"[{interval.low:.2f}, {interval.high:.2f}]" in card.text and f"{scored['n']} items" in card.text
+    assert "bootstrap over images (" in card.text
     assert read_manifest(release["manifest"])["digest"] in card.text
     first = (output / "README.md").read_bytes()
     publish(release)

@@ -183,7 +183,7 @@ def test_score_stage_writes_vqa_scores(tmp_path: Path) -> None:
         },
     }
     items = json.loads((output / "items.json").read_text())
-    assert items == {"ids": [5, 3, 4], "accuracy": pytest.approx([100.0, 90.0, 0.0])}
+    assert items == {"ids": [5, 3, 4], "images": [1, 1, 1], "accuracy": pytest.approx([100.0, 90.0, 0.0])}
     assert sorted(path.name for path in output.parent.iterdir()) == ["lora_seed1"]
 
 
@@ -448,7 +448,7 @@ def test_score_stage_writes_caption_scores_twice_at_once(tmp_path: Path) -> None
     assert metrics["metrics"]["SPICE"] is None
     assert "SPICE" in metrics["missing"]
     items = json.loads(first_items)
-    assert items["ids"] == [3, 7, 9]
+    assert items["ids"] == items["images"] == [3, 7, 9]
     assert sum(items["CIDEr"]) / 3 == pytest.approx(metrics["metrics"]["CIDEr"])
 
 

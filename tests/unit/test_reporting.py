@@ -1,4 +1,4 @@
-"""Statistics, tables and figures, on a small synthetic results folder."""
+"""Tables and figures, on a small synthetic results folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import csv
 import hashlib
 import json
-import math
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from synthetic_results import CLAIMS, PUBLISHED, RUNS, experiment, make_figure, 
 
 from routevl.errors import RoutevlError
 from routevl.methods.table import FAMILIES, METHODS, MethodRow
-from routevl.reporting import FIGURES, TABLES, figures, names, results, statistics, style
+from routevl.reporting import FIGURES, TABLES, figures, names, results, style
 from routevl.reporting.claims import verdict
 from routevl.reporting.figures import f1_method, f2_main, f4_methods
 from routevl.reporting.figures.inputs import FigureInputs
@@ -46,55 +46,6 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
         return {row["experiment"]: row for row in csv.DictReader(file)}
 
 
-# Statistics ----------------------------------------------------------------------------------------
-
-
-def test_paired_bootstrap_agrees_with_a_direct_computation():
-    generator = np.random.default_rng(0)
-    baseline = generator.random(50)
-    system = baseline + generator.normal(0.1, 0.2, 50)
-    gain = statistics.paired_bootstrap(baseline, system, seed=3, resamples=400)
-    drawn = np.random.default_rng(3).integers(0, 50, size=(400, 50), dtype=np.int32)
-    differences = np.array([system[items].mean() - baseline[items].mean() for items in drawn])
-    relative = np.array([100 * (system[items].mean() / baseline[items].mean() - 1) for items in drawn])
-    assert gain.absolute.estimate == pytest.approx(system.mean() - baseline.mean())
-    assert [gain.absolute.low, gain.absolute.high] == pytest.approx(np.quantile(differences, [0.025, 0.975]))
-    assert gain.relative.estimate == pytest.approx(100 * (system.mean() / baseline.mean() - 1))
-    assert [gain.relative.low, gain.relative.high] == pytest.approx(np.quantile(relative, [0.025, 0.975]))
-
-
-def test_bootstrap_interval_has_its_nominal_coverage():
-    """Over 300 synthetic experiments with a true gain of 0.2, about 95% of the intervals contain it."""
-    generator = np.random.default_rng(5)
-    covered = 0
-    for trial in range(300):
-        baseline = generator.normal(1.0, 0.5, 80)
-        system = baseline + generator.normal(0.2, 0.4, 80)
-        interval = statistics.paired_bootstrap(baseline, system, seed=trial, resamples=500).absolute
-        covered += interval.low <= 0.2 <= interval.high
-    assert 0.90 <= covered / 300 <= 0.985
-
-
-def test_pairing_uses_the_same_items_for_both_systems():
-    """A constant gain on very different items has an interval of no width."""
-    baseline = np.random.default_rng(1).random(200) * 100 + 1
-    interval = statistics.paired_bootstrap(baseline, baseline + 5, seed=1, resamples=200).absolute
-    assert [interval.low, interval.high] == pytest.approx([5, 5])
-
-
-def test_bootstrap_depends_on_its_seed_only():
-    scores = np.random.default_rng(2).random(100)
-    first = statistics.bootstrap_mean(scores, seed=1, resamples=300)
-    assert statistics.bootstrap_mean(scores, seed=1, resamples=300) == first
-    assert statistics.bootstrap_mean(scores, seed=2, resamples=300) != first
-
-
-def test_relative_gain_over_nothing_is_unknown():
-    gain = statistics.paired_bootstrap(np.zeros(10), np.ones(10), seed=1, resamples=50)
-    assert math.isnan(gain.relative.estimate)
-    assert gain.absolute.verdict == 1
-
-
 # Collecting ----------------------------------------------------------------------------------------
 
 
@@ -111,7 +62,7 @@ def results_of(folder: Path, *runs: dict) -> Path:
 
 def test_collect_gives_one_row_per_run(scored):
     runs = results.collect(scored / "experiments.tsv", scored, "T1")
-    assert len(runs) == 6
+    assert len(runs) == 8
     assert {"run", "seed", "trainable_params", "accuracy", "n"} <= set(runs.columns)
     assert runs["run"].iloc[0] == "vqa_lora_none_r4_e2_noprefix_seed1"
 
@@ -188,7 +139,8 @@ def test_names_say_what_tells_rows_apart(tmp_path):
     [
         ("scores/{run}/metrics.json", None, "metrics.json: no such file"),
         ("scores/{run}/metrics.json", '{"n": 4, "metrics": {"accuracy": NaN}}', "finite number"),
-        ("scores/{run}/items.json", '{"ids": [1], "accuracy": [5]}', "not the 160 items"),
+        ("scores/{run}/items.json", '{"ids": [1], "images": [1], "accuracy": [5]}', "not the 160 items"),
+        ("scores/{run}/items.json", '{"ids": [1], "accuracy": [5]}', "an earlier version wrote it"),
         ("models/{run}/run.json", "{", "not a readable JSON file"),
         ("models/{run}/run.json", '{"settings": {"task": "vqa"}}', "run.json: settings: options is None"),
     ],
@@ -218,14 +170,16 @@ def test_a_malformed_training_log_is_named(own_copy, tmp_path):
 def test_score_table_reports_means_gains_and_blanks(scored, tmp_path):
     rows = rows_of(make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv"))
     mul, add, plain = (rows[f"vqa_lora_{routing}_r4_e2"] for routing in ("mul", "add", "none"))
-    runs = [json.loads((scored / "scores" / f"vqa_lora_mul_r4_e2_seed{seed}" / "metrics.json").read_text()) for seed in (1, 2)]
+    runs = [json.loads((scored / "scores" / f"vqa_lora_mul_r4_e2_seed{seed}" / "metrics.json").read_text()) for seed in (1, 2, 3)]
     accuracies = [run["metrics"]["accuracy"] for run in runs]
     assert float(mul["accuracy_mean"]) == pytest.approx(np.mean(accuracies), rel=1e-5)
     assert float(mul["accuracy_std"]) == pytest.approx(np.std(accuracies, ddof=1), rel=1e-4)
     expected_gain = float(mul["accuracy_mean"]) - float(plain["accuracy_mean"])
     assert float(mul["gain"]) == pytest.approx(expected_gain, abs=1e-3)
     assert float(mul["gain_ci_low"]) < float(mul["gain"]) < float(mul["gain_ci_high"])
-    assert (add["n_seeds"], add["accuracy_std"]) == ("1", "")
+    assert (mul["n_seeds"], mul["versus_seeds"], mul["ci_over"], mul["no_verdict"]) == ("3", "3", "images and seeds", "")
+    assert (add["n_seeds"], add["versus_seeds"], add["ci_over"], add["accuracy_std"]) == ("1", "3", "images", "")
+    assert (add["no_verdict"], add["p_holm"], mul["p_holm"]) == ("fewer than three seeds", "", mul["p"])
     assert plain["gain"] == ""
     assert (mul["versus"], plain["versus"]) == ("vqa_lora_none_r4_e2", "")
     assert rows["vqa_lora_none_r4_e2_noprefix"]["prefix"] == "no"
@@ -243,8 +197,9 @@ def test_a_gain_is_over_the_experiment_that_versus_names_and_over_no_other(own_c
     rows = rows_of(output)
     assert list(rows) == ["vqa_lora_mul_r4_e2", "vqa_ia3_e2"] and all(row["gain"] for row in rows.values())
     text = output.with_suffix(".md").read_text(encoding="utf-8")
-    assert "Of 2 comparisons with the baseline that the run sheet names, " in text
-    assert "- After 2 epochs there is no significant difference between (IA)³ and `vqa_lora_none_r4_e2`: " in text
+    assert "Of 2 comparisons with the baseline that the run sheet names: an improvement in 0, harm in 0, " in text
+    assert "no verdict in 2 (fewer than three seeds)." in text
+    assert "- After 2 epochs (IA)³ against `vqa_lora_none_r4_e2`: " in text
 
 
 def test_a_table_shows_the_options_that_differ(tmp_path):
@@ -261,8 +216,24 @@ def test_a_table_shows_the_options_that_differ(tmp_path):
 def test_score_table_in_words(scored, tmp_path):
     text = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".md").read_text(encoding="utf-8")
     assert "At rank 4 after 2 epochs routing (`mul`) improves LoRA by" in text
-    assert "on VQA with roberta_demo + vit_demo (n=2 seeds)" in text
+    assert "on VQA with roberta_demo + vit_demo (n=3 seeds)" in text
     assert "The paper claims over 20% improvement on VQAv2 (RoBERTa-large + ViT-L/16) (abstract)" in text
+
+
+def set_items(folder: Path, run: str, scores: list[float]) -> None:
+    path = folder / "scores" / run / "items.json"
+    write(path, json.loads(path.read_text()) | {"accuracy": scores})
+
+
+def sentence_of_mul(folder: Path, output: Path, shift: float) -> str:
+    """What T1 says of a routed run whose items are the baseline's, all seeds alike, shifted and with noise."""
+    plain = json.loads((folder / "scores" / "vqa_lora_none_r4_e2_seed1" / "items.json").read_text())["accuracy"]
+    noise = np.random.default_rng(1).permutation([-8.0, 8.0] * (len(plain) // 2))
+    for seed in (1, 2, 3):
+        set_items(folder, f"vqa_lora_none_r4_e2_seed{seed}", plain)
+        set_items(folder, f"vqa_lora_mul_r4_e2_seed{seed}", list(np.add(plain, shift + noise)))
+    text = make_table("T1_vqa", folder, output).with_suffix(".md").read_text(encoding="utf-8")
+    return next(line for line in text.splitlines() if line.startswith("- ") and "`mul`" in line)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +241,40 @@ def test_score_table_in_words(scored, tmp_path):
     [(20.0, "improves LoRA by"), (-20.0, "harms LoRA by"), (0.0, "no significant difference")],
 )
 def test_sentences_follow_the_interval(own_copy, tmp_path, shift, words):
-    """The routed run's items are the baseline's, shifted; noise keeps the undecided case undecided."""
-    plain = json.loads((own_copy / "scores" / "vqa_lora_none_r4_e2_seed1" / "items.json").read_text())
-    noise = np.random.default_rng(1).permutation([-8.0, 8.0] * (len(plain["ids"]) // 2))
-    shifted = [score + shift + step for score, step in zip(plain["accuracy"], noise, strict=True)]
-    write(own_copy / "scores" / "vqa_lora_none_r4_e2_seed2" / "items.json", plain)
-    for seed in (1, 2):
-        items = plain | {"accuracy": shifted}
-        write(own_copy / "scores" / f"vqa_lora_mul_r4_e2_seed{seed}" / "items.json", items)
-    text = make_table("T1_vqa", own_copy, tmp_path / "T1.csv").with_suffix(".md").read_text(encoding="utf-8")
-    sentence = next(line for line in text.splitlines() if line.startswith("- ") and "`mul`" in line)
-    assert words in sentence
+    """A number and its interval have one sign: a harm by 40% is one of 30% to 50%."""
+    sentence = sentence_of_mul(own_copy, tmp_path / "T1.csv", shift)
+    assert words in sentence and "after Holm's correction" in sentence and "over images and seeds" in sentence
+    size, low, high = map(float, re.search(r"([+-]?[\d.]+)% \[(\S+), (\S+)\]", sentence).groups())
+    assert low < size < high
+    assert low > 0 if shift else low < 0 < high
+    assert ("[+" in sentence or "[-" in sentence) == (shift == 0)
+
+
+def test_b13_fewer_than_three_seeds_carry_no_verdict(own_copy, tmp_path):
+    """On either side, however large the gain."""
+    rows = {row["experiment"]: row for row in RUNS}
+    for seeds in ({"vqa_lora_mul_r4_e2": "1,2"}, {"vqa_lora_none_r4_e2": "1,2"}):
+        few = [row | {"seeds": seeds.get(name, row["seeds"])} for name, row in rows.items()]
+        write_sheet(own_copy / "experiments.tsv", few)
+        sentence = sentence_of_mul(own_copy, tmp_path / "T1.csv", 20.0)
+        assert "routing (`mul`) against plain LoRA: +" in sentence and "no verdict (fewer than three seeds)." in sentence
+        assert " over images on VQA" in sentence and "improves" not in sentence
+        row = claims_of(own_copy, tmp_path / "T0.csv")["vqa_gain", "lora"]
+        assert (row["comparisons"], row["left_out"], row["verdict"]) == ("0", "2", "not tested")
+
+
+def test_b13_nothing_is_measured_against_a_baseline_next_to_zero(own_copy, tmp_path):
+    """CIDEr 0.00 -> 0.17 was a gain of 3,791,855% with which the paper's claim held."""
+    for routing, score in (("none", 1e-8), ("mul", 0.0017)):
+        for path in own_copy.glob(f"scores/caption_lora_{routing}_r4_e2_seed*/items.json"):
+            write(path, json.loads(path.read_text()) | {"CIDEr": [score] * 40})
+    output = make_table("T2_caption", own_copy, tmp_path / "T2.csv")
+    text = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "routing (`mul`) against plain LoRA: +0.2 [+0.2, +0.2] over images and seeds" in text
+    assert "no verdict (the baseline scores next to nothing)" in text and "improves" not in text
+    assert rows_of(output)["caption_lora_mul_r4_e2"]["gain_relative"] == ""
+    row = claims_of(own_copy, tmp_path / "T0.csv")["caption_gain", "lora"]
+    assert (row["improve"], row["left_out"], row["largest_gain_relative"], row["verdict"]) == ("0", "2", "", "not tested")
 
 
 def test_caption_table_keeps_fractions_and_shows_percent(scored, tmp_path):
@@ -323,7 +317,7 @@ def test_methods_table_has_a_row_per_experiment_in_the_order_of_the_list(scored,
         rows = list(csv.DictReader(file))
     columns = """
         method label family task text_backbone trainable_params learning_rate accuracy_mean accuracy_std CIDEr_mean CIDEr_std
-        n_seeds gain gain_ci_low gain_ci_high step_ms peak_memory_mb
+        n_seeds gain gain_ci_low gain_ci_high ci_over step_ms peak_memory_mb
     """
     assert list(rows[0]) == columns.split()
     assert [row["method"] for row in rows] == ["ia3", "bitfit", "full", "prompt_tuning"]
@@ -401,14 +395,22 @@ def claims_of(folder: Path, output: Path, **options: Path) -> dict[tuple[str, st
         return {(row["claim"], row["method"]): row for row in csv.DictReader(file)}
 
 
-def test_claims_are_beside_what_was_measured(scored, tmp_path):
-    rows = claims_of(scored, tmp_path / "T0_claims.csv")
-    gains = rows_of(make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv"))
-    smallest, largest = sorted(
-        (gains[f"vqa_lora_{routing}_r4_e2"] for routing in ("mul", "add")), key=lambda gain: float(gain["gain_relative"])
-    )
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory) -> Path:
+    """Results in which all that feeds T0 has three seeds."""
+    runs = [row | {"seeds": "1,2,3"} for row in RUNS if "T0" in row["feeds"]]
+    folder = write_results(tmp_path_factory.mktemp("judged"), runs)
+    write_sheet(folder / "experiments.tsv", runs)
+    return folder
+
+
+def test_claims_are_beside_what_was_measured(judged, tmp_path):
+    rows = claims_of(judged, tmp_path / "T0_claims.csv")
+    gains = rows_of(make_table("T1_vqa", judged, tmp_path / "T1_vqa.csv"))
+    compared = [gains[f"vqa_lora_{routing}_r4_e2"] for routing in ("mul", "add")]
+    smallest, largest = (choose(compared, key=lambda gain: float(gain["gain_relative"])) for choose in (min, max))
     row = rows["vqa_gain", "lora"]
-    assert (row["comparisons"], row["improve"], row["harm"], row["no_significant_difference"]) == ("2", "2", "0", "0")
+    assert [row[name] for name in ("comparisons", "left_out", "improve", "harm", "no_significant_difference")] == list("20200")
     for name, gain in (("smallest", smallest), ("largest", largest)):
         assert row[f"{name}_gain_routing"] == gain["routing"]
         assert row[f"{name}_gain_relative"] == gain["gain_relative"]
@@ -427,36 +429,25 @@ def test_claims_need_a_comparison(own_copy, tmp_path):
         make_table("T0_claims", own_copy, tmp_path / "T0.csv")
 
 
-def set_items(folder: Path, run: str, scores: list[float]) -> None:
-    path = folder / "scores" / run / "items.json"
-    write(path, json.loads(path.read_text()) | {"accuracy": scores})
-
-
 @pytest.mark.parametrize(
     ("mul", "add", "words"),
     [(80.0, 60.0, "holds"), (55.0, 55.0, "holds in part"), (80.0, 50.0, "holds in part"), (40.0, 50.0, "does not hold")],
 )
-def test_a_gain_must_be_everywhere_and_as_large_as_published(own_copy, tmp_path, mul, add, words):
+def test_a_gain_must_be_everywhere_and_as_large_as_published(judged, tmp_path, mul, add, words):
+    folder = shutil.copytree(judged, tmp_path / "results")
     for routing, score in (("none", 50.0), ("mul", mul), ("add", add)):
-        for run in (own_copy / "scores").glob(f"vqa_lora_{routing}_r4_e2_seed*"):
-            set_items(own_copy, run.name, [score] * 160)
-    assert claims_of(own_copy, tmp_path / "T0.csv")["vqa_gain", "lora"]["verdict"] == words
+        for run in (folder / "scores").glob(f"vqa_lora_{routing}_r4_e2_seed*"):
+            set_items(folder, run.name, [score] * 160)
+    assert claims_of(folder, tmp_path / "T0.csv")["vqa_gain", "lora"]["verdict"] == words
 
 
 def test_more_parameters_with_routing_are_found(own_copy, tmp_path):
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         path = own_copy / "models" / f"vqa_lora_mul_r4_e2_seed{seed}" / "run.json"
         run = json.loads(path.read_text())
         write(path, run | {"trainable_params": run["trainable_params"] + 1})
     row = claims_of(own_copy, tmp_path / "T0.csv")["no_parameters", "lora"]
     assert (row["supporting"], row["comparisons"], row["verdict"]) == ("3", "4", "holds in part")
-
-
-def test_a_baseline_that_scores_nothing_has_no_relative_gain(own_copy, tmp_path):
-    for seed in (1, 2):
-        set_items(own_copy, f"vqa_lora_none_r4_e2_seed{seed}", [0.0] * 160)
-    row = claims_of(own_copy, tmp_path / "T0.csv")["vqa_gain", "lora"]
-    assert (row["improve"], row["largest_gain_relative"], row["verdict"]) == ("2", "", "holds in part")
 
 
 def test_the_paper_s_backbones_are_recognised(scored, tmp_path):
@@ -469,6 +460,7 @@ def test_the_paper_s_backbones_are_recognised(scored, tmp_path):
 
 def test_the_rule_stands_below_the_claims(scored, tmp_path):
     text = make_table("T0_claims", scored, tmp_path / "T0.csv").with_suffix(".md").read_text(encoding="utf-8")
+    assert "by the comparisons with three seeds or more on both sides" in text
     assert "The verdicts follow a fixed rule." in text and "neither confirms nor refutes the paper's figure" in text
     assert "`multitask_gain` (abstract): smaller but consistent improvements" in text
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from routevl.data.vqav2 import read_questions
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, check_replaceable, write_json
 from routevl.metrics.results import remarked
@@ -18,6 +19,7 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     """Score VQA results against a prepared split, in percent; None for an answer type without questions."""
     from routevl.metrics import vqa
 
+    images = {question["question_id"]: question["image_id"] for question in read_questions(split / "questions.json")}
     for path in results:
         scores = vqa.score_files(split / "questions.json", split / "annotations.json", path)
         metrics: dict[str, Any] = {"accuracy": scores.overall}
@@ -26,7 +28,9 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
             metrics[metric] = group.accuracy if group else None
         metrics["by_question_type"] = {name: group._asdict() for name, group in scores.by_question_type.items()}
         summary = {"n": len(scores.by_question), "metrics": metrics}
-        yield summary | remarked(scores.remarks), {"ids": list(scores.by_question), "accuracy": list(scores.by_question.values())}
+        ids = list(scores.by_question)
+        items = {"ids": ids, "images": [images[item] for item in ids], "accuracy": list(scores.by_question.values())}
+        yield summary | remarked(scores.remarks), items
 
 
 def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
@@ -36,7 +40,8 @@ def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     for scores in captions.score_files(split / "captions.json", results):
         by_image = dict(sorted(scores.cider_by_image.items()))
         summary = {"n": len(by_image), "metrics": scores.metrics, "missing": scores.missing}
-        yield summary | remarked(scores.remarks), {"ids": list(by_image), "CIDEr": list(by_image.values())}
+        ids = list(by_image)
+        yield summary | remarked(scores.remarks), {"ids": ids, "images": ids, "CIDEr": list(by_image.values())}
 
 
 _SCORERS = {"vqa": score_vqa, "caption": score_captions}

@@ -20,12 +20,14 @@ from routevl.reporting.results import collect, gains
 from routevl.reporting.statistics import Gain, Interval
 
 _RULE = (
-    "The verdicts follow a fixed rule. The claim of a gain *holds*, for a method and its backbones, if routing improves "
-    "significantly (the 95% interval lies above 0) in every comparison and the lower end of the largest gain's interval "
-    "reaches the published figure. It *holds in part* if routing improves significantly in some comparison, and *does not "
-    "hold* if in none. The claim about parameters *holds* if every experiment with routing has as many trainable parameters "
-    "as the one without at the same setting, *in part* if some have, and *does not hold* if none has. A claim without a "
-    "comparison is *not tested*."
+    "The verdicts follow a fixed rule. The claim of a gain is judged by the comparisons with three seeds or more on both sides "
+    "and with a baseline clear of zero, and by no others, which are counted as left out. It *holds*, for a method and its "
+    "backbones, if routing improves significantly (at 5%, after Holm's correction for the number of comparisons of the task "
+    "that are judged here) in every one of these, and the lower end of the largest gain's interval reaches the published "
+    "figure. It *holds in part* if routing improves significantly in some of them, and *does not hold* if in none. The claim "
+    "about parameters *holds* if every experiment with routing has as many trainable parameters as the one without at the same "
+    "setting, *in part* if some have, and *does not hold* if none has. A claim without a comparison that is judged is *not "
+    "tested*."
 )
 _SCALE = (
     "**Scale.** The paper's figures are for the backbones named in the claims, on all of VQAv2 and COCO 2014. A row whose scale "
@@ -33,9 +35,10 @@ _SCALE = (
     "the effect shows there, and neither confirms nor refutes the paper's figure."
 )
 _INTERVALS = (
-    "Gains are those of tables T1 (accuracy) and T2 (CIDEr), in percent of the experiment without routing; the paper's "
-    "figures are read as such relative gains. Intervals cover the choice of test items, not of seeds. That of the largest of "
-    "several gains is not corrected for having been chosen among them."
+    "Gains are those of tables T1 (accuracy) and T2 (CIDEr), in percent of the experiment without routing; the paper's figures "
+    "are read as such relative gains. The largest and smallest are of those that are judged; their 95% intervals cover the "
+    "choice of test images, each with all its questions or captions, and of seeds (below tables T1 and T2), and are not "
+    "corrected for having been chosen among several."
 )
 
 
@@ -83,7 +86,7 @@ def _equal_parameters(group: pd.DataFrame, results: Path) -> bool:
 
 
 def verdict(supporting: int, comparisons: int, reaches_figure: bool = True) -> str:
-    """The rule that stands below the table; `reaches_figure`: whether the largest gain's interval does."""
+    """The rule that stands below the table, of judged comparisons; `reaches_figure`: whether the largest gain's interval does."""
     if comparisons == 0:
         return "not tested"
     if supporting == 0:
@@ -103,14 +106,15 @@ def _records(claim: Any, comparisons: Sequence[dict[str, Any]]) -> Iterator[dict
 
 
 def _record(claim: Any, method: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    gains = [c["gain"] for c in found] if claim.kind == "gain" else []
-    measured = [c for c in found if gains and math.isfinite(c["gain"].relative.estimate)]  # a baseline of 0 has no relative gain
+    of_gain = claim.kind == "gain"
+    judged = [c for c in found if not (of_gain and c["gain"].no_verdict)]
     extremes = {"default": {"gain": Gain(), "routing": ""}, "key": lambda c: c["gain"].relative.estimate}
-    largest, smallest = max(measured, **extremes), min(measured, **extremes)
-    signs = [gain.absolute.verdict for gain in gains]
-    supporting = sum(c["equal_parameters"] for c in found) if claim.kind == "parameters" else signs.count(1)
-    reaches_figure = claim.kind == "parameters" or largest["gain"].relative.low >= claim.published
+    largest, smallest = (choose(judged if of_gain else [], **extremes) for choose in (max, min))
+    verdicts = [c["gain"].verdict for c in judged]
+    supporting = verdicts.count(1) if of_gain else sum(c["equal_parameters"] for c in judged)
+    reaches_figure = not of_gain or largest["gain"].relative.low >= claim.published
     same_scale = "the paper's backbones" if found and found[0]["backbones"] == claim.setting else "not the paper's"
+    counted = of_gain and found
     return {
         **{column: getattr(claim, column) for column in ("claim", "text", "where", "published", "unit", "kind")},
         "method": method,
@@ -120,17 +124,18 @@ def _record(claim: Any, method: str, found: Sequence[dict[str, Any]]) -> dict[st
         "seeds": _each(sorted(c["seeds"] for c in found)),
         "test_items": _each(sorted(c["n"] for c in found)),
         "routing": _each(c["routing"] for c in found),
-        "comparisons": len(found),
+        "comparisons": len(judged),
+        "left_out": len(found) - len(judged),
         "supporting": supporting,
-        "improve": signs.count(1) if gains else None,
-        "harm": signs.count(-1) if gains else None,
-        "no_significant_difference": signs.count(0) if gains else None,
+        "improve": verdicts.count(1) if counted else None,
+        "harm": verdicts.count(-1) if counted else None,
+        "no_significant_difference": verdicts.count(0) if counted else None,
         **largest["gain"].relative.columns("largest_gain_relative", "largest_gain_ci"),
         "largest_gain_routing": largest["routing"],
         **smallest["gain"].relative.columns("smallest_gain_relative", "smallest_gain_ci"),
         "smallest_gain_routing": smallest["routing"],
-        "scale": same_scale if gains else "",  # the claim about parameters is for any
-        "verdict": verdict(supporting, len(found), reaches_figure),
+        "scale": same_scale if counted else "",  # the claim about parameters is for any
+        "verdict": verdict(supporting, len(judged), reaches_figure),
     }
 
 
@@ -146,7 +151,8 @@ def _shown(record: dict[str, Any]) -> dict[str, str]:
         "Verdict": record["verdict"],
         "Scale": record["scale"],
         "Supported by": f"{record['supporting']} of {record['comparisons']}" if record["comparisons"] else "",
-        "Harmed in": "" if record["harm"] is None else str(record["harm"]),
+        "Harmed in": str(record["harm"]) if record["harm"] is not None and record["comparisons"] else "",
+        "Left out": str(record["left_out"]) if record["harm"] is not None else "",
         "Largest gain % [95% CI]": _shown_extreme(record, "largest"),
         "Smallest gain % [95% CI]": _shown_extreme(record, "smallest"),
         "Backbones": record["backbones"],

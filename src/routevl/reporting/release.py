@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
@@ -18,7 +17,8 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, read_json
 from routevl.provenance.manifest import describe, read_manifest
 from routevl.reporting.formats import markdown_table, number
-from routevl.reporting.statistics import BOOTSTRAP_SEED, RESAMPLES, Interval, bootstrap_mean
+from routevl.reporting.results import read_scores
+from routevl.reporting.statistics import RESAMPLES, Interval, mean_interval
 from routevl.tasks.table import TASKS, TaskRow
 from routevl.training.card import CARD, PROVENANCE, TAG, provenance
 
@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
     if describe(model)["sha256"] not in {output["sha256"] for output in manifest["outputs"]}:
         raise RoutevlError(f"{arguments.manifest}: not of {model} as it is now: no output of the job has its sha256")
     task = TASKS[scored["task"]]
-    items = np.asarray(read_json(scores / "items.json")[task.metric], dtype="float64")
+    items = read_scores(scores, task.metric)
     card.data = _with_results(card.data, name, task, scored)
     before, _, _ = card.text.replace(public_name(model), public_name(arguments.output)).partition(PROVENANCE)
     digest = f"Digest of this manifest: `{manifest['digest']}`"
@@ -95,9 +95,9 @@ def _with_results(data: ModelCardData, name: str, task: TaskRow, scored: Mapping
     return ModelCardData(**data.to_dict(), model_name=name, eval_results=results)
 
 
-def _scores(task: TaskRow, scored: Mapping[str, Any], items: np.ndarray) -> str:
+def _scores(task: TaskRow, scored: Mapping[str, Any], items: pd.Series) -> str:
     """Table of the test scores, and what its numbers mean."""
-    interval = bootstrap_mean(items, BOOTSTRAP_SEED).times(task.scale)
+    interval = mean_interval(items.to_numpy()[None], items.index.get_level_values("image")).times(task.scale)
     main = task.shown[task.metric]
     rows = [
         {"Metric": heading, "Score": number(score), "95% interval": _ends(interval) if heading == main else ""}
@@ -105,8 +105,8 @@ def _scores(task: TaskRow, scored: Mapping[str, Any], items: np.ndarray) -> str:
     ]
     notes = [
         f"On the {scored['n']:,} items of the test split{f', times {task.scale:g}' if task.scale != 1 else ''}, by the official "
-        f"metrics. Interval: 95% percentile bootstrap over the test items ({RESAMPLES:,} resamples); it covers the choice of "
-        "test items, not of the seed."
+        f"metrics. Interval: 95% percentile bootstrap over {interval.over} ({RESAMPLES:,} resamples, each image with all its "
+        "items); it covers the choice of test images, not of the seed."
     ]
     if missing := scored.get("missing"):
         notes.append(f"Missing: {'; '.join(f'{metric} ({why})' for metric, why in missing.items())}.")

@@ -14,7 +14,7 @@ from routevl.files import read_json
 from routevl.methods.table import METHODS
 from routevl.options import words_of
 from routevl.reporting.names import BACKBONES, backbones, differing, in_words
-from routevl.reporting.statistics import BOOTSTRAP_SEED, Gain, paired_bootstrap
+from routevl.reporting.statistics import Gain, paired_gain, with_holm
 from routevl.routing import ROUTING
 from routevl.settings import SHARED_SETTINGS, RunSettings
 from routevl.sheet import Experiment, read_sheet
@@ -22,6 +22,7 @@ from routevl.tasks.table import TASKS
 
 INTERNAL = ["root", "blind", "details", "variant", "variant_number"]  # columns of `collect` that no file shows
 _SHEET_COLUMNS = ("experiment", "task", *BACKBONES, "method", "versus", "epochs", "prefix", "visual_tokens")
+LEAST_BASELINE = 1.0  # percent or CIDEr x 100: below it a model has learned nothing, and nothing is measured against it
 _COUNTS = ("trainable_params", "trainable_params_by_part", "total_params")
 
 
@@ -122,31 +123,51 @@ def _with_variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
-    """Gain in the task's main metric over the experiment that `versus` names, by experiment; those without one have none."""
-    found = {}
-    for _, compared in runs[runs["versus"] != ""].groupby("versus", sort=False):  # a baseline's scores are read once for all
-        baseline = compared["versus_runs"].iloc[0]
-        items = read_items(results, [*baseline, *compared["run"]], TASKS[compared["task"].iloc[0]].metric)
-        for experiment, group in compared.groupby("experiment", sort=False):
-            means = [items[those].mean(axis=1).to_numpy() for those in (baseline, list(group["run"]))]
-            found[experiment] = paired_bootstrap(*means, BOOTSTRAP_SEED)
+    """Gain in the task's main metric over the experiment that `versus` names, by experiment; those without one have none.
+
+    Holm's correction is for the comparisons of one task among these runs.
+    """
+    found: dict[str, Gain] = {}
+    compared = runs[runs["versus"] != ""]
+    for name, of_task in compared.groupby("task", sort=False):
+        task, of_this_task = TASKS[name], {}
+        for _, versus in of_task.groupby("versus", sort=False):  # a baseline's scores are read once for all
+            baseline = versus["versus_runs"].iloc[0]
+            items = read_items(results, [*baseline, *versus["run"]], task.metric)
+            images, least = items.index.get_level_values("image"), LEAST_BASELINE / task.scale
+            for experiment, group in versus.groupby("experiment", sort=False):
+                systems = (items[those].to_numpy().T for those in (baseline, list(group["run"])))
+                of_this_task[experiment] = paired_gain(*systems, images, least)
+        found |= with_holm(of_this_task)
     return found
 
 
 def read_items(results: Path, runs: Sequence[str], metric: str) -> pd.DataFrame:
-    """Scores of each test item: a column per run, indexed by item id in ascending order, in the unit of scores/<run>/items.json.
+    """`read_scores` of each run as a column.
 
     Raises RoutevlError where the runs were scored on different items.
     """
     columns: dict[str, pd.Series] = {}
     for run in runs:
-        path = results / "scores" / run / "items.json"
-        content = read_json(path)
-        found = columns[run] = pd.Series(content[metric], index=content["ids"], dtype="float64").sort_index()
+        folder = results / "scores" / run
+        found = columns[run] = read_scores(folder, metric)
         expected = columns[runs[0]]
         if not expected.index.equals(found.index):
             raise RoutevlError(
-                f"{path}: scored on {len(found)} test items that are not the {len(expected)} items of {runs[0]}; "
-                "score both on the same split"
+                f"{folder / 'items.json'}: scored on {len(found)} test items that are not the {len(expected)} items of "
+                f"{runs[0]}; score both on the same split"
             )
     return pd.DataFrame(columns)
+
+
+def read_scores(folder: Path, metric: str) -> pd.Series:
+    """A run's scores in the unit of its items.json, indexed by `item` in ascending order and the `image` of each.
+
+    Raises RoutevlError where the file does not name the images.
+    """
+    path = folder / "items.json"
+    content = read_json(path)
+    if "images" not in content:
+        raise RoutevlError(f"{path}: an earlier version wrote it, without the image of each item: score the run again")
+    index = pd.MultiIndex.from_arrays([content["ids"], content["images"]], names=["item", "image"])
+    return pd.Series(content[metric], index=index, dtype="float64").sort_index()

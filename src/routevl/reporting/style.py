@@ -32,6 +32,7 @@ INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 BLIND_LABEL = "no image (blind)"
 BLIND_LINE = {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.0, "zorder": 1.5}
 BLIND_TICK = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 7, "markeredgewidth": 1.4}
+INTERVAL_LINES = {"images and seeds": "solid", "images": (0, (1, 1))}  # by what an interval is over
 MARKERS = ("p", "<", ">", "h", "P", "d", "X", "*")  # of methods without routing functions, by their place in the family
 HATCHES = ("", "xxxx", "----", "oooo", "++++", "||||", "\\\\//", "**")
 
@@ -174,6 +175,20 @@ def task_panels(data: pd.DataFrame, height: float) -> tuple[Figure, dict[str, Ax
     for task, axes in panels.items():
         axes.set(title=TASKS[task].label, ylabel=TASKS[task].score)
     return figure, panels
+
+
+def draw_interval(axes: Axes, x: float, row: Any, color: str, **style: Any) -> None:
+    """The error bar of a row of `FigureInputs.scores`, its line by what the interval is over; `style`: of `Axes.errorbar`."""
+    spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
+    *_, bars = axes.errorbar(x, row.score, spread, fmt="none", ecolor=color, **style)
+    bars[0].set_linestyle(INTERVAL_LINES[row.ci_over])
+
+
+def interval_legend(figure: Figure, data: pd.DataFrame) -> None:
+    """Says below the panels what the error bars of these rows of `FigureInputs.scores` are."""
+    drawn = [(over, line) for over, line in INTERVAL_LINES.items() if over in set(data["ci_over"])]
+    handles = [Line2D([], [], color=INK, linewidth=1.0, linestyle=line, label=f"95% interval over {o}") for o, line in drawn]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8)
 
 
 def horizontal_grid(axes: Axes) -> None:

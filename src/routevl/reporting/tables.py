@@ -22,8 +22,8 @@ from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, signed, write_table
 from routevl.reporting.names import BACKBONES, backbones, full_name, options_text, plural
 from routevl.reporting.published import published_score, read_claims, read_published
-from routevl.reporting.results import collect, gains
-from routevl.reporting.statistics import RESAMPLES, Gain
+from routevl.reporting.results import LEAST_BASELINE, collect, gains
+from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
 from routevl.tasks.table import TASKS
 
 _IDENTITY = [
@@ -33,6 +33,13 @@ _IDENTITY = [
 _PARTS = ("method", "layer_norm", "head", "visual_projection")  # of the trainable parameters; a method may have others
 _TIMINGS = {"step_ms_median": 1, "samples_per_second": 0, "peak_memory_mb": 0, "train_seconds": 0}  # column -> digits shown
 _SAVED = ("adapter_model.safetensors", WEIGHTS)  # where a run has its method's own tensors
+
+_INTERVALS = (
+    "Intervals are 95% intervals, paired by item, over what is independent, which the column `CI over` names. *Images*: images "
+    f"are drawn with replacement ({RESAMPLES:,} resamples), each with all its questions or captions and the same ones for both "
+    "sides, of scores averaged over seeds; the choice of seeds is not covered. *Images and seeds*, where both sides have three "
+    "seeds or more: how far seeds differ comes on top, by Student's t with Satterthwaite's degrees of freedom."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +125,9 @@ def score_table(arguments: argparse.Namespace) -> Table:
         gain = found.get(experiment, Gain())
         record, for_readers = _identity(group, options)
         record |= _over_seeds(group, row.metrics)
+        record["versus_seeds"] = len(group["versus_runs"].iloc[0]) or None
         record |= gain.absolute.columns("gain", "gain_ci") | gain.relative.columns("gain_relative", "gain_relative_ci")
+        record |= {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
         record["n_items"] = group["n"].iloc[0]
         record["published"] = published_score(published, group.iloc[0], row.metric) / scale
         records.append(record)
@@ -126,7 +135,8 @@ def score_table(arguments: argparse.Namespace) -> Table:
             for_readers
             | {title: _plus_minus(record, metric, scale) for metric, title in row.shown.items()}
             | {f"Gain in {row.shown[row.metric]} [95% CI]": signed(gain.absolute.times(scale))}
-            | {"Relative gain % [95% CI]": signed(gain.relative), "Published": number(record["published"] * scale)}
+            | {"Relative gain % [95% CI]": signed(gain.relative), "CI over": gain.absolute.over}
+            | {"Published": number(record["published"] * scale)}
         )
         if experiment in found:
             sentences.append(f"- {_sentence(record, gain, group['variant'].iloc[0])}")
@@ -141,35 +151,40 @@ def score_table(arguments: argparse.Namespace) -> Table:
 
 
 def _sentence(record: dict[str, Any], gain: Gain, variant: str) -> str:
-    """The comparison in words, positive, negative or undecided by whether its interval contains 0; `variant` as in `collect`."""
+    """The comparison in words, by its verdict; a harm and its interval are positive numbers. `variant` as in `collect`."""
     method, task = METHODS[record["method"]].label, TASKS[record["task"]]
     when = f"after {plural(record['epochs'], 'epoch')}"
     where = when.capitalize() if pd.isna(record["rank"]) else f"At rank {record['rank']} {when}"
     relative = math.isfinite(gain.relative.estimate)
     size, unit = (gain.relative, "%") if relative else (gain.absolute.times(task.scale), "")
-    on_task = f"[{size.low:+.1f}, {size.high:+.1f}] on {task.word} with {backbones(record)}"
-    on_task += f" (n={plural(record['n_seeds'], 'seed')})"
+    seeds = plural(record["n_seeds"], "seed") + (f" against {n}" if (n := record["versus_seeds"]) != record["n_seeds"] else "")
+    on_task = f"over {size.over} on {task.word} with {backbones(record)} (n={seeds})"
     if record["prefix"] == "no":
         on_task += " without a visual prefix, where the baseline sees no image"
     if record["routing"] == "none":
-        what, of, better, worse = method, f"`{record['versus']}`", "improves on", "falls behind"
+        what, of, plain, better, worse = method, f"`{record['versus']}`", f"`{record['versus']}`", "improves on", "falls behind"
     else:
         what = f"routing (`{record['routing']}`{variant and ', '}{variant})"
-        of, better, worse = method, "improves", "harms"
-    if gain.absolute.verdict:
-        verb = better if gain.absolute.verdict > 0 else worse
-        return f"{where} {what} {verb} {of} by {abs(size.estimate):.1f}{unit} {on_task}."
-    plain = of if record["routing"] == "none" else f"plain {of}"
-    return f"{where} there is no significant difference between {what} and {plain}: {size.estimate:+.1f}{unit} {on_task}."
+        of, plain, better, worse = method, f"plain {method}", "improves", "harms"
+    difference = f"{size.estimate:+.1f}{unit} [{size.low:+.1f}, {size.high:+.1f}] {on_task}"
+    if gain.no_verdict:
+        return f"{where} {what} against {plain}: {difference}; no verdict ({gain.no_verdict})."
+    test = f"p = {gain.p:.2g}, {gain.holm:.2g} after Holm's correction"
+    if not gain.verdict:
+        return f"{where} there is no significant difference between {what} and {plain}: {difference}; {test}."
+    verb, size = (better if gain.verdict > 0 else worse), size.times(gain.verdict)
+    return f"{where} {what} {verb} {of} by {size.estimate:.1f}{unit} [{size.low:.1f}, {size.high:.1f}] {on_task}; {test}."
 
 
 def _summary(found: Sequence[Gain], claims: pd.DataFrame) -> list[str]:
     if not found:
         return ["No experiment here names a baseline in the run sheet's column `versus`, so no gain is computed."]
-    better, worse, same = ([gain.absolute.verdict for gain in found].count(sign) for sign in (1, -1, 0))
+    judged, reasons = [gain for gain in found if not gain.no_verdict], [gain.no_verdict for gain in found]
+    better, worse, same = ([gain.verdict for gain in judged].count(sign) for sign in (1, -1, 0))
+    without = [f", no verdict in {reasons.count(reason)} ({reason})" for reason in NO_VERDICTS if reason in reasons]
     lines = [
-        f"Of {plural(len(found), 'comparison')} with the baseline that the run sheet names, {better} show an improvement, "
-        f"{worse} show harm, and {same} show no significant difference.",
+        f"Of {plural(len(found), 'comparison')} with the baseline that the run sheet names: an improvement in {better}, harm in "
+        f"{worse}, no significant difference in {same}{''.join(without)}.",
         "",
     ]
     lines += [f"The paper claims {claim.text} ({claim.where}). Measured here:" for claim in claims.itertuples()]
@@ -178,10 +193,13 @@ def _summary(found: Sequence[Gain], claims: pd.DataFrame) -> list[str]:
 
 def _score_notes(runs: pd.DataFrame, task: str) -> list[str]:
     notes = [
-        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: over the experiment that the run sheet names in "
-        "its column `versus` (also in the csv); intervals are 95% percentile intervals of a paired bootstrap over the test items "
-        f"({runs['n'].max():,} items, {RESAMPLES:,} resamples, scores averaged over seeds). They cover the choice of test items, "
-        "not of seeds, and are not corrected for the number of comparisons.",
+        f"Mean ± standard deviation over seeds{_single_seed_note(runs)}, on {runs['n'].max():,} test items. Gain: over the "
+        f"experiment that the run sheet names in its column `versus` (also in the csv). {_INTERVALS}",
+        "",
+        f"A verdict is given where both sides have three seeds or more: a difference is significant at {LEVEL:.0%} after Holm's "
+        "correction for the number of comparisons in this table that have one. The intervals are not corrected. Over a "
+        f"baseline next to zero, whose own interval reaches below {LEAST_BASELINE:g}, there is neither a verdict nor a relative "
+        "gain.",
         "",
         "Params: all trainable parameters, with the layer norms, task head and visual projection; %: of all parameters of the "
         "adapted model, frozen ones included.",
@@ -255,20 +273,21 @@ def methods_table(arguments: argparse.Namespace) -> Table:
             | {column: row[column] for column in ("task", "text_backbone", "trainable_params")}
             | {"learning_rate": row["details"]["learning_rate"], **scores, "n_seeds": len(group)}
             | gain.columns("gain", "gain_ci")
+            | {"ci_over": gain.over}
             | {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
         )
         shown.append(
             {"Task": task.label, "Backbone": row["text_backbone"], "Method": name}
             | {"Params (M)": f"{row['trainable_params'] / 1e6:.3f}", "Learning rate": f"{row['details']['learning_rate']:g}"}
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
-            | {"Seeds": str(len(group)), "Gain [95% CI]": signed(gain.times(task.scale))}
+            | {"Seeds": str(len(group)), "Gain [95% CI]": signed(gain.times(task.scale)), "CI over": gain.over}
             | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}
         )
     scaled = [f"{of.word} are shown times {of.scale:g}" for of in tasks if of.scale != 1]
     notes = [
         f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: in the task's score over the experiment that the "
-        "run sheet names in its column `versus`, with a 95% paired bootstrap interval over the test items. Params: all trainable "
-        "parameters, with the layer norms, task head and visual projection. Timings compare only within one device."
+        f"run sheet names in its column `versus`. {_INTERVALS} Params: all trainable parameters, with the layer norms, task "
+        "head and visual projection. Timings compare only within one device."
         + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
     ]
     return Table("Methods", pd.DataFrame(records), pd.DataFrame(shown), notes)

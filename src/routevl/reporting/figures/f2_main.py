@@ -11,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from routevl.reporting.figures.inputs import FigureInputs
-from routevl.reporting.style import BLIND_LINE, INK, apart, figure_legend, horizontal_grid, look, setting_label, task_panels
+from routevl.reporting.style import (
+    BLIND_LINE,
+    INK,
+    apart,
+    draw_interval,
+    figure_legend,
+    horizontal_grid,
+    interval_legend,
+    look,
+    setting_label,
+    task_panels,
+)
 
 _BAR, _GAP, _LEAST_SPAN = 1.0, 0.9, 5.0
 _CHARACTER = 0.062  # inches, of a label below the bars
@@ -26,6 +37,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     for task, axes in panels.items():
         _draw_task(axes, data[data["task"] == task], figure.get_figwidth() / len(panels) - 0.6)
     figure_legend(figure, data, "bar")
+    interval_legend(figure, apart(data)[0])
     return figure, data
 
 
@@ -65,8 +77,7 @@ def _wrapped(label: str, characters: int) -> str:
 
 def _draw_bar(axes: Axes, place: float, row: Any) -> None:
     axes.bar(place, row.score, 0.86 * _BAR, **look(row).bar())
-    spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
-    axes.errorbar(place, row.score, spread, color=INK, linewidth=0.9, capsize=2, capthick=0.9, zorder=5)
+    draw_interval(axes, place, row, INK, elinewidth=0.9, capsize=2, capthick=0.9, zorder=5)
     seeds = [float(value) for value in row.seed_scores.split()]
     if len(seeds) > 1:
         dots = {"color": "white", "markeredgecolor": INK, "markeredgewidth": 0.5, "markersize": 2.2, "zorder": 6}

@@ -10,14 +10,23 @@ from routevl.errors import RoutevlError
 from routevl.methods.table import METHODS
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.names import plural
-from routevl.reporting.style import BLIND_LINE, TEXT_WIDTH, apart, figure_legend, horizontal_grid, look
+from routevl.reporting.style import (
+    BLIND_LINE,
+    TEXT_WIDTH,
+    apart,
+    draw_interval,
+    figure_legend,
+    horizontal_grid,
+    interval_legend,
+    look,
+)
 from routevl.tasks.table import TASKS
 
 _SIDE_STEP = 0.04  # sideways, in units of one tick, so that intervals of equal rank stay apart
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
-    """Rows of panels: task and method; columns: epochs. Error bars are 95% intervals over test items."""
+    """Rows of panels: task and method; columns: epochs. Error bars are 95% intervals."""
     data = inputs.scores()
     for experiment in data.loc[data["rank"].isna(), "experiment"]:
         raise RoutevlError(f"{inputs.experiments}: experiment {experiment} feeds F3, and its method has no rank")
@@ -36,6 +45,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     for axes in panels[-1]:
         axes.set_xlabel("rank of the bottleneck")
     figure_legend(figure, data, "line")
+    interval_legend(figure, apart(data)[0])
     return figure, data
 
 
@@ -45,9 +55,9 @@ def _draw_panel(axes: Axes, data: pd.DataFrame, ranks: list[int]) -> None:
     for index, line in enumerate(lines):
         shift = _SIDE_STEP * (index - (len(lines) - 1) / 2)
         places = [ranks.index(rank) + shift for rank in line["rank"]]
-        spread = [line["score"] - line["ci_low"], line["ci_high"] - line["score"]]
         own = look(next(line.itertuples()))
-        axes.errorbar(places, line["score"], spread, fmt="none", ecolor=own.color, elinewidth=1.1)
+        for place, point in zip(places, line.itertuples(), strict=True):
+            draw_interval(axes, place, point, own.color, elinewidth=1.1)
         axes.plot(places, line["score"], **own.points(line=True))
     for score in blind["score"]:
         axes.axhline(score, **BLIND_LINE)

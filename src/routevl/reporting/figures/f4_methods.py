@@ -21,7 +21,17 @@ from matplotlib.transforms import Bbox
 from routevl.methods.table import FAMILIES, METHODS
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.names import full_name
-from routevl.reporting.style import BLIND_LABEL, BLIND_LINE, MUTED, apart, horizontal_grid, look, task_panels
+from routevl.reporting.style import (
+    BLIND_LABEL,
+    BLIND_LINE,
+    MUTED,
+    apart,
+    draw_interval,
+    horizontal_grid,
+    interval_legend,
+    look,
+    task_panels,
+)
 
 _NEAR = 8  # points: names that are no farther off need no line to their point
 _DISTANCES = (4, 8, 13, 19, 26, 34, 43, 53, 64, 76)  # points, between a point and its name
@@ -31,7 +41,7 @@ _MARKER = 4  # points, half the width that a marker takes
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
-    """One panel per task; error bars are 95% intervals over test items, colours are the families of methods."""
+    """One panel per task; error bars are 95% intervals, colours are the families of methods."""
     data = inputs.scores()
     shown, blind = apart(data)
     figure, panels = task_panels(shown, 3.4)
@@ -42,6 +52,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     if len(blind):
         handles.append(Line2D([], [], label=BLIND_LABEL, **BLIND_LINE))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4, handlelength=1.4)
+    interval_legend(figure, shown)
     figure.draw_without_rendering()  # names are placed where the points are on the page, which must not move again
     figure.set_layout_engine("none")
     for task, axes in panels.items():
@@ -51,9 +62,8 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
 
 def _draw_task(axes: Axes, shown: pd.DataFrame, blind: pd.DataFrame) -> None:
     for row in shown.itertuples():
-        spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
         own = look(row)
-        axes.errorbar(row.trainable_params, row.score, spread, fmt="none", ecolor=own.color, elinewidth=1.0)
+        draw_interval(axes, row.trainable_params, row, own.color, elinewidth=1.0)
         axes.plot(row.trainable_params, row.score, markersize=6, zorder=3, **own.points())
     for score in blind["score"]:
         axes.axhline(score, **BLIND_LINE)

@@ -121,7 +121,7 @@ def _systems(inputs: FigureInputs, task: str, runs: pd.DataFrame) -> tuple[str, 
         raise RoutevlError(f"figure F8_examples: only the blind baseline of {task} feeds F8, nothing to compare")
     root = max(shown["root"].drop_duplicates(), key=lambda root: min((shown["root"] == root).sum(), 2))
     group = shown[shown["root"] == root].head(2)
-    scores = read_items(inputs.need("results"), list(group["run"]), TASKS[task].metric)
+    scores = read_items(inputs.need("results"), list(group["run"]), TASKS[task].metric).droplevel("image")
     item, answer = ("question_id", "answer") if task == "vqa" else ("image_id", "caption")
     systems = []
     for role, row in zip(("baseline", "compared")[-len(group) :], group.itertuples(), strict=True):

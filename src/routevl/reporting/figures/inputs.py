@@ -10,7 +10,7 @@ import pandas as pd
 
 from routevl.errors import RoutevlError
 from routevl.reporting.results import INTERNAL, collect, read_items
-from routevl.reporting.statistics import BOOTSTRAP_SEED, bootstrap_mean
+from routevl.reporting.statistics import mean_interval
 from routevl.tasks.table import TASKS
 
 _IDENTITY = ["experiment", "task", "method", "routing", "versus", "prefix", "rank", "epochs", *INTERNAL]
@@ -30,15 +30,17 @@ class FigureInputs:
         return collect(self.need("experiments"), self.need("results"), self.name.split("_")[0])
 
     def scores(self) -> pd.DataFrame:
-        """One row per experiment: its score for readers, the 95% bootstrap interval over test items, and each seed."""
+        """One row per experiment: its score for readers, its 95% interval and what that is over, and each seed."""
         rows = []
         for _, group in self.runs().groupby("experiment", sort=False):
             task = TASKS[group["task"].iloc[0]]
-            items = read_items(self.need("results"), list(group["run"]), task.metric).mean(axis=1)
+            items = read_items(self.need("results"), list(group["run"]), task.metric)
+            interval = mean_interval(items.to_numpy().T, items.index.get_level_values("image"))
             measured = {
                 "trainable_params": group["trainable_params"].iloc[0],
                 "metric": task.score,
-                **bootstrap_mean(items.to_numpy(), BOOTSTRAP_SEED).times(task.scale).columns("score", "ci"),
+                **interval.times(task.scale).columns("score", "ci"),
+                "ci_over": interval.over,
                 "seed_scores": " ".join(f"{value * task.scale:.6g}" for value in group[task.metric]),
             }
             rows.append(identity(group) | measured)
