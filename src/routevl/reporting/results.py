@@ -168,6 +168,6 @@ def read_scores(folder: Path, metric: str) -> pd.Series:
     path = folder / "items.json"
     content = read_json(path)
     if "images" not in content:
-        raise RoutevlError(f"{path}: an earlier version wrote it, without the image of each item: score the run again")
+        raise RoutevlError(f"{path}: an earlier version wrote it, without the items' images: remove {folder} and score again")
     index = pd.MultiIndex.from_arrays([content["ids"], content["images"]], names=["item", "image"])
     return pd.Series(content[metric], index=index, dtype="float64").sort_index()
