@@ -169,7 +169,7 @@ def _seed_variance(sums: np.ndarray, sizes: np.ndarray) -> float:
     seeds, images = sums.shape
     means = sums.sum(axis=1) / sizes.sum()
     off = (sums - means[:, None] * sizes) / sizes.mean()  # how far an image is above its seed's mean
-    interaction = ((off - off.mean(axis=0)) ** 2).sum() / ((seeds - 1) * (images - 1))
+    interaction = ((off - off.mean(axis=0)) ** 2).sum() / ((seeds - 1) * max(1, images - 1))
     return max(0.0, (means.var(ddof=1) - interaction / images) / seeds)
 
 
