@@ -132,7 +132,7 @@ class RoutedTuner(BaseTuner):
         if peft_config.routing != "none" and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
             raise RoutevlError(
                 f"target module {current_key} works on width {layer.width} but others on {self.routed_width[adapter_name]}: "
-                "routing needs one width, that of the visual features"
+                "routing needs one width, that of the visual features; name modules of one width as target_modules"
             )
         if layer is not target:
             if adapter_name not in self.active_adapters:
