@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import GPT2Config, RobertaConfig, ViTConfig, ViTImageProcessor
 
@@ -112,6 +113,25 @@ def test_target_modules_of_a_backbone_mend_what_is_refused(tmp_path: Path, folde
 def test_wrong_target_modules_are_refused(tmp_path: Path, folders: dict[str, str], modules: Any, message: str) -> None:
     with pytest.raises(RoutevlError, match=message):
         run_check(tmp_path, folders, row("a", "vqa"), roberta=modules)
+
+
+def test_a_model_that_looks_at_its_numbers_is_run_on_random_ones(
+    tmp_path: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PickyNorm(torch.nn.LayerNorm):
+        """A norm of a model that does not take equal numbers."""
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.std() == 0:
+                raise RuntimeError("all are equal")
+            return super().forward(hidden_states)
+
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.nn.LayerNorm", PickyNorm)
+    picky = row("a", "caption", "routing=mul", prefix="no")
+    assert [entry["experiment"] for entry in run_check(tmp_path, folders, picky)] == ["a"]
+    monkeypatch.setattr("routevl.backbones.skeleton.LARGEST", 1)
+    with pytest.raises(RoutevlError, match=r"cannot be run \(all are equal\)"):
+        run_check(tmp_path, folders, picky)
 
 
 @pytest.mark.slow

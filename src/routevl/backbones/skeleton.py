@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
+LARGEST = 1e9  # parameters of a model that is run on random weights: 4 GB
+
+
+class WrongWidth(ValueError):
+    """A module cannot take what it is given."""
 
 
 def no_weights() -> AbstractContextManager[None]:
@@ -45,12 +50,13 @@ def replaced(modules: Mapping[str, nn.Module], stand_in: Callable[[str, nn.Modul
 
 
 @contextmanager
-def ready_to_run(model: nn.Module, not_read: Iterable[nn.Module] = ()) -> Iterator[None]:
+def ready_to_run(model: nn.Module, not_read: Iterable[nn.Module] = (), random: bool = False) -> Iterator[None]:
     """Let float32 numbers stand in for parameters of other types, and for what is on the meta device: ones, but zeros for stacks
     of matrices, such as of experts. These take no memory.
 
     Args:
         not_read: modules whose parameters are left alone.
+        random: let random numbers stand in for what is on the meta device, but ones for vectors; these take memory.
     """
     left = {part for module in not_read for part in module.modules()}
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -61,7 +67,7 @@ def ready_to_run(model: nn.Module, not_read: Iterable[nn.Module] = ()) -> Iterat
                 of_another_type = isinstance(tensor, nn.Parameter) and tensor.dtype != torch.float32
                 if tensor is not None and (tensor.is_meta or of_another_type):
                     taken.append((tensors, name, tensor))
-                    tensors[name] = nn.Parameter(_to_run(tensor.detach(), device), requires_grad=False)
+                    tensors[name] = nn.Parameter(_to_run(tensor.detach(), device, random), requires_grad=False)
     try:
         yield
     finally:
@@ -69,9 +75,11 @@ def ready_to_run(model: nn.Module, not_read: Iterable[nn.Module] = ()) -> Iterat
             tensors[name] = tensor
 
 
-def _to_run(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_run(tensor: Tensor, device: torch.device, random: bool) -> Tensor:
     if not tensor.is_meta:
         return tensor.float()
+    if random and tensor.dim() > 1:
+        return torch.randn(tensor.shape, device=device, generator=torch.Generator(device).manual_seed(0)) * 0.02
     if tensor.dim() < 3:
         return torch.ones((), device=device).expand(tensor.shape)
     return torch.from_numpy(numpy.zeros(tensor.shape, numpy.float32)).to(device)  # some kernels want real strides
@@ -79,10 +87,11 @@ def _to_run(tensor: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def run_for_shapes(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """A forward pass on the CPU in which linear modules give zeros.
+    """A forward pass on the CPU in which linear modules give zeros. A model that cannot run so, and is not too large, runs as it
+    is on random weights.
 
     Raises:
-        ValueError: a linear module got an input of another width.
+        WrongWidth: a linear module got an input of another width; or whatever the model's code raises.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
 
@@ -91,10 +100,18 @@ def run_for_shapes(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if hidden_states.shape[-1] != width:
-                raise ValueError(f"{name} takes width {width}, not {hidden_states.shape[-1]}")
+                raise WrongWidth(f"{name} takes width {width}, not {hidden_states.shape[-1]}")
             return hidden_states.new_zeros(*hidden_states.shape[:-1], width_out)
 
         return forward
 
-    with ready_to_run(model), replaced(linears, stand_in):
+    try:
+        with ready_to_run(model), replaced(linears, stand_in):
+            return model(**inputs)
+    except WrongWidth:
+        raise
+    except Exception:  # a model's code may look at numbers
+        if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
+            raise
+    with ready_to_run(model, random=True):
         return model(**inputs)
