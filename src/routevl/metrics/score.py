@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from routevl.data.vqav2 import read_questions
+from routevl.data.records import Record
+from routevl.data.vqav2 import ANSWERED, read_pair
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, check_replaceable, write_json
 from routevl.metrics.results import remarked
@@ -19,7 +20,8 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     """Score VQA results against a prepared split, in percent; None for an answer type without questions."""
     from routevl.metrics import vqa
 
-    images = {question["question_id"]: question["image_id"] for question in read_questions(split / "questions.json")}
+    pairs = zip(*read_pair(split / "questions.json", split / "annotations.json", ANSWERED), strict=True)
+    images = {question["question_id"]: _image_of(question, annotation) for question, annotation in pairs}
     for path in results:
         scores = vqa.score_files(split / "questions.json", split / "annotations.json", path)
         metrics: dict[str, Any] = {"accuracy": scores.overall}
@@ -31,6 +33,11 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
         ids = list(scores.by_question)
         items = {"ids": ids, "images": [images[item] for item in ids], "accuracy": list(scores.by_question.values())}
         yield summary | remarked(scores.remarks), items
+
+
+def _image_of(question: Record, annotation: Record) -> int | str:
+    """The image of a question; where neither file names one, the question stands for itself."""
+    return question.get("image_id", annotation.get("image_id", question["question_id"]))
 
 
 def score_captions(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
