@@ -85,12 +85,16 @@ def structure_of(model: PreTrainedModel) -> Structure:
             value.
     """
     linears = _linear_modules(model)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
     try:
         one, several = (_run(model, linears, *lengths) for lengths in LENGTHS)
         attentions = _attentions(one, several)
     except Exception as error:  # of the model's own code, of any kind
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RoutevlError(f"the parts of {type(model).__name__} cannot be found ({reason}); {NAME_THEM}") from error
+    finally:
+        torch.set_num_threads(threads)
     if not attentions:
         raise RoutevlError(
             f"{type(model).__name__} has no attention with one linear module for the query and one for the value; {NAME_THEM}"
