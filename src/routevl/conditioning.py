@@ -31,7 +31,7 @@ class Call:
         streams: what `prepare` made of the given ones; empty where the call has none.
         generating: whether the batch may be larger than that of the streams, by the number of beams.
         position: how many positions came before, in a cache.
-        texts: how many texts the running forward pass has, with beams; None where that is not known.
+        texts: tells how many texts the running forward pass has, with beams; None where that is not known.
         within: the call that this one was made in, such as a forward pass with an image of its own in a search.
         kept: what `projected` has computed already, for the steps of a generation.
     """
@@ -39,7 +39,7 @@ class Call:
     streams: Mapping[Any, Any]
     generating: bool = False
     position: int = 0
-    texts: int | None = None
+    texts: Callable[[], int | None] = lambda: None
     within: Call | None = None
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -92,8 +92,8 @@ class Conditioning:
 
     def by_text(self, hidden_states: Tensor) -> Tensor:
         """Hidden states (B, ..., d) as they are; (B * L, d), as some models flatten them, as (B, L, d)."""
-        texts = self.call().texts
-        if hidden_states.dim() > 2 or not texts or len(hidden_states) % texts:
+        texts = None if hidden_states.dim() > 2 else self.call().texts()
+        if not texts or len(hidden_states) % texts:
             return hidden_states
         return hidden_states.unflatten(0, (texts, -1))
 
@@ -174,7 +174,7 @@ class Conditioning:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
         given, before = self._taken_from(kwargs), self.call()
-        now = {"position": _cached_positions(kwargs), "texts": _number_of_texts(self.model, args, kwargs)}
+        now = {"position": _cached_positions(kwargs), "texts": partial(_number_of_texts, self.model, args, kwargs)}
         if before.generating and not given:
             call = replace(before, **now)
         else:

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from routevl.configuration import check_schema
 from routevl.data.datasets import read_datasets
 from routevl.data.sources import SOURCE_FILES, parse_sources
 from routevl.errors import RoutevlError
-from routevl.files import read_json, write_json
+from routevl.files import read_json, sha256_of, write_json
 from routevl.methods.table import method_class
+from routevl.provenance.manifest import digest_of
 from routevl.provenance.record import LOCK
+from routevl.provenance.records import program
 from routevl.reporting import FIGURES, TABLES
 from routevl.sheet import check, read_sheet, runs_of, settings_of
 from routevl.startup import log_startup
@@ -336,18 +337,17 @@ def check_models():
     It is no rule: jobs would have to wait for it, and Snakemake leaves out whatever else has changed downstream of a job that a new
     row of the sheet brings up, where they wait by an `ancient` file.
     """
-    folders = [Path(entry["path"]) for entry in BACKBONES.values() if comes_from(entry) == "folder"]
-    models = [(path / "config.json").read_text() for path in folders if (path / "config.json").is_file()]
+    models = [Path(entry["path"]) / "config.json" for entry in BACKBONES.values() if comes_from(entry) == "folder"]
+    files = [sha256_of(path) for path in (config["experiments"], *models) if Path(path).is_file()]
     versions = [version(name) for name in ("routevl", "transformers", "timm", "peft")]
-    sheet = Path(config["experiments"]).read_bytes().hex()
-    asked = sha256(json.dumps([config, sheet, models, versions]).encode()).hexdigest()
+    asked = digest_of([config, files, versions])
     record, configuration = Path(R) / "checked_models.json", Path(R) / "manifests" / "configuration.json"
     if record.is_file() and read_json(record)["asked"] == asked:
         return
     write_json(configuration, config)
-    command = ["routevl", "check-models", "--configuration", configuration, "--asked", asked, "--output", record]
-    command[0] = Path(sys.executable).with_name("routevl")
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options_of_check = ["--configuration", str(configuration), "--asked", asked, "--output", str(record)]
+    command = [program("routevl"), "check-models", *options_of_check]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise WorkflowError("\n".join(line for line in done.stdout.splitlines() if "error: " in line) or done.stdout)
 

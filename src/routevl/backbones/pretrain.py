@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -44,10 +43,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
 
 
-def arguments_of(stage: ModuleType, options: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments of a stage by the options that a configuration has under `pretrain`."""
+def arguments_of(add_arguments: Callable[[argparse.ArgumentParser], None], options: Mapping[str, Any]) -> argparse.Namespace:
+    """A stage's arguments, which its `add_arguments` declares, by the options that a configuration has under `pretrain`."""
     parser = argparse.ArgumentParser()
-    stage.add_arguments(parser)
+    add_arguments(parser)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     return parser.parse_args([*words, "--output=none"])
 

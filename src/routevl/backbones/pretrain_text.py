@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def write_untrained(folder: str | Path, options: Mapping[str, Any]) -> None:
     """What a pretraining with these options would have beside the weights: config.json, and a tokenizer of fewer sentences."""
-    arguments = pretrain.arguments_of(sys.modules[__name__], options)
+    arguments = pretrain.arguments_of(add_arguments, options)
     tokenizer, model = ARCHITECTURES[arguments.architecture](sentences(random_generator(0, TRAINING_DATA), 100), arguments)
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def write_untrained(folder: str | Path, options: Mapping[str, Any]) -> None:
     """What a pretraining with these options would begin with, as a timm folder."""
-    model = _vision_transformer(pretrain.arguments_of(sys.modules[__name__], options))
+    model = _vision_transformer(pretrain.arguments_of(add_arguments, options))
     save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
 
 

@@ -289,5 +289,5 @@ def targets(model: nn.Module, names: Iterable[str]) -> list[str]:
     names = set(names)
     ends = {name: re.sub(r".*\.\d+\.", "", name) for name in names}
     others = [name for name, _ in model.named_modules() if name not in names]
-    clash = {end for end in ends.values() if any(f".{other}".endswith(f".{end}") for other in others)}
+    clash = {end for end in set(ends.values()) if any(f".{other}".endswith(f".{end}") for other in others)}
     return sorted({name if end in clash else end for name, end in ends.items()})

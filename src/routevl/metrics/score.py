@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from routevl.data.records import Record
-from routevl.data.vqav2 import ANSWERED, read_pair
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, check_replaceable, write_json
 from routevl.metrics.results import remarked
@@ -20,10 +19,11 @@ def score_vqa(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     """Score VQA results against a prepared split, in percent; None for an answer type without questions."""
     from routevl.metrics import vqa
 
-    pairs = zip(*read_pair(split / "questions.json", split / "annotations.json", ANSWERED), strict=True)
+    questions, annotations = vqa.read_answered(split / "questions.json", split / "annotations.json")
+    pairs = zip(questions, annotations, strict=True)
     images = {question["question_id"]: _image_of(question, annotation) for question, annotation in pairs}
     for path in results:
-        scores = vqa.score_files(split / "questions.json", split / "annotations.json", path)
+        scores = vqa.score_results(annotations, path)
         metrics: dict[str, Any] = {"accuracy": scores.overall}
         for metric, answer_type in (("yes_no", "yes/no"), ("number", "number"), ("other", "other")):
             group = scores.by_answer_type.get(answer_type)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from routevl.data.records import Record
 from routevl.data.vqav2 import ANSWERED, read_pair
 from routevl.errors import RoutevlError
 from routevl.metrics.results import read_results, remarked
@@ -157,17 +158,27 @@ def _mean(accuracies: Collection[float]) -> GroupAccuracy:
     return GroupAccuracy(sum(accuracies) / len(accuracies), len(accuracies))
 
 
-def score_files(questions: str | Path, annotations: str | Path, results: str | Path) -> Scores:
-    """Score a results file, which must answer exactly the questions of the official files.
+def read_answered(questions: str | Path, annotations: str | Path) -> tuple[list[Record], list[Record]]:
+    """`read_pair` of what can be scored, for which the questions' text is not needed.
 
     Raises:
         RoutevlError: a file is missing or malformed, or the files are about different questions or none.
     """
-    _, entries = read_pair(questions, annotations, ANSWERED)
-    if not entries:
+    pair = read_pair(questions, annotations, ANSWERED)
+    if not pair[1]:
         raise RoutevlError(f"{annotations}: holds no questions to score")
-    question_ids = [entry["question_id"] for entry in entries]
-    return score(entries, read_results(results, "question_id", "answer", question_ids))
+    return pair
+
+
+def score_results(annotations: Sequence[Record], results: str | Path) -> Scores:
+    """Score a results file, which must answer exactly the questions of the annotations. Raises RoutevlError as `read_results`."""
+    question_ids = [entry["question_id"] for entry in annotations]
+    return score(annotations, read_results(results, "question_id", "answer", question_ids))
+
+
+def score_files(questions: str | Path, annotations: str | Path, results: str | Path) -> Scores:
+    """Score a results file against the official files; errors as of `read_answered` and `score_results`."""
+    return score_results(read_answered(questions, annotations)[1], results)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
