@@ -35,6 +35,7 @@ class _Settings:
         "fewer", None, least=1,
     )  # fmt: skip
     batch_size: int = option("examples per optimiser step, over all processes", least=1)
+    group_by_length: bool = option("texts of a training batch are about equally long, which saves padding", True)
     prediction_batch_size: int = option("examples per batch in validation and prediction, in each process", least=1)
     learning_rate: float = option("peak learning rate of AdamW; it then falls linearly to zero", above=0)
     warmup: float = option("linear warm-up: a fraction of all steps when below 1, else a number of steps", least=0)
@@ -48,6 +49,7 @@ class _Settings:
     max_new_tokens: int = option("longest generated caption, in tokens", least=1)
     precision: str = option("`float32`, or `bfloat16` autocast", choices=("float32", "bfloat16"))
     gradient_checkpointing: bool = option("recompute activations in the backward pass to save memory")
+    compile: bool = option("compile the text model's layers in training (torch.compile), which is for GPUs", False)
     seed: int = option("seed of initialisation, data order and dropout", least=0, below=2**32)
 
 

@@ -22,12 +22,12 @@ from routevl.files import write_json
 from routevl.options import at_least
 from routevl.progress import progress
 from routevl.training.optimisation import Optimisation, prepare_torch
+from routevl.training.order import grouped_by_length
 
 HELD_OUT = 1000  # sentences or scenes that the quality is measured on
 TRAINING_DATA, HELD_OUT_DATA, TRAINING_ORDER = range(3)  # independent random streams of one seed
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
-BATCHES_PER_POOL = 16  # sorted by length among themselves
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,11 +109,8 @@ def batch_indices(lengths: Sequence[int], batch_size: int, epochs: int, seed: in
     """The members of each batch: a new order in every epoch, like lengths together to save padding."""
     generator = random_generator(seed, TRAINING_ORDER)
     for _ in range(epochs):
-        order = generator.permutation(len(lengths)).tolist()
-        pool = batch_size * BATCHES_PER_POOL
-        pools = [sorted(order[start : start + pool], key=lengths.__getitem__) for start in range(0, len(order), pool)]
-        batches = [members[start : start + batch_size] for members in pools for start in range(0, len(members), batch_size)]
-        yield from (batches[index] for index in generator.permutation(len(batches)).tolist())
+        order = grouped_by_length(numpy.array(lengths), batch_size, generator).tolist()
+        yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def write_record(folder: Path, stage: str, quality: dict[str, float], arguments: argparse.Namespace) -> None:

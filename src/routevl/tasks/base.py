@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LENGTH = "length"  # column of a training example: its tokens
 TASK_WEIGHTS = "task.safetensors"  # beside the method's: the head, the visual projection, a vision model's trained tensors
 
 
@@ -197,13 +198,18 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str) -> Dataset:
-        """The examples of a split, tokenised, in a fixed order. Raises RoutevlError when the split has none."""
+        """The examples of a split in a fixed order, with "token_ids" and "image_id". Raises RoutevlError when there are none."""
 
     def training_examples(self) -> Dataset:
-        """The examples of the training split, of which `max_train_examples` keeps the first."""
+        """The examples of the training split, of which `max_train_examples` keeps the first, with their LENGTH."""
         examples = self.examples("train")
         most = self.settings.max_train_examples
-        return examples if most is None or most >= len(examples) else examples.select(range(most))
+        examples = examples if most is None or most >= len(examples) else examples.select(range(most))
+        return examples.add_column(LENGTH, [len(ids) for ids in examples["token_ids"]])
+
+    @abstractmethod
+    def constant(self, examples: Dataset) -> float:
+        """The value of `selection` that the best answer, or distribution of tokens, that knows neither text nor image has."""
 
     @abstractmethod
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +20,6 @@ from routevl.tasks.base import Task, VisionLanguageModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100  # torch's cross_entropy skips these targets
-
 
 class CaptionModel(VisionLanguageModel):
     """A causal language model that reads [visual prefix] <bos> caption <eos>."""
@@ -31,13 +31,31 @@ class CaptionModel(VisionLanguageModel):
         number per example.
         """
         inputs = self.text_inputs(input_ids, attention_mask, image)
-        logits = self.text_model(**inputs, use_cache=False).logits[:, -input_ids.shape[1] :]  # (B, L_t, vocabulary)
-        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]  # <bos> predicts the first token
-        losses = nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        ).sum(-1)
-        tokens = (targets != IGNORED).sum(-1)
-        return {"loss": losses.sum() / tokens.sum(), "count": tokens.sum(), "losses": losses.detach(), "tokens": tokens}
+        predicted = attention_mask[:, 1:].bool()  # <bos> predicts the first token
+        with self._logits_at(nn.functional.pad(predicted, (0, 1))):
+            logits = self.text_model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)
+        losses = nn.functional.cross_entropy(logits.float(), input_ids[:, 1:][predicted], reduction="none")
+        of_examples = losses.new_zeros(predicted.shape).masked_scatter(predicted, losses.detach()).sum(-1)
+        tokens = predicted.sum(-1)
+        return {"loss": losses.mean(), "count": tokens.sum(), "losses": of_examples, "tokens": tokens}
+
+    @contextmanager
+    def _logits_at(self, text_positions: Tensor) -> Iterator[None]:
+        """Give the model's head, the largest of its layers, hidden states (1, n, d) of some of the text's positions alone.
+
+        text_positions: (B, L_t) bool; prefix and prompt stand before them.
+        """
+
+        def choose(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            [hidden_states] = args  # (B, ... + L_t, d)
+            before = hidden_states.shape[1] - text_positions.shape[1]
+            return (hidden_states[nn.functional.pad(text_positions, (before, 0))][None],)
+
+        handle = self.text_model.get_output_embeddings().register_forward_pre_hook(choose)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.inference_mode()
     def generate(self, bos: int, image: Tensor, **options: Any) -> Tensor:
@@ -88,6 +106,11 @@ class CaptionTask(Task):
                 "image_id": [annotation["image_id"] for annotation in annotations],
             }
         )
+
+    def constant(self, examples: Dataset) -> float:
+        """The loss of the examples' own unigram frequencies: their entropy in nats."""
+        counts = Counter(token for ids in examples["token_ids"] for token in ids[1:])
+        return torch.distributions.Categorical(torch.tensor(list(counts.values()), dtype=torch.float64)).entropy().item()
 
     def to_predict(self, split: str) -> Dataset:
         """Each image that has captions, once; where the split has no captions.json, each that it lists."""

@@ -79,6 +79,13 @@ class VqaTask(Task):
         }
         return Dataset.from_dict(self._asked(questions) | answers)
 
+    def constant(self, examples: Dataset) -> float:
+        """The accuracy in percent of the answer that is right most often."""
+        sums = torch.zeros(len(self.answers), dtype=torch.float64)
+        for indices, scores in zip(examples["answer_index"], examples["answer_score"], strict=True):
+            sums[indices] += torch.tensor(scores, dtype=torch.float64)
+        return 100 * sums.max().item() / len(examples)
+
     def to_predict(self, split: str) -> Dataset:
         """Each question; no answers are needed."""
         path = self.data / split / "questions.json"

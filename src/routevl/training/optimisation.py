@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.other import is_repeated_blocks
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -53,3 +55,12 @@ def prepare_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each of a model's repeated layers in place, for texts of any length. What is around them stays as it is: hooks
+    that take streams and choose positions."""
+    for module in model.modules():
+        if is_repeated_blocks(module):
+            for layer in module:
+                layer.compile(dynamic=True)

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 
+from routevl.settings import RunSettings
 from routevl.signals import ignore_stop_signals_of_others
-from routevl.tasks.base import Task
+from routevl.tasks.base import LENGTH, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BATCHES_PER_POOL = 50  # as transformers' group_by_length
+
+
+def epoch_order(examples: Dataset, settings: RunSettings, epoch: int) -> numpy.ndarray:
+    """The order in which an epoch takes its n training examples, batch after batch: int64 (n,)."""
+    generator = numpy.random.default_rng([settings.seed, epoch])
+    if settings.group_by_length:
+        return grouped_by_length(numpy.array(examples[LENGTH]), settings.batch_size, generator)
+    return generator.permutation(len(examples))
+
+
+def grouped_by_length(lengths: numpy.ndarray, batch_size: int, generator: numpy.random.Generator) -> numpy.ndarray:
+    """A random order of n examples whose batches have texts of about one length, each: int64 (n,).
+
+    The examples of each BATCHES_PER_POOL batches, drawn at random, are sorted by length among themselves; then the batches are
+    shuffled. The last batch is drawn at random where it is smaller.
+    """
+    order = generator.permutation(len(lengths))
+    whole, size = len(order) - len(order) % batch_size, batch_size * BATCHES_PER_POOL
+    pools = (order[start : min(start + size, whole)] for start in range(0, whole, size))
+    ordered = [pool[numpy.argsort(lengths[pool], kind="stable")] for pool in pools]
+    batches = numpy.concatenate([*ordered, order[:0]]).reshape(-1, batch_size)
+    generator.shuffle(batches)
+    return numpy.concatenate([batches.ravel(), order[whole:]])
+
+
+def share_of_padding(lengths: Sequence[int], order: numpy.ndarray, batch_size: int) -> float:
+    """The share of an epoch's text positions that is padding, where each batch is padded to its longest text."""
+    ordered = numpy.asarray(lengths)[order]
+    starts = range(0, len(ordered), batch_size)
+    positions = sum(len(batch) * int(batch.max()) for batch in (ordered[start : start + batch_size] for start in starts))
+    return 1 - int(ordered.sum()) / positions
 
 
 class EpochBatches:
@@ -41,8 +78,8 @@ class EpochBatches:
 
 def training_batches(task: Task, examples: Any, accelerator: Accelerator, workers: int, epoch: int, first: int = 0) -> Any:
     """One epoch's batches from number `first` on, this process's share of each."""
-    order = numpy.random.default_rng([task.settings.seed, epoch]).permutation(len(examples)).tolist()
     size = task.settings.batch_size
+    order = epoch_order(examples, task.settings, epoch).tolist()
     batches = EpochBatches(order[first * size :], size, accelerator.process_index, accelerator.num_processes)
     return data_loader(task, examples, accelerator, workers, batch_sampler=batches)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from routevl.options import words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.signals import StopSignal, exit_status, ignore_stop_signals
-from routevl.tasks.base import Task
+from routevl.tasks.base import LENGTH, Task
 from routevl.training.card import Card
 from routevl.training.checkpoint import (
     digests,
@@ -38,9 +39,11 @@ from routevl.training.checkpoint import (
 from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
 from routevl.training.inputs import load_task
-from routevl.training.optimisation import Optimisation, prepare_torch
-from routevl.training.order import data_loader, training_batches
+from routevl.training.optimisation import Optimisation, compile_layers, prepare_torch
+from routevl.training.order import data_loader, epoch_order, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
+
+LEAST_LEARNED = 0.001  # of a constant answer's value
 
 
 class Trainer:
@@ -54,6 +57,7 @@ class Trainer:
         task, model: of the run; the model is on the accelerator's device.
         examples, validation, to_predict: the training, validation and test split.
         step: optimiser steps so far, of `total_steps`.
+        constant: the validation metric of the best constant answer (`Task.constant`).
         identity: what two runs have alike that end in the same bits, of which run.json keeps record.
     """
 
@@ -77,6 +81,9 @@ class Trainer:
         self.identity = settings.as_record() | self.inputs | self.execution
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
+        self.constant = self.task.constant(self.validation)
+        if settings.compile:
+            compile_layers(self.task.model.text_model)
         # not for DDP: the gradients are averaged here
         self.model = accelerator.prepare_model(self.task.model, evaluation_mode=True)
         self.optimisation = Optimisation(
@@ -111,6 +118,13 @@ class Trainer:
             if self.step % self.arguments.checkpoint_every == 0:
                 self._save()
         self._save()
+        if not self.learned:
+            metric = self.task.selection[0]
+            self.accelerator.print(
+                f"train {self.run}: it has learned nothing: its best {metric} is {self.best_epoch[metric]:.4f}, and a constant "
+                f"answer has {self.constant:.4f}",
+                flush=True,
+            )
 
     def _steps(self) -> Iterator[int]:
         if self._validation_is_due():  # the process before was stopped in it
@@ -162,13 +176,21 @@ class Trainer:
         line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
         self._check_finite(line)
         self.history.append(line)
-        metric, more_is_better = self.task.selection
-        sign = 1 if more_is_better else -1
-        if not self.best_epoch or sign * line[metric] > sign * self.best_epoch[metric]:
+        if not self.best_epoch or self._better_by(line, self.best_epoch[self.task.selection[0]]) > 0:
             self.best_epoch = line
             self.best = {name: tensor.cpu().clone() for name, tensor in self.task.model.tensors().items()}
         values = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val_"))
         self.accelerator.print(f"train {self.run}: epoch {epoch + 1}/{self.settings.epochs}: {values}", flush=True)
+
+    def _better_by(self, line: Mapping[str, Any], value: float) -> float:
+        """How much better an epoch's line is than a value of the metric that chooses the best epoch."""
+        metric, more_is_better = self.task.selection
+        return line[metric] - value if more_is_better else value - line[metric]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the best epoch is better than a constant answer, by more than a thousandth of that one's value."""
+        return self._better_by(self.best_epoch, self.constant) > LEAST_LEARNED * self.constant
 
     def _validate(self) -> dict[str, float]:
         size = self.settings.prediction_batch_size
@@ -194,6 +216,12 @@ class Trainer:
                     f"training diverged: {name} is {value} at step {line['step']} of {self.total_steps} of run {self.run} "
                     f"({self.settings.method} {' '.join(settings)}); lower learning_rate{scale}"
                 )
+
+    def _padding(self) -> float:
+        """The share of all text positions trained on that is padding."""
+        orders = (epoch_order(self.examples, self.settings, epoch) for epoch in range(self.settings.epochs))
+        shares = [share_of_padding(self.examples[LENGTH], order, self.settings.batch_size) for order in orders]
+        return round(statistics.fmean(shares), 4)
 
     # -- the state
 
@@ -272,6 +300,8 @@ class Trainer:
                 "inputs": self.inputs,
                 "execution": self.execution,
                 "best_epoch": self.best_epoch,
+                "constant": {self.task.selection[0]: self.constant},
+                "learned": self.learned,
                 "trainable_params": sum(counts.values()),
                 "trainable_params_by_part": counts,
                 "total_params": sum(parameter.numel() for parameter in model.parameters()),
@@ -282,7 +312,7 @@ class Trainer:
             card = Card(record, self.arguments, examples, model.text_model)
             card.write(temporary)
             card.write(temporary / "last", self.history[-1])
-            timing = self.clock.summary() | {"processes": self.accelerator.num_processes}
+            timing = self.clock.summary() | {"processes": self.accelerator.num_processes, "padding": self._padding()}
             write_json(temporary / "timing.json", timing)
 
     def load_model(self, folder: Path) -> bool:
