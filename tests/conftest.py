@@ -34,10 +34,11 @@ def run_stage(stage: str, *options: object) -> None:
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """Options by their names in Python -> words of a command line; a mapping becomes words key=value."""
+    """Options by their names in Python -> words of a command line; a mapping becomes words key=value, a list several."""
     words = []
     for name, value in options.items():
-        values = [f"{key}={entry}" for key, entry in value.items()] if isinstance(value, dict) else [value]
+        values = [f"{key}={entry}" for key, entry in value.items()] if isinstance(value, dict) else value
+        values = values if isinstance(values, list) else [values]
         words += ["--" + name.replace("_", "-"), *map(str, values)]
     return words
 
@@ -148,6 +149,7 @@ def run_options(
         "freeze_layer_norm": "no",
         "epochs": 2,
         "batch_size": 5,
+        "group_by_length": "yes",
         "prediction_batch_size": 4,
         "learning_rate": 0.02,
         "warmup": 0.1,
@@ -158,6 +160,7 @@ def run_options(
         "max_new_tokens": 8,
         "precision": "float32",
         "gradient_checkpointing": "no",
+        "compile": "no",
         "seed": 5,
     }
     assert set(changes) <= {*settings, "prepared"}

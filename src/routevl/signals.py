@@ -65,6 +65,15 @@ def stop_signals_raise() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def stop_handlers_kept() -> Iterator[None]:
+    """What the body sets for stop signals ends with it."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class StopSignal:
     """The stop signal that this process got, if any; `number` is 0 until then."""
 

@@ -33,15 +33,14 @@ def grouped_by_length(lengths: numpy.ndarray, batch_size: int, generator: numpy.
     """A random order of n examples whose batches have texts of about one length, each: int64 (n,).
 
     The examples of each BATCHES_PER_POOL batches, drawn at random, are sorted by length among themselves; then the batches are
-    shuffled. The last batch is drawn at random where it is smaller.
+    shuffled, but for one that is smaller, which is the last: the longest texts of its pool, for they cost the least there.
     """
-    order = generator.permutation(len(lengths))
-    whole, size = len(order) - len(order) % batch_size, batch_size * BATCHES_PER_POOL
-    pools = (order[start : min(start + size, whole)] for start in range(0, whole, size))
-    ordered = [pool[numpy.argsort(lengths[pool], kind="stable")] for pool in pools]
-    batches = numpy.concatenate([*ordered, order[:0]]).reshape(-1, batch_size)
+    order, size = generator.permutation(len(lengths)), batch_size * BATCHES_PER_POOL
+    pools = [pool[numpy.argsort(lengths[pool], kind="stable")] for pool in numpy.split(order, range(size, len(order), size))]
+    pools[-1], last = numpy.split(pools[-1], [len(pools[-1]) // batch_size * batch_size])
+    batches = numpy.concatenate(pools).reshape(-1, batch_size)
     generator.shuffle(batches)
-    return numpy.concatenate([batches.ravel(), order[whole:]])
+    return numpy.concatenate([batches.ravel(), last])
 
 
 def share_of_padding(lengths: Sequence[int], order: numpy.ndarray, batch_size: int) -> float:

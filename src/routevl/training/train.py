@@ -1,4 +1,4 @@
-"""Stage `train`: one run from its inputs to its weights and the test split's predictions."""
+"""Stage `train`: runs from their inputs to their weights and the test split's predictions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import os
 import shutil
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from routevl import settings as run_settings
+from routevl.errors import RoutevlError
 from routevl.files import check_replaceable, lock
 from routevl.options import at_least
+from routevl.settings import RunSettings
+from routevl.signals import stop_handlers_kept
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.predict import write_predictions
@@ -21,51 +26,76 @@ from routevl.training.trainer import Trainer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl train`."""
     add_inputs(parser)
-    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="where the trained weights go")
-    parser.add_argument("--predictions", required=True, metavar="FOLDER", help="where the test split's predictions go")
+    of_each = {"nargs": "+", "required": True, "metavar": "FOLDER"}
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished run; resumed from when there"
+        "--prepared", nargs="+", default=[None], metavar="FILE", help="what `routevl probe` found, for a method that prepares"
     )
+    parser.add_argument("--model", help="where the trained weights go; one for each seed, as of what follows", **of_each)
+    parser.add_argument("--predictions", help="where the test split's predictions go", **of_each)
+    parser.add_argument("--checkpoint", help="state of an unfinished run; resumed from when there", **of_each)
     parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
     parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
-    run_settings.add_arguments(parser)
+    run_settings.add_arguments(parser, seeds=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, resuming where an earlier process stopped; then write the run's folder and the predictions.
+    """Train a run of each seed, one after another and independently of each other, resuming where an earlier process stopped; of
+    each write the folder and the predictions.
 
     Raises:
         RoutevlError: wrong settings or inputs; the loss is no longer a finite number.
         SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
     """
-    settings = run_settings.from_arguments(arguments)
-    check_replaceable(arguments.model, "run.json")  # before the work, not after it
-    check_replaceable(arguments.predictions, "results.json")
-    accelerator = new_accelerator(settings)
-    model, predictions, checkpoint = Path(arguments.model), Path(arguments.predictions), Path(arguments.checkpoint)
-    with lock(checkpoint / "lock") if accelerator.is_main_process else nullcontext() as held:
-        if held:
-            os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
-        accelerator.wait_for_everyone()
-        trainer = Trainer(settings, arguments, accelerator)
-        # a job that waited for the lock finds what the other one has made, one that was killed what itself has
-        trained = trainer.load_model(model)
-        finished = trained and (predictions / "results.json").exists()
-        accelerator.wait_for_everyone()
-        if finished and accelerator.is_main_process:
-            print(f"train {trainer.run}: {model} and {predictions} are finished: delete them to train again", file=sys.stderr)
-        if not trained:
-            trainer.fit()
+    runs = of_each_seed(arguments)
+    settings = [run_settings.from_arguments(one) for one in runs]
+    for one in runs:
+        check_replaceable(one.model, "run.json")  # before the work, not after it
+        check_replaceable(one.predictions, "results.json")
+    accelerator = new_accelerator(settings[0])
+    with ExitStack() as locks:
+        for one, of_one in zip(runs, settings, strict=True):
             if accelerator.is_main_process:
-                (predictions / "results.json").unlink(missing_ok=True)  # of another model, as from here on
-            trainer.write_model(model)
-        if not finished:
-            trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
-            write_predictions(trainer.task, accelerator, predictions, trainer.to_predict, arguments.workers)
+                held = locks.enter_context(lock(Path(one.checkpoint) / "lock"))
+                os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
+            accelerator.wait_for_everyone()
+            with stop_handlers_kept():
+                _train(of_one, one, accelerator)
+        # Not before: Snakemake deletes the outputs of a job that ends before its last run.
         if accelerator.is_main_process:
-            _forget(checkpoint)
+            for one in runs:
+                _forget(Path(one.checkpoint))
     accelerator.end_training()
+
+
+def of_each_seed(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of each run. Raises RoutevlError where they are not equally many of each kind."""
+    kinds = ["seed", "model", "predictions", "checkpoint"] + ["prepared"] * (arguments.prepared != [None])
+    values = {kind: getattr(arguments, kind) for kind in kinds}
+    if len({len(of_kind) for of_kind in values.values()}) > 1:
+        raise RoutevlError(", ".join(f"{len(of_kind)} --{kind}" for kind, of_kind in values.items()) + ": one for each seed")
+    if len(set(arguments.model)) < len(arguments.model):
+        raise RoutevlError(f"--model {' '.join(arguments.model)}: each seed needs a folder of its own")
+    each = ({kind: of_kind[place] for kind, of_kind in values.items()} for place in range(len(arguments.seed)))
+    return [argparse.Namespace(**(vars(arguments) | {"prepared": None} | one)) for one in each]
+
+
+def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+    model, predictions = Path(arguments.model), Path(arguments.predictions)
+    trainer = Trainer(settings, arguments, accelerator)
+    # a job that waited for the lock finds what the other one has made, one that was killed what itself has
+    trained = trainer.load_model(model)
+    finished = trained and (predictions / "results.json").exists()
+    accelerator.wait_for_everyone()
+    if finished and accelerator.is_main_process:
+        print(f"train {trainer.run}: {model} and {predictions} are finished: delete them to train again", file=sys.stderr)
+    if not trained:
+        trainer.fit()
+        if accelerator.is_main_process:
+            (predictions / "results.json").unlink(missing_ok=True)  # of another model, as from here on
+        trainer.write_model(model)
+    if not finished:
+        trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
+        write_predictions(trainer.task, accelerator, predictions, trainer.to_predict, arguments.workers)
 
 
 def _forget(checkpoint: Path) -> None:
