@@ -174,6 +174,8 @@ def answer(scene: Scene, question: str) -> str:
         return str(len(matching(scene, match[1])))
     if match := re.fullmatch(r"is there an? (.+)\?", question):
         return whether(bool(matching(scene, match[1])))
+    if match := re.fullmatch(r"(?:is|are) there (one|two|three) things?\?", question):
+        return whether(len(scene.things) == ["one", "two", "three"].index(match[1]) + 1)
     if match := re.fullmatch(r"are there more (.+) than (.+)\?", question):
         return whether(len(matching(scene, match[1])) > len(matching(scene, match[2])))
     if match := re.fullmatch(r"is (the .+) (bigger|smaller) than (the .+)\?", question):

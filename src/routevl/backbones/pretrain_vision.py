@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from routevl.data.scenes import (
     GRID,
     SHAPES,
     SIZES,
+    THINGS_PER_SCENE,
     attributes,
     render,
     sample_scene,
@@ -35,6 +36,7 @@ from routevl.files import atomic_folder, check_replaceable
 from routevl.options import at_least
 
 POSITION_SCALE = 0.5  # of the ViT's initial position embeddings; at timm's 0.02 it is slow to learn what is where
+THINGS_PER_IMAGE = (2, 3, 4, 5, 6)  # more than scenes have: there is more to learn from each
 POSITIVE_WEIGHT = 5.0  # only one attribute in sixteen is present
 
 
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = _vision_transformer(arguments)
     head = nn.Linear(arguments.hidden_size, ATTRIBUTES)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)  # as the saved folder will have it
-    images, targets = _draw(arguments.images, arguments, TRAINING_DATA)
+    images, targets = _draw(arguments.images, arguments, TRAINING_DATA, THINGS_PER_IMAGE)
 
     def loss_of(indices: list[int]) -> Tensor:
         pixels = torch.stack([transform(images[index]) for index in indices])
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     parameters = [*model.parameters(), *head.parameters()]
     pretrain.train(parameters, [1] * arguments.images, loss_of, arguments, "pretrain-vision")
-    quality = _quality(model.eval(), head, transform, *_draw(HELD_OUT, arguments, HELD_OUT_DATA))
+    quality = _quality(model.eval(), head, transform, *_draw(HELD_OUT, arguments, HELD_OUT_DATA, THINGS_PER_SCENE))
     with atomic_folder(arguments.output, "config.json") as folder:
         save_for_hf(model, str(folder), model_args=dict(model._model_args), safe_serialization=True)
         pretrain.write_record(folder, "pretrain-vision", quality, arguments)
@@ -99,12 +101,12 @@ def _vision_transformer(arguments: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _draw(count: int, arguments: argparse.Namespace, stream: int) -> tuple[list[Image], Tensor]:
+def _draw(count: int, arguments: argparse.Namespace, stream: int, numbers: Sequence[int]) -> tuple[list[Image], Tensor]:
     """Images of random scenes and their attributes, float32 (count, ATTRIBUTES)."""
     generator = random_generator(arguments.seed, stream)
     images, targets = [], []
     for _ in range(count):
-        scene = sample_scene(generator)
+        scene = sample_scene(generator, numbers)
         images.append(render(scene, arguments.image_size, generator))
         targets.append(attributes(scene))
     return images, torch.from_numpy(numpy.stack(targets)).float()

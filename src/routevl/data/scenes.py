@@ -24,7 +24,7 @@ ATTRIBUTES_PER_CELL = len(SHAPES) + len(COLORS) + len(SIZES)
 ATTRIBUTES = GRID * GRID * ATTRIBUTES_PER_CELL
 
 SHARED_SHAPE, SHARED_COLOR = 0.3, 0.3  # chances to repeat an earlier thing's, so that counts above one are common
-THINGS_PER_SCENE = (1, 2, 2, 3, 3)  # each equally likely
+THINGS_PER_SCENE = (1, 1, 1, 2, 2, 3)  # each equally likely
 
 RGB = {
     "red": (214, 39, 40),
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three things in different cells of the grid."""
+    """Things in different cells of the grid."""
 
     things: tuple[Thing, ...]
 
@@ -69,11 +69,11 @@ def toss(generator: numpy.random.Generator, chance: float = 0.5) -> bool:
     return bool(generator.random() < chance)
 
 
-def sample_scene(generator: numpy.random.Generator) -> Scene:
-    """A random scene of one to three things in different cells."""
+def sample_scene(generator: numpy.random.Generator, numbers: Sequence[int] = THINGS_PER_SCENE) -> Scene:
+    """A random scene of things in different cells; how many of them is one of `numbers`, each equally likely."""
     things: list[Thing] = []
     cells = generator.permutation(GRID * GRID)
-    for cell in cells[: pick(generator, THINGS_PER_SCENE)]:
+    for cell in cells[: pick(generator, numbers)]:
         things.append(_sample_thing(generator, things, *divmod(int(cell), GRID)))
     return Scene(tuple(things))
 
