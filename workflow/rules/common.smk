@@ -212,22 +212,40 @@ def without(section, *keys):
     return {key: value for key, value in section.items() if key not in keys}
 
 
-def run_settings(wildcards):
-    """A run's settings as options of the command line."""
-    experiment, seed = RUNS[wildcards.run]
-    settings = settings_of(experiment, seed, config).as_record()
+def experiment_of(wildcards):
+    """The row of the sheet that a job is of, by the name of its run or by its own."""
+    if "run" in wildcards.keys():
+        return RUNS[wildcards.run][0]
+    return next(experiment for experiment in EXPERIMENTS if experiment.experiment == wildcards.experiment)
+
+
+def run_settings(runs):
+    """The settings of runs that differ in the seed alone, as options of the command line."""
+    experiment, seeds = RUNS[runs[0]][0], [RUNS[run][1] for run in runs]
+    settings = settings_of(experiment, seeds[0], config).as_record()
     words = command_line_options.words_of(settings.pop("options"))
-    return options({**settings, **({"options": words} if words else {})})
+    return options({**settings, "seed": seeds, **({"options": words} if words else {})})
 
 
-def prepares(run):
-    """Whether the run's method has a phase before training."""
-    return method_class(RUNS[run][0].method).prepares()
+def prepares(experiment):
+    """Whether its method has a phase before training."""
+    return method_class(experiment.method).prepares()
 
 
-def reads_pixels(run):
+def reads_pixels(experiment):
     """Whether the vision model runs in the training process, so that no stored features are needed."""
-    return "pixels" in method_class(RUNS[run][0].method).needs
+    return "pixels" in method_class(experiment.method).needs
+
+
+def trained_together():
+    """Seeds that a training job trains one after another -> the experiments of which it does; a method that has a phase before
+    training has a job for each seed."""
+    found = {}
+    for experiment in EXPERIMENTS:
+        size = 1 if prepares(experiment) else config["training"].get("seeds_per_job", 1)
+        for start in range(0, len(experiment.seeds), size):
+            found.setdefault(experiment.seeds[start : start + size], []).append(experiment.experiment)
+    return found
 
 
 def shard_names():
@@ -237,11 +255,9 @@ def shard_names():
 
 def run_inputs(wildcards):
     """What a run is trained, and its method prepared, from."""
-    experiment, _ = RUNS[wildcards.run]
+    experiment = experiment_of(wildcards)
     folder = f"{R}/features/{experiment.vision_backbone}"
-    features = (
-        {} if reads_pixels(wildcards.run) else {"features": [f"{folder}/{name}" for name in ("index.json", *shard_names())]}
-    )
+    features = {} if reads_pixels(experiment) else {"features": [f"{folder}/{name}" for name in ("index.json", *shard_names())]}
     backbones = {"text_backbone": backbone(experiment.text_backbone), "vision_backbone": backbone(experiment.vision_backbone)}
     return {"data": f"{R}/data", **features, **backbones}
 

@@ -1,4 +1,4 @@
-# One job per run: training, then the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
+# Training, then the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
 # which is no output of the rule: Snakemake removes the outputs of unfinished jobs.
 
 
@@ -20,7 +20,7 @@ rule probe:
         runtime=time_to_restart(config["training"]["runtime"]),
     params:
         inputs=run_input_options,
-        settings=run_settings,
+        settings=lambda wildcards: run_settings([wildcards.run]),
         threads=config["training"]["threads"],
         workers=config["training"]["workers"],
     shell:
@@ -28,35 +28,51 @@ rule probe:
         "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 
-rule train:
-    input:
-        unpack(run_inputs),
-        prepared=lambda wildcards: [f"{R}/probes/{wildcards.run}/prepared.safetensors"] if prepares(wildcards.run) else [],
-    output:
-        model=directory(f"{R}/models/{{run}}"),
-        predictions=directory(f"{R}/predictions/{{run}}"),
-    log:
-        f"{R}/logs/train/{{run}}.log",
-    benchmark:
-        f"{R}/benchmarks/train/{{run}}.tsv"
-    threads: config["training"]["threads"] * PROCESSES
-    resources:
-        **gpus(config["training"]["gpus"]),
-        cpus_per_task=config["training"]["threads"] * PROCESSES,
-        mem_mb=memory(config["training"]["mem_mb"]),
-        runtime=config["training"]["runtime"],
-    params:
-        launch=LAUNCH,
-        inputs=run_input_options,
-        prepared=lambda wildcards, input: options({"prepared": input.prepared[0]}) if input.prepared else "",
-        settings=run_settings,
-        checkpoint=f"{R}/checkpoints/{{run}}",
-        threads=config["training"]["threads"],
-        workers=config["training"]["workers"],
-        checkpoint_every=config["training"]["checkpoint_every"],
-        log_every=config["training"]["log_every"],
-    shell:
-        recorded("train", "run") + "{params.launch} train {params.inputs} {params.prepared} "
-        "--model {output.model:q} --predictions {output.predictions:q} --checkpoint {params.checkpoint:q} "
-        "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
-        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
+# Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
+# rule has the same number of outputs in all its jobs.
+TOGETHER = {seeds: experiments for seeds, experiments in trained_together().items() if len(seeds) > 1}
+ALONE = [run for run, (experiment, seed) in RUNS.items() if experiment.experiment in trained_together().get((seed,), [])]
+
+for seeds, experiments in {(): [], **TOGETHER}.items():
+    runs = [f"{{experiment}}_seed{seed}" for seed in seeds] or ["{run}"]
+
+    rule:
+        name:
+            "_".join(map(str, ["train_seeds", *seeds])) if seeds else "train"
+        input:
+            unpack(run_inputs),
+            prepared=lambda wildcards: (
+                [f"{R}/probes/{wildcards.run}/prepared.safetensors"] if prepares(experiment_of(wildcards)) else []
+            ),
+        output:
+            model=[directory(f"{R}/models/{run}") for run in runs],
+            predictions=[directory(f"{R}/predictions/{run}") for run in runs],
+        log:
+            f"{R}/logs/train/{runs[0]}.log",
+        benchmark:
+            f"{R}/benchmarks/train/{runs[0]}.tsv"
+        wildcard_constraints:
+            run=one_of(ALONE),
+            experiment=one_of(experiments),
+        threads: config["training"]["threads"] * PROCESSES
+        resources:
+            **gpus(config["training"]["gpus"]),
+            cpus_per_task=config["training"]["threads"] * PROCESSES,
+            mem_mb=memory(config["training"]["mem_mb"]),
+            runtime=config["training"]["runtime"],
+        params:
+            launch=LAUNCH,
+            job=lambda wildcards, output: Path(output.model[0]).name,
+            inputs=run_input_options,
+            prepared=lambda wildcards, input: options({"prepared": input.prepared[0]}) if input.prepared else "",
+            settings=lambda wildcards, output: run_settings([Path(model).name for model in output.model]),
+            checkpoints=lambda wildcards, output: [f"{R}/checkpoints/{Path(model).name}" for model in output.model],
+            threads=config["training"]["threads"],
+            workers=config["training"]["workers"],
+            checkpoint_every=config["training"]["checkpoint_every"],
+            log_every=config["training"]["log_every"],
+        shell:
+            recorded("train", job="{params.job:q}") + "{params.launch} train {params.inputs} {params.prepared} "
+            "--model {output.model:q} --predictions {output.predictions:q} --checkpoint {params.checkpoints:q} "
+            "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
+            "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"

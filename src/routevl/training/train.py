@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl train`."""
     add_inputs(parser)
     of_each = {"nargs": "+", "required": True, "metavar": "FOLDER"}
-    parser.add_argument(
-        "--prepared", nargs="+", default=[None], metavar="FILE", help="what `routevl probe` found, for a method that prepares"
-    )
+    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares; of one seed")
     parser.add_argument("--model", help="where the trained weights go; one for each seed, as of what follows", **of_each)
     parser.add_argument("--predictions", help="where the test split's predictions go", **of_each)
     parser.add_argument("--checkpoint", help="state of an unfinished run; resumed from when there", **of_each)
@@ -69,14 +67,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def of_each_seed(arguments: argparse.Namespace) -> list[argparse.Namespace]:
     """The arguments of each run. Raises RoutevlError where they are not equally many of each kind."""
-    kinds = ["seed", "model", "predictions", "checkpoint"] + ["prepared"] * (arguments.prepared != [None])
-    values = {kind: getattr(arguments, kind) for kind in kinds}
+    values = {kind: getattr(arguments, kind) for kind in ("seed", "model", "predictions", "checkpoint")}
     if len({len(of_kind) for of_kind in values.values()}) > 1:
         raise RoutevlError(", ".join(f"{len(of_kind)} --{kind}" for kind, of_kind in values.items()) + ": one for each seed")
+    if len(arguments.seed) > 1 and arguments.prepared is not None:
+        raise RoutevlError(f"--prepared {arguments.prepared} is of one seed, but there are {len(arguments.seed)}")
     if len(set(arguments.model)) < len(arguments.model):
         raise RoutevlError(f"--model {' '.join(arguments.model)}: each seed needs a folder of its own")
-    each = ({kind: of_kind[place] for kind, of_kind in values.items()} for place in range(len(arguments.seed)))
-    return [argparse.Namespace(**(vars(arguments) | {"prepared": None} | one)) for one in each]
+    each = (dict(zip(values, of_seed, strict=True)) for of_seed in zip(*values.values(), strict=True))
+    return [argparse.Namespace(**(vars(arguments) | of_seed)) for of_seed in each]
 
 
 def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
