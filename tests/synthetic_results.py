@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,12 @@ def write_sheet(path: Path, experiments: list[dict]) -> Path:
     return path
 
 
-def write_results(folder: Path, experiments: list[dict], images: int = 40) -> Path:
-    """The files that scored runs leave, routed runs better than plain ones; returns the folder."""
+def write_results(folder: Path, experiments: list[dict], images: int = 40, collapsed: Collection[str] = ()) -> Path:
+    """The files that scored runs leave, routed runs better than plain ones, `collapsed` ones next to nothing; returns it."""
     test = write_test_split(folder / "data" / "test", images)
     for row in experiments:
         for seed in row["seeds"].split(","):
-            write_run(folder, row, int(seed), test)
+            write_run(folder, row, int(seed), test, f"{row['experiment']}_seed{seed}" in collapsed)
     return folder
 
 
@@ -106,7 +107,7 @@ def write(path: Path, content) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def write_run(folder: Path, row: dict, seed: int, test: dict) -> None:
+def write_run(folder: Path, row: dict, seed: int, test: dict, collapsed: bool = False) -> None:
     run = f"{row['experiment']}_seed{seed}"
     options = read_words(row["options"].split(), "options")
     shared = {name: options.pop(name) for name in SHARED_SETTINGS if name in options}
@@ -118,7 +119,9 @@ def write_run(folder: Path, row: dict, seed: int, test: dict) -> None:
     blind = routing == "none" and not settings.prefix
     room = 1.0 if rank == 4 and settings.epochs == 2 else 0.35
     skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (settings.epochs - 2) + SKILL[routing] * room - 0.2 * blind
-    write_model(folder / "models" / run, settings, run, skill, generator)
+    if collapsed:
+        skill = 0.1
+    write_model(folder / "models" / run, settings, run, skill, generator, learned=not collapsed)
     metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
     content = {"run": run, "task": row["task"], "n": len(items["ids"]), "metrics": metrics}
     if row["task"] == "caption":
@@ -128,7 +131,7 @@ def write_run(folder: Path, row: dict, seed: int, test: dict) -> None:
     write(folder / "predictions" / run / "results.json", predictions)
 
 
-def write_model(folder: Path, settings: RunSettings, run: str, skill: float, generator) -> None:
+def write_model(folder: Path, settings: RunSettings, run: str, skill: float, generator, learned: bool) -> None:
     own = TRAINED.get(settings.method, 2 * 4 * 2 * 128 * settings.options.get("r", 4))
     head = 45_000 if settings.task == "vqa" else 0
     parts = {"method": own, "layer_norm": 2304, "head": head, "visual_projection": 0}
@@ -136,7 +139,8 @@ def write_model(folder: Path, settings: RunSettings, run: str, skill: float, gen
     write(
         folder / "run.json",
         {"run": run, "settings": settings.as_record(), "trainable_params": trainable, "trainable_params_by_part": parts,
-         "total_params": 900_000 + trainable, "text_model_params": 900_000},
+         "total_params": 900_000 + trainable, "text_model_params": 900_000, "learned": learned,
+         "constant": {"val_accuracy": 20.0} if settings.task == "vqa" else {"val_loss": 4.0}},
     )  # fmt: skip
     write(
         folder / "timing.json",

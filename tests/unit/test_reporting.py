@@ -16,7 +16,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from synthetic_results import CLAIMS, PUBLISHED, RUNS, experiment, make_figure, make_table, write, write_results, write_sheet
+from synthetic_results import (
+    CLAIMS,
+    PUBLISHED,
+    RUNS,
+    SETTINGS,
+    experiment,
+    make_figure,
+    make_table,
+    write,
+    write_results,
+    write_sheet,
+)
 
 from routevl.errors import RoutevlError
 from routevl.methods.table import FAMILIES, METHODS, MethodRow
@@ -131,7 +142,13 @@ def test_names_say_what_tells_rows_apart(tmp_path):
     assert labels == ["LoRA, rank 4, 2 epochs, lora alpha 4", "LoRA, rank 8, 2 epochs, lora alpha 8", "(IA)³, 2 epochs"]
     assert [row["variant"] for row in rows.values()] == ["", "", "control ones", "", ""]
     assert names.full_name(rows["ones"], rows.values()) == "LoRA mul, control ones, rank 4, lora alpha 4"
-    assert names.options_text(rows["ones"], rows.values()) == "control=ones lora_alpha=4"
+    cells = names.setting_cells(list(rows.values()))
+    assert [row["Rank"] for row in cells] == ["4", "4", "4", "8", ""]
+    assert [row["Control"] for row in cells] == ["none", "none", "ones", "none", "none"]
+
+
+WITHOUT_LEARNED = json.dumps({"settings": SETTINGS | {"task": "vqa", "method": "ia3", "seed": 1, "epochs": 1, "prefix": True,
+                                                      "visual_tokens": "pooled", "options": {}}})  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -142,6 +159,11 @@ def test_names_say_what_tells_rows_apart(tmp_path):
         ("scores/{run}/items.json", '{"ids": [1], "images": [1], "accuracy": [5]}', "not the 160 items"),
         ("scores/{run}/items.json", '{"ids": [1], "accuracy": [5]}', "an earlier version wrote it"),
         ("models/{run}/run.json", "{", "not a readable JSON file"),
+        (
+            "models/{run}/run.json",
+            WITHOUT_LEARNED,
+            "an earlier version wrote it, without whether it learned: remove .* train again",
+        ),
         ("models/{run}/run.json", '{"settings": {"task": "vqa"}}', "run.json: settings: options is None"),
     ],
 )
@@ -202,15 +224,50 @@ def test_a_gain_is_over_the_experiment_that_versus_names_and_over_no_other(own_c
     assert "- After 2 epochs (IA)³ against `vqa_lora_none_r4_e2`: " in text
 
 
-def test_a_table_shows_the_options_that_differ(tmp_path):
+def table_of(path: Path) -> tuple[str, list[dict[str, str]]]:
+    """What readers see of a table: the sentence above it, and its rows by heading."""
+    lines = path.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return lines[2], [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_a_table_shows_what_differs_and_says_above_it_what_all_rows_share(tmp_path):
+    """Also what differs between rows of two methods; an option that one method has is no difference to another method."""
     runs = [
         experiment(routing="mul", feeds="T1"),
         experiment(routing="mul", feeds="T1", options="control=ones", experiment="ones"),
+        experiment(method="ia3", feeds="T1", options="learning_rate=0.005"),
     ]
-    for count, shown in ((1, False), (2, True)):
-        folder = results_of(tmp_path / str(count), *runs[:count])
-        text = make_table("T1_vqa", folder, tmp_path / "T1.csv").with_suffix(".md").read_text(encoding="utf-8")
-        assert ("| Options " in text, "| control=ones " in text) == (shown, shown)
+    shared, rows = table_of(make_table("T1_vqa", results_of(tmp_path / "all", *runs), tmp_path / "T1.csv"))
+    assert shared.startswith("All rows: backbones roberta_demo + vit_demo, ") and "epochs 2, batch size 8, " in shared
+    assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0.")
+    assert ". Rows that have it: rank 4, visual scale none, lora alpha 4, " in shared
+    assert [row["Control"] for row in rows] == ["none", "ones", "none"]
+    assert [row["Learning rate"] for row in rows] == ["0.001", "0.001", "0.005"]
+    assert list(rows[0])[:6] == ["Method", "Routing", "Control", "Learning rate", "Accuracy", "Gain [95% CI]"]
+    assert "control" not in shared and "learning rate" not in shared
+    shared, rows = table_of(make_table("T1_vqa", results_of(tmp_path / "one", *runs[:1]), tmp_path / "T1.csv"))
+    assert "control none" in shared and list(rows[0])[:3] == ["Method", "Routing", "Accuracy"]
+
+
+def test_an_option_that_one_row_of_a_method_sets_is_seen_in_all_of_them(tmp_path):
+    """Where an option is none, run.json does not have it."""
+    runs = [experiment(feeds="T1"), experiment(feeds="T1", options="max_train_examples=50", experiment="few")]
+    _, rows = table_of(make_table("T1_vqa", results_of(tmp_path, *runs), tmp_path / "T1.csv"))
+    assert [row["Max train examples"] for row in rows] == ["none", "50"]
+
+
+def test_a_table_of_two_tasks_says_what_the_rows_of_each_share(scored, tmp_path):
+    shared, rows = table_of(make_table("T6_cost", scored, tmp_path / "T6_cost.csv"))
+    assert re.search(r"All rows: .*\. VQA: backbones roberta_demo .*\. Captioning: backbones gpt2_demo ", shared)
+    assert list(rows[0])[:5] == ["Task", "Method", "Routing", "Params (M)", "%"]
+
+
+@pytest.mark.parametrize("name", ["T1_vqa", "T2_caption"])
+def test_the_gain_is_within_the_first_hundred_characters(scored, tmp_path, name):
+    path = make_table(name, scored, tmp_path / f"{name}.csv").with_suffix(".md")
+    header = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+    assert header.index("Gain [95% CI] |") + len("Gain [95% CI]") <= 100
 
 
 def test_score_table_in_words(scored, tmp_path):
@@ -277,6 +334,43 @@ def test_b13_nothing_is_measured_against_a_baseline_next_to_zero(own_copy, tmp_p
     assert (row["improve"], row["left_out"], row["largest_gain_relative"], row["verdict"]) == ("0", "2", "", "not tested")
 
 
+def collapsed_results(folder: Path, *runs: str) -> Path:
+    """RUNS, but the results of these, which learned nothing."""
+    write_results(folder, RUNS, collapsed=runs)
+    write_sheet(folder / "experiments.tsv", RUNS)
+    return folder
+
+
+@pytest.mark.parametrize("run", ["vqa_lora_mul_r4_e2_seed2", "vqa_lora_none_r4_e2_seed3"])
+def test_a_run_that_learned_nothing_leaves_its_whole_row_out(tmp_path, run):
+    """As a system and as a baseline, in the table and in what is said of the claims."""
+    folder, experiment = collapsed_results(tmp_path / "results", run), run.rpartition("_")[0]
+    path = make_table("T1_vqa", folder, tmp_path / "T1.csv")
+    rows, text = rows_of(path), path.with_suffix(".md").read_text(encoding="utf-8")
+    assert {name: row["n_not_learned"] for name, row in rows.items() if row["n_not_learned"] != "0"} == {experiment: "1"}
+    numbers = "gain gain_ci_low gain_ci_high gain_relative ci_over p p_holm".split()
+    assert [rows["vqa_lora_mul_r4_e2"][name] for name in numbers] == [""] * len(numbers)
+    assert rows["vqa_lora_mul_r4_e2"]["no_verdict"] == "a run of either side learned nothing"
+    assert (rows["vqa_lora_add_r4_e2"]["gain"] == "") == ("none" in run)
+    assert f"† Learned nothing: `{experiment}` (1 of 3 runs)." in text
+    assert "routing (`mul`) against plain LoRA on VQA with roberta_demo + vit_demo: no gain (a run of either side" in text
+    _, shown = table_of(path)
+    assert [row["Method"] for row in shown].count("LoRA †") == 1
+    claim = claims_of(folder, tmp_path / "T0.csv")["vqa_gain", "lora"]
+    judged = [claim[name] for name in ("comparisons", "left_out", "not_learned", "largest_gain_relative", "verdict")]
+    assert judged == ["0", "2", "2" if "none" in run else "1", "", "not tested"]
+    _, shown = table_of(tmp_path / "T0.csv")
+    assert shown[0]["Left out"] == "2 †" and f"`{experiment}`" in (tmp_path / "T0.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["T6_cost", "T7_methods"])
+def test_other_tables_mark_what_learned_nothing(tmp_path, name):
+    path = make_table(name, collapsed_results(tmp_path / "results", "vqa_ia3_e2_seed1"), tmp_path / f"{name}.csv")
+    assert [row["Method"] for row in table_of(path)[1] if "†" in row["Method"]] == ["(IA)³ †"]
+    assert "`vqa_ia3_e2` (1 of 1 run)" in path.with_suffix(".md").read_text(encoding="utf-8")
+    assert rows_of(path)["vqa_ia3_e2"].get("gain", "") == ""
+
+
 def test_caption_table_keeps_fractions_and_shows_percent(scored, tmp_path):
     output = make_table("T2_caption", scored, tmp_path / "T2_caption.csv")
     row = rows_of(output)["caption_lora_mul_r4_e2"]
@@ -298,11 +392,11 @@ def test_cost_table_reads_sizes_and_timings(scored, tmp_path):
 def test_cost_table_shows_every_part_that_some_run_has(own_copy, tmp_path):
     path = own_copy / "models" / "vqa_ia3_e2_seed1" / "run.json"
     record = json.loads(path.read_text())
-    record["trainable_params_by_part"]["vision_model"] = 5
+    record["trainable_params_by_part"]["vision_model"] = 5_000
     write(path, record)
     output = make_table("T6_cost", own_copy, tmp_path / "T6_cost.csv")
     rows = rows_of(output)
-    assert (rows["vqa_ia3_e2"]["vision_model_params"], rows["vqa_full_e2"]["vision_model_params"]) == ("5", "0")
+    assert (rows["vqa_ia3_e2"]["vision_model_params"], rows["vqa_full_e2"]["vision_model_params"]) == ("5000", "0")
     assert "Vision model (M)" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -316,10 +410,10 @@ def test_methods_table_has_a_row_per_experiment_in_the_order_of_the_list(scored,
     with open(make_table("T7_methods", scored, tmp_path / "T7_methods.csv"), encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     columns = """
-        method label family task text_backbone trainable_params learning_rate accuracy_mean accuracy_std CIDEr_mean CIDEr_std
-        n_seeds gain gain_ci_low gain_ci_high ci_over step_ms peak_memory_mb
+        n_seeds n_not_learned trainable_params trainable_params_percent label family learning_rate accuracy_mean accuracy_std
+        CIDEr_mean CIDEr_std gain gain_ci_low gain_ci_high ci_over no_verdict step_ms peak_memory_mb
     """
-    assert list(rows[0]) == columns.split()
+    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-18:] == columns.split()
     assert [row["method"] for row in rows] == ["ia3", "bitfit", "full", "prompt_tuning"]
     assert [row["family"] for row in rows] == [METHODS[row["method"]].family for row in rows]
     assert [bool(row["gain"]) for row in rows] == [True, False, False, False]
@@ -348,13 +442,13 @@ def test_tex_escapes_what_latex_would_misread(scored, tmp_path):
     tex = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".tex").read_text(encoding="utf-8")
     assert r"T1\_vqa: VQA accuracy (\%)" in tex
     assert "±" not in tex and r" \& " not in tex
-    assert r"$\pm$" in tex and r"Gain in Accuracy [95\% CI]" in tex and "\\midrule" in tex
+    assert r"$\pm$" in tex and r"Gain [95\% CI]" in tex and "\\midrule" in tex
 
 
 def test_the_page_of_a_table_has_its_rows_and_loads_nothing(scored, tmp_path):
     page = make_table("T1_vqa", scored, tmp_path / "T1_vqa.csv").with_suffix(".html").read_text(encoding="utf-8")
     assert page.count("<table>") == 1 and page.count("<tr>") == 1 + 4
-    assert ">none (blind: no image)</td>" in page and "<code>mul</code>" in page
+    assert ">none (blind)</td>" in page and "<code>mul</code>" in page
     assert not any(text in page for text in ("<script", "src=", "href=", "url("))
 
 

@@ -16,24 +16,25 @@ from routevl.methods.table import METHODS
 from routevl.reporting.formats import Table, signed
 from routevl.reporting.names import backbones
 from routevl.reporting.published import read_claims
-from routevl.reporting.results import collect, gains
-from routevl.reporting.statistics import Gain, Interval
+from routevl.reporting.results import DAGGER, collect, gains, not_learned_note
+from routevl.reporting.statistics import NOT_LEARNED, Gain, Interval
 
 _RULE = (
-    "The verdicts follow a fixed rule. The claim of a gain is judged by the comparisons with three seeds or more on both sides "
-    "and with a baseline clear of zero, and by no others, which are counted as left out. It *holds*, for a method and its "
-    "backbones, if routing improves significantly (at 5%, after Holm's correction for the number of comparisons of the task "
-    "that are judged here) in every one of these, and the lower end of the largest gain's interval reaches the published "
-    "figure. It *holds in part* if routing improves significantly in some of them, and *does not hold* if in none. The claim "
-    "about parameters *holds* if every experiment with routing has as many trainable parameters as the one without at the same "
-    "setting, *in part* if some have, and *does not hold* if none has. A claim without a comparison that is judged is *not "
-    "tested*."
+    "The verdicts follow a fixed rule. The claim of a gain is judged by the comparisons with three seeds or more on both sides, "
+    "all of which learned something, and with a baseline clear of zero, and by no others, which are counted as left out. It "
+    "*holds*, for a method and its backbones, if routing improves significantly (at 5%, after Holm's correction for the number "
+    "of comparisons of the task that are judged here) in every one of these, and the lower end of the largest gain's interval "
+    "reaches the published figure. It *holds in part* if routing improves significantly in some of them, and *does not hold* if "
+    "in none. The claim about parameters *holds* if every experiment with routing has as many trainable parameters as the one "
+    "without at the same setting, *in part* if some have, and *does not hold* if none has. A claim without a comparison that is "
+    "judged is *not tested*."
 )
 _SCALE = (
     "**Scale.** The paper's figures are for the backbones named in the claims, on all of VQAv2 and COCO 2014. A row whose scale "
     "is *not the paper's* was measured with other backbones and on the data of this configuration: its verdict says whether "
     "the effect shows there, and neither confirms nor refutes the paper's figure."
 )
+_DETAILS = ("Scale", "Backbones", "Rank", "Epochs", "Test items")
 _INTERVALS = (
     "Gains are those of tables T1 (accuracy) and T2 (CIDEr), in percent of the experiment without routing; the paper's figures "
     "are read as such relative gains. The largest and smallest are of those that are judged; their 95% intervals cover the "
@@ -74,9 +75,10 @@ def claims_table(arguments: argparse.Namespace) -> Table:
         *(f"- `{claim.claim}` ({claim.where}): {claim.text}" for claim in claims),
         "",
         _INTERVALS,
+        *(["", note] if (note := not_learned_note(runs)) else []),
     ]
     title = "The paper's claims and what was measured here"
-    return Table(title, pd.DataFrame(records), pd.DataFrame(map(_shown, records)), notes)
+    return Table(title, pd.DataFrame(records), pd.DataFrame(map(_shown, records)), notes, _DETAILS)
 
 
 def _equal_parameters(group: pd.DataFrame, results: Path) -> bool:
@@ -126,6 +128,7 @@ def _record(claim: Any, method: str, found: Sequence[dict[str, Any]]) -> dict[st
         "routing": _each(c["routing"] for c in found),
         "comparisons": len(judged),
         "left_out": len(found) - len(judged),
+        "not_learned": sum(c["gain"].no_verdict == NOT_LEARNED for c in found) if counted else None,
         "supporting": supporting,
         "improve": verdicts.count(1) if counted else None,
         "harm": verdicts.count(-1) if counted else None,
@@ -146,15 +149,15 @@ def _each(values: Iterable[Any]) -> str:
 def _shown(record: dict[str, Any]) -> dict[str, str]:
     return {
         "Claim": record["claim"],
-        "Published": f"{record['published']:g} {record['unit']}" if math.isfinite(record["published"]) else "",
         "Method": METHODS[record["method"]].label,
+        "Published": f"{record['published']:g} {record['unit']}" if math.isfinite(record["published"]) else "",
         "Verdict": record["verdict"],
-        "Scale": record["scale"],
-        "Supported by": f"{record['supporting']} of {record['comparisons']}" if record["comparisons"] else "",
-        "Harmed in": str(record["harm"]) if record["harm"] is not None and record["comparisons"] else "",
-        "Left out": str(record["left_out"]) if record["harm"] is not None else "",
         "Largest gain % [95% CI]": _shown_extreme(record, "largest"),
         "Smallest gain % [95% CI]": _shown_extreme(record, "smallest"),
+        "Supported by": f"{record['supporting']} of {record['comparisons']}" if record["comparisons"] else "",
+        "Harmed in": str(record["harm"]) if record["harm"] is not None and record["comparisons"] else "",
+        "Left out": "" if record["harm"] is None else str(record["left_out"]) + (f" {DAGGER}" if record["not_learned"] else ""),
+        "Scale": record["scale"],
         "Backbones": record["backbones"],
         "Rank": record["ranks"],
         "Epochs": record["epochs"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -35,30 +36,67 @@ _TEX = r"""%% Needs the booktabs and graphicx packages.
 \end{table}
 """
 
+_PARTLY = "Rows that have it"
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table in both forms: `data` is the csv; `shown`, all of it text, is for readers, `notes` (Markdown) go below it."""
+    """A table in both forms: `data` is the csv; `shown`, all of it text, is for readers, `notes` (Markdown) go below it.
+
+    `details`: the columns of `shown` that are a sentence above the table where all rows agree in them.
+    """
 
     title: str
     data: pd.DataFrame
     shown: pd.DataFrame
     notes: list[str]
+    details: Collection[str]
 
 
 def write_table(output: Path, name: str, table: Table) -> None:
     """Write the .md, .tex and .html beside `output`, then the .csv, each whole or not at all."""
     heading = f"{name}: {table.title}"
-    numeric = table.shown.apply(lambda cells: cells.str.match(r"[+-]?\d|$").all())
+    sentence, shown = without_shared(table.shown, table.details)
+    numeric = shown.apply(lambda cells: cells.str.match(r"[+-]?\d|$").all())
     alignment = ["right" if right else "left" for right in numeric]
-    markdown = markdown_table(table.shown, tablefmt="pipe", colalign=alignment)
-    text = f"# {heading}\n\n{markdown}\n\n" + "\n".join(table.notes) + "\n"
-    tex = _latex(heading, table.shown, "".join(side[0] for side in alignment))
+    markdown = markdown_table(shown, tablefmt="pipe", colalign=alignment)
+    text = "\n\n".join([f"# {heading}", *filter(None, [sentence]), markdown, "\n".join(table.notes)]) + "\n"
+    tex = _latex(f"{heading}. {sentence}".strip(), shown, "".join(side[0] for side in alignment))
     for suffix, content in ((".md", text), (".tex", tex), (".html", html_page(heading, text))):
         with atomic_file(output.with_suffix(suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")
     with atomic_file(output) as temporary:
         table.data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def without_shared(shown: pd.DataFrame, details: Collection[str]) -> tuple[str, pd.DataFrame]:
+    """What all rows of a table share, in a sentence, and the table without it.
+
+    Args:
+        shown: (rows, columns) text; "" where a row has nothing to say of a column.
+        details: the columns that may go. A column goes where all rows that have a value in it agree; where the table has a column
+            Task, all rows of each task.
+    """
+    whole = {"All rows": shown}
+    by_task = dict(tuple(shown.groupby("Task", sort=False))) if "Task" in shown else {}
+    words: dict[str, list[str]] = {name: [] for name in (*whole, *by_task, _PARTLY)}
+    shared = []
+    for column in details:
+        cells = {name: table[column] for name, table in whole.items()}
+        if not _agree(cells):
+            cells = {name: table[column] for name, table in by_task.items()}
+        if cells and _agree(cells):
+            shared.append(column)
+            for name, those in cells.items():
+                if value := max(those):  # "" is less than any other
+                    words[name if all(those) else _PARTLY].append(f"{column[0].lower()}{column[1:]} {value}")
+    sentence = " ".join(f"{name}: {', '.join(those)}." for name, those in words.items() if those)
+    return sentence, shown.drop(columns=shared)
+
+
+def _agree(cells: Mapping[str, pd.Series]) -> bool:
+    """Whether in each of these columns all values, blanks aside, are the same."""
+    return all(len(set(those) - {""}) <= 1 for those in cells.values())
 
 
 def number(value: float, digits: int = 2) -> str:

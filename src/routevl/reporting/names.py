@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from routevl.methods.table import METHODS
-from routevl.options import text_of, words_of
+from routevl.options import text_of
 from routevl.routing import ROUTING
+from routevl.settings import COLUMNS, SHARED_SETTINGS
 
 BACKBONES = ("text_backbone", "vision_backbone")
+_SETTINGS = (*COLUMNS, *SHARED_SETTINGS)  # which runs of every method have
 
 
 def plural(count: int, noun: str) -> str:
@@ -41,9 +43,25 @@ def in_words(details: Mapping[str, Any]) -> str:
     return ", ".join(f"{'rank' if name == 'r' else name.replace('_', ' ')} {text_of(value)}" for name, value in details.items())
 
 
-def options_text(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Those of a row's options and settings that vary among the rows of a table and have no column of their own there."""
-    return " ".join(words_of(differing(row, rows, but=("r", "epochs", "prefix", *BACKBONES))))
+def setting_cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Every setting and option of each row as a cell of a table, by heading: "" where the row's method has no such option.
+
+    Those that no row has, as they are none everywhere, are left out.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row["details"] if name not in BACKBONES))
+    names.sort(key=lambda name: (name != "r", name in _SETTINGS))  # the options first, the rank before them
+    known = {(row["method"], name) for row in rows for name in row["details"]}
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        has = name in _SETTINGS or (row["method"], name) in known
+        return text_of(row["details"].get(name)) if has else ""
+
+    return [{"Backbones": backbones(row)} | {heading_of(name): cell(row, name) for name in names} for row in rows]
+
+
+def heading_of(name: str) -> str:
+    """A setting or option as the heading of a column: "Rank", "Learning rate"."""
+    return "Rank" if name == "r" else name.replace("_", " ").capitalize()
 
 
 def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> str:

@@ -13,13 +13,14 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS
 from routevl.options import words_of
-from routevl.reporting.names import BACKBONES, backbones, differing, in_words
-from routevl.reporting.statistics import Gain, paired_gain, with_holm
+from routevl.reporting.names import BACKBONES, backbones, differing, in_words, plural
+from routevl.reporting.statistics import NOT_LEARNED, Gain, paired_gain, with_holm
 from routevl.routing import ROUTING
 from routevl.settings import SHARED_SETTINGS, RunSettings
 from routevl.sheet import Experiment, read_sheet
 from routevl.tasks.table import TASKS
 
+DAGGER = "†"  # marks what has a run that learned nothing
 INTERNAL = ["root", "blind", "details", "variant", "variant_number"]  # columns of `collect` that no file shows
 _SHEET_COLUMNS = ("experiment", "task", *BACKBONES, "method", "versus", "epochs", "prefix", "visual_tokens")
 LEAST_BASELINE = 1.0  # percent or CIDEr x 100: below it a model has learned nothing, and nothing is measured against it
@@ -42,6 +43,7 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
         details: all settings and options by name, beside task, method, routing and seed, which may tell runs apart.
         variant, variant_number: in words, and counted from 1, how a row differs from the first one of its group and method in
             more than the routing function; "" and 0 where it does not.
+        learned: as in `has_learned`.
         blind: whether the run never sees the image: neither its method nor its prefix reads it. Not so a run whose `control`
             replaces the image, which reads what stands in for it.
 
@@ -86,6 +88,7 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
         "routing": settings.options.get("routing", "none"),
         "options": " ".join(words_of(record["options"] | of_sheet)),
         "details": {k: v for k, v in details.items() if k not in ("task", "method", "routing", "seed", "options")},
+        "learned": has_learned(model),
         "blind": not (settings.prefix or settings.new_method().uses_image),
         **{name: content[name] for name in _COUNTS},
         **read_json(model / "timing.json"),
@@ -93,6 +96,32 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
         "missing": scored.get("missing", {}),
         **metrics,
     }
+
+
+def has_learned(model: Path) -> bool:
+    """Whether some epoch of a run, given by its folder, was better in validation than the best constant answer (VQA), or than the
+    frequencies of words alone (captioning).
+
+    Raises RoutevlError where run.json does not say it.
+    """
+    path = model / "run.json"
+    record = read_json(path)
+    if "learned" not in record:
+        raise RoutevlError(f"{path}: an earlier version wrote it, without whether it learned: remove {model} and train again")
+    return record["learned"]
+
+
+def not_learned_note(runs: pd.DataFrame) -> str:
+    """What a table says below it of those runs of `collect` that learned nothing; "" where all learned."""
+    counts = (~runs["learned"]).groupby(runs["experiment"], sort=False).agg(["sum", "size"])
+    failed = counts[counts["sum"] > 0].itertuples()
+    which = ", ".join(f"`{row.Index}` ({row.sum} of {plural(row.size, 'run')})" for row in failed)
+    return which and (
+        f"{DAGGER} Learned nothing: {which}. In no epoch of such a run the validation score is better than that of one answer to "
+        "all questions (VQA), or the validation loss lower than that of the frequencies of words alone (captioning). Such a row "
+        "is left out of gains and verdicts, as a system and as a baseline, with all its seeds: without those that failed it "
+        "would look better than it is."
+    )
 
 
 def _in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,7 +154,8 @@ def _with_variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
     """Gain in the task's main metric over the experiment that `versus` names, by experiment; those without one have none.
 
-    Holm's correction is for the comparisons of one task among these runs.
+    Holm's correction is for the comparisons of one task among these runs. Where a run of either side learned nothing, none is
+    computed: not even from the seeds that did, as without those that failed a method looks better than it is.
     """
     found: dict[str, Gain] = {}
     compared = runs[runs["versus"] != ""]
@@ -133,9 +163,13 @@ def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
         task, of_this_task = TASKS[name], {}
         for _, versus in of_task.groupby("versus", sort=False):  # a baseline's scores are read once for all
             baseline = versus["versus_runs"].iloc[0]
+            baseline_learned = all(has_learned(results / "models" / run) for run in baseline)
             items = read_items(results, [*baseline, *versus["run"]], task.metric)
             images, least = items.index.get_level_values("image"), LEAST_BASELINE / task.scale
             for experiment, group in versus.groupby("experiment", sort=False):
+                if not (baseline_learned and group["learned"].all()):
+                    of_this_task[experiment] = Gain(no_verdict=NOT_LEARNED)
+                    continue
                 systems = (items[those].to_numpy().T for those in (baseline, list(group["run"])))
                 of_this_task[experiment] = paired_gain(*systems, images, least)
         found |= with_holm(of_this_task)

@@ -13,7 +13,9 @@ TAILS = (0.025, 0.975)
 LEVEL = 0.05  # at which a gain is significant
 BOOTSTRAP_SEED = 20240311
 MIN_SEEDS = 3  # from which on intervals cover seeds, and comparisons carry a verdict
-NO_VERDICTS = FEW_SEEDS, NO_BASELINE = "fewer than three seeds", "the baseline scores next to nothing"
+FEW_SEEDS, NO_BASELINE = "fewer than three seeds", "the baseline scores next to nothing"
+NOT_LEARNED = "a run of either side learned nothing"
+NO_VERDICTS = FEW_SEEDS, NO_BASELINE, NOT_LEARNED
 _INDICES_AT_ONCE = 2_000_000  # so that memory does not grow with the number of resamples
 
 
@@ -41,7 +43,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain over a baseline.
+    """Gain over a baseline. Where a run of either side learned nothing there is none: all numbers are NaN.
 
     Attributes:
         absolute: in the unit of the score.

@@ -20,9 +20,9 @@ from routevl.methods.table import METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, signed, write_table
-from routevl.reporting.names import BACKBONES, backbones, full_name, options_text, plural
+from routevl.reporting.names import backbones, heading_of, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
-from routevl.reporting.results import LEAST_BASELINE, collect, gains
+from routevl.reporting.results import DAGGER, LEAST_BASELINE, collect, gains, not_learned_note
 from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
 from routevl.tasks.table import TASKS
 
@@ -35,7 +35,7 @@ _TIMINGS = {"step_ms_median": 1, "samples_per_second": 0, "peak_memory_mb": 0, "
 _SAVED = ("adapter_model.safetensors", WEIGHTS)  # where a run has its method's own tensors
 
 _INTERVALS = (
-    "Intervals are 95% intervals, paired by item, over what is independent, which the column `CI over` names. *Images*: images "
+    "Intervals are 95% intervals, paired by item, over what is independent, which `Interval over` names. *Images*: images "
     f"are drawn with replacement ({RESAMPLES:,} resamples), each with all its questions or captions and the same ones for both "
     "sides, of scores averaged over seeds; the choice of seeds is not covered. *Images and seeds*, where both sides have three "
     "seeds or more: how far seeds differ comes on top, by Student's t with Satterthwaite's degrees of freedom."
@@ -63,35 +63,39 @@ def run(arguments: argparse.Namespace) -> None:
     write_table(arguments.output, arguments.name, table)
 
 
-def _identity(group: pd.DataFrame, options: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the csv and what readers see of an experiment's rows of `collect`, beside what was measured.
-
-    `options`: of each experiment, what its columns do not show; where nothing is left to show, there is no column for it.
-    """
+def _identity(group: pd.DataFrame) -> dict[str, Any]:
+    """What the csv has of an experiment's rows of `collect`, beside what was measured."""
     first, percent = group.iloc[0], 100 * group["trainable_params"].iloc[0] / group["total_params"].iloc[0]
-    record = first[_IDENTITY].to_dict() | {
+    return first[_IDENTITY].to_dict() | {
         "prefix": "yes" if first["prefix"] else "no",
         "n_seeds": len(group),
+        "n_not_learned": (~group["learned"]).sum(),
         "trainable_params": first["trainable_params"],
         "trainable_params_percent": percent,
     }
-    return record, {
-        "Backbones": backbones(first),
-        "Method": METHODS[first["method"]].label,
-        "Routing": "none (blind: no image)" if first["blind"] else first["routing"],
-        **({"Options": options[first["experiment"]]} if any(options.values()) else {}),
-        "Prefix": record["prefix"],
-        "Rank": "" if pd.isna(first["rank"]) else str(first["rank"]),
-        "Epochs": str(first["epochs"]),
-        "Seeds": str(len(group)),
-        "Params (M)": f"{first['trainable_params'] / 1e6:.3f}",
-        "%": f"{percent:.2f}",
-    }
 
 
-def _options(runs: pd.DataFrame) -> dict[str, str]:
-    rows = runs.drop_duplicates("experiment").to_dict("records")
-    return {row["experiment"]: options_text(row, rows) for row in rows}
+def _marked(name: str, group: pd.DataFrame) -> str:
+    """A name of an experiment's row, with a dagger where one of its runs learned nothing."""
+    return name if group["learned"].all() else f"{name} {DAGGER}"
+
+
+def _head(group: pd.DataFrame, settings: Mapping[str, str]) -> dict[str, str]:
+    """With what a row begins for readers: method, routing function, and each of its `setting_cells`."""
+    first = group.iloc[0]
+    routing = "none (blind)" if first["blind"] else first["routing"]
+    return {"Method": _marked(METHODS[first["method"]].label, group), "Routing": routing, **settings}
+
+
+def _size(record: Mapping[str, Any]) -> dict[str, str]:
+    """How much an experiment trains, of its `_identity`, for readers."""
+    return {"Params (M)": f"{record['trainable_params'] / 1e6:.3f}", "%": f"{record['trainable_params_percent']:.2f}"}
+
+
+def _by_experiment(runs: pd.DataFrame) -> list[tuple[pd.DataFrame, dict[str, str]]]:
+    """Each experiment's rows of `collect` with its `setting_cells`."""
+    groups = [group for _, group in runs.groupby("experiment", sort=False)]
+    return list(zip(groups, setting_cells([group.iloc[0].to_dict() for group in groups]), strict=True))
 
 
 def _over_seeds(group: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]:
@@ -119,23 +123,26 @@ def score_table(arguments: argparse.Namespace) -> Table:
     runs = runs[runs["task"] == task]
     if runs.empty:
         raise RoutevlError(f"{arguments.experiments}: no {task} experiment feeds {feeds}")
-    found, options, row, scale = gains(runs, arguments.results), _options(runs), TASKS[task], TASKS[task].scale
+    found, row, scale = gains(runs, arguments.results), TASKS[task], TASKS[task].scale
     records, shown, sentences = [], [], []
-    for experiment, group in runs.groupby("experiment", sort=False):
+    for group, settings in _by_experiment(runs):
+        experiment = group["experiment"].iloc[0]
         gain = found.get(experiment, Gain())
-        record, for_readers = _identity(group, options)
-        record |= _over_seeds(group, row.metrics)
+        record = _identity(group) | _over_seeds(group, row.metrics)
         record["versus_seeds"] = len(group["versus_runs"].iloc[0]) or None
         record |= gain.absolute.columns("gain", "gain_ci") | gain.relative.columns("gain_relative", "gain_relative_ci")
         record |= {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
         record["n_items"] = group["n"].iloc[0]
         record["published"] = published_score(published, group.iloc[0], row.metric) / scale
         records.append(record)
+        scores = {title: _plus_minus(record, metric, scale) for metric, title in row.shown.items()}
+        main = row.shown[row.metric]
         shown.append(
-            for_readers
-            | {title: _plus_minus(record, metric, scale) for metric, title in row.shown.items()}
-            | {f"Gain in {row.shown[row.metric]} [95% CI]": signed(gain.absolute.times(scale))}
-            | {"Relative gain % [95% CI]": signed(gain.relative), "CI over": gain.absolute.over}
+            _head(group, settings)
+            | {main: scores.pop(main), "Gain [95% CI]": signed(gain.absolute.times(scale))}
+            | {"Relative gain % [95% CI]": signed(gain.relative), "Interval over": gain.absolute.over, "Seeds": str(len(group))}
+            | scores
+            | _size(record)
             | {"Published": number(record["published"] * scale)}
         )
         if experiment in found:
@@ -147,7 +154,8 @@ def score_table(arguments: argparse.Namespace) -> Table:
         *_score_notes(runs, task),
         *_published_notes(published[published["task"] == task]),
     ]
-    return Table(row.title, pd.DataFrame(records), pd.DataFrame(shown), notes)
+    details = [*settings, "Interval over", "Seeds", "Params (M)", "%", "Published"]
+    return Table(row.title, pd.DataFrame(records), pd.DataFrame(shown), notes, details)
 
 
 def _sentence(record: dict[str, Any], gain: Gain, variant: str) -> str:
@@ -166,6 +174,8 @@ def _sentence(record: dict[str, Any], gain: Gain, variant: str) -> str:
     else:
         what = f"routing (`{record['routing']}`{variant and ', '}{variant})"
         of, plain, better, worse = method, f"plain {method}", "improves", "harms"
+    if math.isnan(gain.absolute.estimate):
+        return f"{where} {what} against {plain} on {task.word} with {backbones(record)}: no gain ({gain.no_verdict})."
     difference = f"{size.estimate:+.1f}{unit} [{size.low:+.1f}, {size.high:+.1f}] {on_task}"
     if gain.no_verdict:
         return f"{where} {what} against {plain}: {difference}; no verdict ({gain.no_verdict})."
@@ -196,10 +206,11 @@ def _score_notes(runs: pd.DataFrame, task: str) -> list[str]:
         f"Mean ± standard deviation over seeds{_single_seed_note(runs)}, on {runs['n'].max():,} test items. Gain: over the "
         f"experiment that the run sheet names in its column `versus` (also in the csv). {_INTERVALS}",
         "",
-        f"A verdict is given where both sides have three seeds or more: a difference is significant at {LEVEL:.0%} after Holm's "
-        "correction for the number of comparisons in this table that have one. The intervals are not corrected. Over a "
-        f"baseline next to zero, whose own interval reaches below {LEAST_BASELINE:g}, there is neither a verdict nor a relative "
-        "gain.",
+        "A verdict is given where both sides have three seeds or more, all of which learned something: a difference is "
+        f"significant at {LEVEL:.0%} after Holm's correction for the number of comparisons in this table that have one. The "
+        "intervals are not corrected. Over a baseline next to zero, whose own interval reaches below "
+        f"{LEAST_BASELINE:g}, there is neither a verdict nor a relative gain.",
+        *_not_learned_notes(runs),
         "",
         "Params: all trainable parameters, with the layer norms, task head and visual projection; %: of all parameters of the "
         "adapted model, frozen ones included.",
@@ -209,6 +220,10 @@ def _score_notes(runs: pd.DataFrame, task: str) -> list[str]:
     if reasons := sorted({f"{metric} ({why})" for missing in runs["missing"] for metric, why in missing.items()}):
         notes += ["", f"Missing, hence blank in the csv: {'; '.join(reasons)}."]
     return notes
+
+
+def _not_learned_notes(runs: pd.DataFrame) -> list[str]:
+    return ["", note] if (note := not_learned_note(runs)) else []
 
 
 def _published_notes(published: pd.DataFrame) -> list[str]:
@@ -222,12 +237,11 @@ def _published_notes(published: pd.DataFrame) -> list[str]:
 def cost_table(arguments: argparse.Namespace) -> Table:
     """T6: trainable parameters by part, time, memory and size of the saved tensors of every experiment."""
     runs = collect(arguments.experiments, arguments.results, "T6")
-    options = _options(runs)
     parts = list(dict.fromkeys([*_PARTS, *(part for by in runs["trainable_params_by_part"] for part in by)]))
     records, shown = [], []
-    for _, group in runs.groupby("experiment", sort=False):
+    for group, settings in _by_experiment(runs):
         first = group.iloc[0]
-        record, for_readers = _identity(group, options)
+        record = _identity(group)
         record |= {f"{part}_params": first["trainable_params_by_part"].get(part, 0) for part in parts}
         record |= _over_seeds(group, _TIMINGS)
         model = arguments.results / "models" / first["run"]
@@ -240,18 +254,22 @@ def cost_table(arguments: argparse.Namespace) -> Table:
         records.append(record)
         shown.append(
             {"Task": TASKS[record["task"]].label}
-            | {"Runs" if title == "Seeds" else title: cell for title, cell in for_readers.items()}
-            | {f"{part.replace('_', ' ').capitalize()} (M)": f"{record[f'{part}_params'] / 1e6:.3f}" for part in parts}
+            | _head(group, settings)
+            | _size(record)
             | {"Step (ms)": step, "Samples/s": samples, "Peak memory (MB)": memory}
-            | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Training (s)": train, "Device": record["device"]}
+            | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Training (s)": train}
+            | {"Runs": str(len(group)), "Device": record["device"]}
+            | {f"{heading_of(part)} (M)": f"{record[f'{part}_params'] / 1e6:.3f}" for part in parts}
         )
     notes = [
         f"Means ± standard deviation over seeds{_single_seed_note(runs)}; step: median within a run. Timings "
         "compare only within one device and an otherwise idle machine. Saved: size of the method's own tensors, without the task "
-        "head. %: of all parameters of the adapted model, frozen ones included. The columns in millions (M) after it: the parts "
-        "of Params.",
+        "head. %: of all parameters of the adapted model, frozen ones included. The last columns, in millions (M): the parts of "
+        "Params.",
+        *_not_learned_notes(runs),
     ]
-    return Table("Cost of training", pd.DataFrame(records), pd.DataFrame(shown), notes)
+    details = ["Routing", *settings, "Runs", "Device", *(f"{heading_of(part)} (M)" for part in parts)]
+    return Table("Cost of training", pd.DataFrame(records), pd.DataFrame(shown), notes, details)
 
 
 def methods_table(arguments: argparse.Namespace) -> Table:
@@ -260,27 +278,23 @@ def methods_table(arguments: argparse.Namespace) -> Table:
     order, found = [*TASKS, *METHODS], gains(runs, arguments.results)
     runs = runs.sort_values(["task", "method"], key=lambda names: names.map(order.index), kind="stable")
     tasks = [TASKS[task] for task in runs["task"].unique()]
-    groups = [group for _, group in runs.groupby("experiment", sort=False)]
-    rows = [group.iloc[0].to_dict() for group in groups]
     records, shown = [], []
-    for group, row in zip(groups, rows, strict=True):
-        gain, task, method = found.get(row["experiment"], Gain()).absolute, TASKS[row["task"]], METHODS[row["method"]]
-        name = full_name(row, rows, but=("learning_rate", *BACKBONES))  # these have columns of their own
+    for group, settings in _by_experiment(runs):
+        first = group.iloc[0]
+        gain, task, method = found.get(first["experiment"], Gain()), TASKS[first["task"]], METHODS[first["method"]]
         means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
         scores = _over_seeds(group, [of.metric for of in tasks])
-        records.append(
-            {"method": row["method"], "label": name, "family": method.family}
-            | {column: row[column] for column in ("task", "text_backbone", "trainable_params")}
-            | {"learning_rate": row["details"]["learning_rate"], **scores, "n_seeds": len(group)}
-            | gain.columns("gain", "gain_ci")
-            | {"ci_over": gain.over}
-            | {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
-        )
+        record = _identity(group) | {"label": method.label, "family": method.family}
+        record |= {"learning_rate": first["details"]["learning_rate"], **scores, **gain.absolute.columns("gain", "gain_ci")}
+        record |= {"ci_over": gain.absolute.over, "no_verdict": gain.no_verdict}
+        record |= {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
+        records.append(record)
         shown.append(
-            {"Task": task.label, "Backbone": row["text_backbone"], "Method": name}
-            | {"Params (M)": f"{row['trainable_params'] / 1e6:.3f}", "Learning rate": f"{row['details']['learning_rate']:g}"}
+            {"Task": task.label}
+            | _head(group, settings)
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
-            | {"Seeds": str(len(group)), "Gain [95% CI]": signed(gain.times(task.scale)), "CI over": gain.over}
+            | {"Gain [95% CI]": signed(gain.absolute.times(task.scale)), "Interval over": gain.absolute.over}
+            | {"Seeds": str(len(group)), **_size(record)}
             | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}
         )
     scaled = [f"{of.word} are shown times {of.scale:g}" for of in tasks if of.scale != 1]
@@ -289,5 +303,7 @@ def methods_table(arguments: argparse.Namespace) -> Table:
         f"run sheet names in its column `versus`. {_INTERVALS} Params: all trainable parameters, with the layer norms, task "
         "head and visual projection. Timings compare only within one device."
         + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+        *_not_learned_notes(runs),
     ]
-    return Table("Methods", pd.DataFrame(records), pd.DataFrame(shown), notes)
+    details = ["Routing", *settings, "Interval over", "Seeds"]
+    return Table("Methods", pd.DataFrame(records), pd.DataFrame(shown), notes, details)
