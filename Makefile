@@ -3,7 +3,7 @@
 # make sample DATA=<folder>  the same workflow on real photographs, captions and questions
 # make plan CONFIG=<file>    what a configuration would cost: jobs, GPU-hours, downloads, disk
 # make tables                the tables alone, of CONFIG=<file> and EXPERIMENTS=<run sheet>, the demo's where left out; make figures
-# make report                the same results in one page, report.html, once they are made
+# make report                the same results in one page, RESULTS=<folder>/report.html, once they are made; make demo does it too
 # make audit                 whether everything in RESULTS=<folder> still stands
 # make crate                 RESULTS=<folder> described as an RO-Crate
 # make codecheck             list the tables and figures of RESULTS=<folder> for a CODECHECK, in codecheck.yml
@@ -79,7 +79,7 @@ tables figures: env given
 	$(SNAKEMAKE) $@ $(GIVEN)
 
 report: env given
-	$(SNAKEMAKE) --report report.html $(GIVEN)
+	$(SNAKEMAKE) --report "$$RESULTS/report.html" $(GIVEN)
 
 given:
 	@test -f "$$CONFIG" || { printf 'routevl: error: CONFIG=%s is not a file\n' "$$CONFIG" >&2; exit 2; }

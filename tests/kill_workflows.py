@@ -20,7 +20,14 @@ from tiny_project import BIN, environment
 
 MEASUREMENTS = ("timing.json",)  # different every time
 NOT_COMPARED = ("manifests", "logs", "benchmarks", "again", "source")  # times, or not made by the workflow's default target
-NAMES_NOT_COMPARED = (*MEASUREMENTS, "provenance.html", "ro-crate-metadata.json", "ro-crate-preview.html", ".snakemake_timestamp")
+NAMES_NOT_COMPARED = (
+    *MEASUREMENTS,
+    "provenance.html",
+    "report.html",
+    "ro-crate-metadata.json",
+    "ro-crate-preview.html",
+    ".snakemake_timestamp",
+)
 TIMES = ("T6_cost", "T7_methods")  # tables that show them
 LAST_KILL = 20.0  # seconds after Snakemake has chosen its first jobs
 ENDS = ("SIGKILL", "SIGINT", "SIGTERM")  # the first two to all its processes, as the OOM killer and Ctrl-C; the last to Snakemake
@@ -76,7 +83,7 @@ def start_workflow(project: Path) -> subprocess.Popen:
 
 def times_jobs_were_chosen(project: Path) -> int:
     """How often Snakemake has said so; a new one's first time is when it begins."""
-    log = project / "output.log"
+    log = project / "results/logs/snakemake.log"
     return log.read_text().count("Select jobs to execute") if log.exists() else 0
 
 

@@ -28,7 +28,7 @@ def main() -> int:
         print(f"sample: error: DATA={data!r} is not a folder; see config/sample.yaml for what it holds", file=sys.stderr)
         return 2
     demos = [folder for folder in (text | vision).values() if Path(folder).parent == MADE_BY_THE_DEMO]
-    if demos and (status := subprocess.run([*RUN, "results", "--cores", arguments.cores, *demos]).returncode):
+    if demos and (status := subprocess.run([*RUN, "results", "--cores", arguments.cores, "--only", *demos]).returncode):
         return status
     given = {
         "data": {"root": data, "vocabulary": f"{data}/vqav2/trainval_ans2label.json"},

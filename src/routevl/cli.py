@@ -37,6 +37,7 @@ STAGES = {
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
     "table": ("routevl.reporting.tables", "", "make a table from results"),
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
+    "headline": ("routevl.reporting.headline", "", "say in one screen what came out, from the tables"),
     "release": ("routevl.reporting.release", "", "write a run with its model card as it can be published"),
     "record": ("routevl.provenance.record", "", "run a job's command and write its manifest"),
     "audit": ("routevl.provenance.audit", "", "say whether an output and all that it was made from still stands"),

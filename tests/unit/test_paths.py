@@ -125,7 +125,7 @@ def test_b20_h15_jobs_run_in_such_folders_and_touch_nothing_else(tmp_path: Path)
     assert (project / figure).exists() and (project / "it's").read_text() == "the user's"
     assert {path.name for path in project.iterdir()} == before | {HOSTILE, ".snakemake"}
     assert "everything stands" in run(BIN / "routevl", "audit", figure)
-    assert "Nothing to be done" in run(sys.executable, "workflow/run.py", HOSTILE, "--cores=2", figure, *given)
+    assert "Nothing to be done" in run(sys.executable, "workflow/run.py", HOSTILE, "--cores=2", "--only", figure, *given)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_b20_the_sample_takes_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
         assert script.main() == 0
         made, (*options, data_word, backbones_word) = ran
         demos = ["results/backbones/roberta", vit][: 2 if vit.startswith("results") else 1]
-        assert made == ["results", "--cores", "2", *demos]
+        assert made == ["results", "--cores", "2", "--only", *demos]
         assert options == ["results/sample", "--cores", "2", "--configfile", "config/sample.yaml", "--config"]
         assert yaml.safe_load(data_word.removeprefix("data="))["root"] == str(data)
         assert yaml.safe_load(backbones_word.removeprefix("backbones="))["text"]["gpt2"] == {"path": f"my {HOSTILE}"}

@@ -7,6 +7,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -114,11 +115,23 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
     assert set(answers[0]) == {"question_id", "answer"}
     captions = json.loads((results / "predictions/caption_attn_seed1/results.json").read_text())
     assert len(captions) == 16 and set(captions[0]) == {"image_id", "caption"}
-    assert "start-up and imports:" in (results.parent / "output.log").read_text()
+    assert "start-up and imports:" in (results / "logs/startup.txt").read_text()
+
+
+def test_make_demo_says_how_far_it_is_and_ends_with_the_results_and_the_report(results: Path) -> None:
+    said = (results.parent / "output.log").read_text()
+    assert re.search(r"^\[\d+/\d+\] \w+", said, re.MULTILINE) and "Select jobs to execute" not in said
+    *_, summary = said.partition("VQA accuracy (%)")
+    assert len(summary.splitlines()) <= 24 and f"all of it in one page: {results.name}/report.html" in summary
+    assert "Select jobs to execute" in (results / "logs/snakemake.log").read_text()
 
 
 def test_nothing_is_left_to_be_done(project: Path, results: Path) -> None:
     assert "Nothing to be done" in snakemake(project)
+    report = (results / "report.html").stat().st_mtime_ns
+    assert make_demo(project).wait(timeout=100) == 0
+    assert "Nothing to be done: all is up to date." in (project / "output.log").read_text()
+    assert (results / "report.html").stat().st_mtime_ns == report
 
 
 def test_codecheck_lists_every_table_and_figure(project: Path, results: Path) -> None:

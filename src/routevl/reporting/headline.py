@@ -1,0 +1,108 @@
+"""Stage `headline`: what came out, in one screen of a terminal, read from the tables that the workflow made."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from routevl.errors import RoutevlError
+from routevl.methods.table import METHODS
+from routevl.reporting import TABLES
+from routevl.reporting.names import BACKBONES, plural
+from routevl.reporting.statistics import Gain, Interval
+from routevl.tasks.table import TASKS
+
+LINES, WIDTH = 24, 100  # of the screen
+_AROUND = 7  # lines that are no rows, beside a head for each task
+_VERDICTS = {1: "improves", 0: "no difference", -1: "harms"}
+_TELLING = (*BACKBONES, "prefix", "rank", "epochs")  # columns that are shown where they differ
+
+Row = dict[str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `routevl headline`."""
+    parser.add_argument("--results", required=True, type=Path, metavar="FOLDER", help="results folder, with its tables")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the scores, gains and verdicts of T1 and T2, as far as they are there and fit, and where all else is.
+
+    Raises RoutevlError where a table is not one of this version.
+    """
+    print("\n".join(headline(arguments.results)))
+
+
+def headline(results: Path) -> list[str]:
+    """The lines of the screen, LINES at most."""
+    files = {name.partition("_")[2]: results / "tables" / f"{name}.csv" for name in TABLES}
+    tables = {task: _read(file) for task, file in files.items() if task in TASKS and file.is_file()}
+    most = (LINES - _AROUND - len(tables)) // max(1, len(tables))
+    lines, left_out, reasons = [], 0, Counter()
+    for task, rows in tables.items():
+        try:
+            chosen = _most_telling(rows, most)
+            lines += [*([""] if lines else []), *_section(task, chosen)]
+        except (KeyError, ValueError) as error:
+            raise RoutevlError(f"{files[task]}: not a table of this version ({error!r}): remove it and make it again") from error
+        left_out += len(rows) - len(chosen)
+        reasons.update(row["no_verdict"] for row in chosen if row["no_verdict"])
+    if reasons:
+        lines.append(f"no verdict: {', '.join(f'{reason} ({count})' for reason, count in reasons.items())}")
+    if left_out:
+        lines.append(f"and {plural(left_out, 'more experiment')} in the tables")
+    report = results / "report.html"
+    return [
+        *lines,
+        *([""] if lines else []),
+        f"tables:  {results / 'tables'} (.md, .html, .tex, .csv)",
+        f"figures: {results / 'figures'} (.png, .pdf, .svg, and the data drawn as .csv)",
+        *([f"all of it in one page: {report}"] if report.exists() else []),
+    ]
+
+
+def _read(file: Path) -> list[Row]:
+    with open(file, encoding="utf-8", newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def _most_telling(rows: Sequence[Row], most: int) -> list[Row]:
+    """As many rows, in their order: first those with a verdict and their baselines, then those that stand first."""
+    judged = [row for row in rows if row["p_holm"]]
+    named = {row[column] for row in judged for column in ("experiment", "versus")}
+    ranked = sorted(range(len(rows)), key=lambda place: (rows[place]["experiment"] not in named, place))
+    return [rows[place] for place in sorted(ranked[:most])]
+
+
+def _section(task: str, rows: Sequence[Row]) -> list[str]:
+    """A task's head and rows, in columns."""
+    of = TASKS[task]
+    telling = [column for column in _TELLING if len({row[column] for row in rows}) > 1]
+    head = [of.score, "routing", *(column.replace("_backbone", "") for column in telling), "score", "gain [95% CI]", "verdict"]
+    cells = [head]
+    for row in rows:
+        gain = _gain(row, of.scale)
+        mean, std = (_number(row[f"{of.metric}_{part}"]) * of.scale for part in ("mean", "std"))
+        score = f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
+        size = gain.absolute
+        shown = "" if math.isnan(size.estimate) else f"{size.estimate:+.1f} [{size.low:+.1f}, {size.high:+.1f}]"
+        verdict = "" if not row["versus"] else "no verdict" if gain.no_verdict else _VERDICTS[gain.verdict]
+        mark = "" if row["n_not_learned"] == "0" else " (learned nothing)"
+        label = METHODS[row["method"]].label + mark
+        cells.append([label, row["routing"], *(row[column] for column in telling), score, shown, verdict])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return [line[:WIDTH].rstrip() for line in lines]
+
+
+def _gain(row: Row, scale: float) -> Gain:
+    interval = Interval(*(_number(row[column]) for column in ("gain", "gain_ci_low", "gain_ci_high")))
+    return Gain(interval.times(scale), holm=_number(row["p_holm"]), no_verdict=row["no_verdict"])
+
+
+def _number(cell: str) -> float:
+    return float(cell) if cell else math.nan
