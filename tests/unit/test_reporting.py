@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +35,7 @@ from routevl.errors import RoutevlError
 from routevl.methods.table import FAMILIES, METHODS, MethodRow
 from routevl.reporting import FIGURES, TABLES, figures, names, results, style
 from routevl.reporting.claims import verdict
-from routevl.reporting.figures import f1_method, f2_main, f4_methods
+from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.published import read_claims, read_published
 from routevl.routing import ROUTING, Routing
@@ -139,9 +141,9 @@ def test_names_say_what_tells_rows_apart(tmp_path):
     rows = collected(results_of(tmp_path, *runs), "F2")
     groups = [row for row in rows.values() if row["root"] == row["experiment"]]
     labels = [style.setting_label(group, groups) for group in groups]
-    assert labels == ["LoRA, rank 4, 2 epochs, lora alpha 4", "LoRA, rank 8, 2 epochs, lora alpha 8", "(IA)³, 2 epochs"]
+    assert labels == ["LoRA, rank 4, 2 epochs", "LoRA, rank 8, 2 epochs", "(IA)³, 2 epochs"]  # alpha follows from the rank
     assert [row["variant"] for row in rows.values()] == ["", "", "control ones", "", ""]
-    assert names.full_name(rows["ones"], rows.values()) == "LoRA mul, control ones, rank 4, lora alpha 4"
+    assert names.full_name(rows["ones"], rows.values()) == "LoRA mul, control ones, rank 4"
     cells = names.setting_cells(list(rows.values()))
     assert [row["Rank"] for row in cells] == ["4", "4", "4", "8", ""]
     assert [row["Control"] for row in cells] == ["none", "none", "ones", "none", "none"]
@@ -617,13 +619,74 @@ def test_bars_are_as_high_as_the_data_say(scored, tmp_path):
     assert line.get_ydata()[0] == pytest.approx(float(blind["score"]), rel=1e-5)
 
 
-def test_labels_of_groups_do_not_overlap(tmp_path):
-    for count in (2, 12):
-        runs = [experiment(rank=2**number, feeds="F2") for number in range(count)]
-        figure, _ = f2_main.draw(inputs(results_of(tmp_path / str(count), *runs), "F2_main"))
-        figure.draw_without_rendering()
-        boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
-        assert not any(left.overlaps(right) for left, right in zip(boxes, boxes[1:], strict=False)), count
+def grid(*tasks: str, feeds: str, routings: tuple[str, ...] = ("none",)) -> list[dict]:
+    """LoRA and Adapter with two ranks and two text backbones."""
+    runs = []
+    for task, text, method, rank, routing in product(tasks, ("small", "roberta-large"), ("lora", "adapter"), (4, 16), routings):
+        row = experiment(task, method, routing, rank, text_backbone=text, feeds=feeds)
+        name = row["experiment"].replace(routing, "none")
+        runs.append(row | {"experiment": f"{row['experiment']}_{text}", "versus": "" if routing == "none" else f"{name}_{text}"})
+    return runs
+
+
+def assert_apart(texts) -> None:
+    texts = [text for text in texts if text.get_text()]
+    texts[0].figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(box.count_overlaps(boxes[index + 1 :]) for index, box in enumerate(boxes))
+    width, height = texts[0].figure.canvas.get_width_height()
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+@pytest.mark.parametrize("shape", ["2", "12", "grid", "paper"])
+def test_labels_of_groups_do_not_overlap(tmp_path, shape):
+    """Of ranks in a single panel, of a grid of settings in two, and of the paper's own sheet."""
+    runs = [experiment(rank=2**number, feeds="F2") for number in range(int(shape))] if shape.isdecimal() else []
+    if shape == "grid":
+        runs = grid("vqa", "caption", feeds="F2", routings=("none", "mul", "attn"))
+    if shape == "paper":
+        with open(CLAIMS.parent / "experiments/paper.tsv", encoding="utf-8", newline="") as file:
+            runs = [row | {"seeds": "1"} for row in csv.DictReader(file, delimiter="\t") if "F2" in row["feeds"].split(",")]
+    with style.house_style():
+        figure, _ = f2_main.draw(inputs(results_of(tmp_path, *runs), "F2_main"))
+        for axes in figure.axes:
+            assert_apart(axes.get_xticklabels())
+
+
+@pytest.mark.parametrize("name", ["F5_curves", "F6_question_types"])
+def test_titles_of_many_panels_do_not_overlap(tmp_path, name):
+    folder = results_of(tmp_path, *grid("vqa", feeds="F5,F6", routings=("none", "mul")))
+    with style.house_style():
+        figure, _ = {"F5_curves": f5_curves, "F6_question_types": f6_question_types}[name].draw(inputs(folder, name))
+        assert_apart([axes.title if axes.get_title() else axes._left_title for axes in figure.axes])
+
+
+@pytest.mark.parametrize("name", ["F2_main", "F3_rank_budget", "F4_methods", "F5_curves", "F6_question_types"])
+def test_what_learned_nothing_is_marked_and_stretches_no_axis(tmp_path, name):
+    """Its mean is drawn, and no interval: one collapsed seed of three makes that of Student's t wider than all scores."""
+    runs = [
+        row | {"seeds": "1,2,3", "feeds": "F2,F3,F4,F5,F6"} for row in RUNS if row["method"] == "lora" and row["task"] == "vqa"
+    ]
+    run = "vqa_lora_mul_r4_e2_seed2"
+    write_results(tmp_path, runs, images=20, collapsed=[run])
+    write_sheet(tmp_path / "experiments.tsv", runs)
+    module = importlib.import_module(f"routevl.reporting.figures.{name.lower()}")
+    with style.house_style():
+        figure, data = module.draw(inputs(tmp_path, name))
+    marks = [text for axes in figure.axes for text in axes.texts if "†" in text.get_text()]
+    assert len(marks) == {"F5_curves": 2, "F6_question_types": 7}.get(name, 1)
+    assert set(data.loc[data["n_not_learned"] > 0, "experiment"]) == {"vqa_lora_mul_r4_e2"}
+    said = " ".join(legend.get_title().get_text() for legend in figure.legends)
+    assert "vqa_lora_mul_r4_e2 (1 of 3 runs)" in " ".join(said.split())
+    if name in ("F2_main", "F3_rank_budget", "F4_methods"):
+        low, high = figure.axes[0].get_ylim()
+        assert low >= 0 and high <= 100 and data["ci_high"].max() > 100
+
+
+def test_ranks_of_the_blind_baseline_are_no_ticks(tmp_path):
+    runs = [experiment(rank=rank, feeds="F3") for rank in (2, 8)] + [experiment(rank=4, prefix="no", feeds="F3")]
+    figure, _ = f3_rank_budget.draw(inputs(results_of(tmp_path, *runs), "F3_rank_budget"))
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
 def test_methods_are_named_at_their_points_without_overlaps(tmp_path):

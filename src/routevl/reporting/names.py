@@ -25,22 +25,29 @@ def backbones(row: Mapping[str, Any]) -> str:
 
 
 def differing(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> dict[str, Any]:
-    """Those of a row's `details`, name -> value, that vary among `others` of its task.
+    """Those of a row's `details`, name -> value, that vary among it and `others` of its task, but for those that others imply.
 
     Backbones are compared with all of these; settings and options with those of the same method, as each method may have its own.
+    Where LoRA's alpha is the rank in all rows, the rank implies it. `but`: what the reader is told anyway.
     """
-    of_task = [other for other in others if other["task"] == row["task"]]
+    of_task = [other for other in (row, *others) if other["task"] == row["task"]]
     of_method = [other for other in of_task if other["method"] == row["method"]]
-    return {
-        name: value
-        for name, value in row["details"].items()
-        if name not in but and any(o["details"].get(name) != value for o in (of_task if name in BACKBONES else of_method))
-    }
+    found: dict[str, Any] = {}
+    for name, value in row["details"].items():
+        implied: dict[tuple, Any] = {}
+        for other in of_task if name in BACKBONES else of_method:
+            known = tuple(other["details"].get(told) for told in (*but, *found))
+            if implied.setdefault(known, other["details"].get(name)) != other["details"].get(name):
+                found[name] = value
+                break
+    return {name: value for name, value in found.items() if name not in but}
 
 
 def in_words(details: Mapping[str, Any]) -> str:
-    """Details as they stand in a sentence or legend: "rank 4, control noise"."""
-    return ", ".join(f"{'rank' if name == 'r' else name.replace('_', ' ')} {text_of(value)}" for name, value in details.items())
+    """Details as they stand in a sentence or legend: "rank 4, control noise"; backbones by their name alone."""
+    named = ((heading_of(name).lower(), text_of(value)) for name, value in details.items() if name not in BACKBONES)
+    of_backbones = (value for name, value in details.items() if name in BACKBONES)
+    return ", ".join([*of_backbones, *map(" ".join, named)])
 
 
 def setting_cells(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -64,9 +71,9 @@ def heading_of(name: str) -> str:
     return "Rank" if name == "r" else name.replace("_", " ").capitalize()
 
 
-def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> str:
-    """A row's method, its routing function, and all that else tells it apart among `rows` (records), but for some details."""
+def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A row's method, its routing function, and all that else tells it apart among `rows` (records)."""
     name = METHODS[row["method"]].label
     if row["routing"] != "none":
         name += f" {ROUTING[row['routing']].label}"
-    return ", ".join(filter(None, [name, in_words(differing(row, rows, but))]))
+    return ", ".join(filter(None, [name, in_words(differing(row, rows))]))

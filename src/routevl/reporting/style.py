@@ -6,6 +6,7 @@ hatch, so that readers in grey can tell them apart. All of it comes from `routev
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -19,11 +20,12 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from routevl.files import atomic_file
 from routevl.methods.table import FAMILIES, METHODS, method_class
 from routevl.reporting.names import differing, in_words, plural
-from routevl.reporting.results import INTERNAL
+from routevl.reporting.results import DAGGER, INTERNAL
 from routevl.routing import ROUTING
 from routevl.tasks.table import TASKS
 
@@ -32,6 +34,7 @@ INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 BLIND_LABEL = "no image (blind)"
 BLIND_LINE = {"color": INK, "linestyle": (0, (4, 2.5)), "linewidth": 1.0, "zorder": 1.5}
 BLIND_TICK = {"color": INK, "linestyle": "none", "marker": "|", "markersize": 7, "markeredgewidth": 1.4}
+HALO = [withStroke(linewidth=2, foreground="white")]  # of text that stands on lines
 INTERVAL_LINES = {"images and seeds": "solid", "images": (0, (1, 1))}  # by what an interval is over
 MARKERS = ("p", "<", ">", "h", "P", "d", "X", "*")  # of methods without routing functions, by their place in the family
 HATCHES = ("", "xxxx", "----", "oooo", "++++", "||||", "\\\\//", "**")
@@ -157,7 +160,7 @@ def figure_legend(figure: Figure, data: pd.DataFrame, kind: str) -> None:
     else:
         handles = [Line2D([], [], label=label, **own.points(kind == "line")) for label, own in looks.items()]
     if len(blind):
-        handles.append(Line2D([], [], label=BLIND_LABEL, **(BLIND_TICK if kind == "marker" else BLIND_LINE)))
+        handles.append(Line2D([], [], label=blind_label(blind), **(BLIND_TICK if kind == "marker" else BLIND_LINE)))
     length = {"bar": 1.8, "line": 2.8, "marker": 1.0}[kind]
     room = figure.get_figwidth() / 0.111  # in units of the font's size, as are the lengths
     widths = [length + 1.9 + 0.6 * len(handle.get_label()) for handle in handles]
@@ -167,28 +170,67 @@ def figure_legend(figure: Figure, data: pd.DataFrame, kind: str) -> None:
     )
 
 
-def task_panels(data: pd.DataFrame, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each task of the data, by task."""
+def blind_label(blind: pd.DataFrame) -> str:
+    """What a legend calls the blind rows."""
+    return f"{BLIND_LABEL} {DAGGER}" if blind["n_not_learned"].any() else BLIND_LABEL
+
+
+def task_panels(data: pd.DataFrame, height: float, stacked: bool = False) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each task of the data, by task: side by side, or each of the text's width and `height`."""
     tasks = list(dict.fromkeys(data["task"]))
-    figure = Figure(figsize=(TEXT_WIDTH if len(tasks) > 1 else 0.6 * TEXT_WIDTH, height), layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True))
+    shape = (len(tasks), 1) if stacked else (1, len(tasks))
+    size = (TEXT_WIDTH if stacked or len(tasks) > 1 else 0.6 * TEXT_WIDTH, height * shape[0])
+    figure = Figure(figsize=size, layout="constrained")
+    panels = dict(zip(tasks, figure.subplots(*shape, squeeze=False).flat, strict=True))
     for task, axes in panels.items():
         axes.set(title=TASKS[task].label, ylabel=TASKS[task].score)
     return figure, panels
 
 
+def wrapped(label: str, characters: int) -> str:
+    """A `setting_label` in lines, broken at commas alone; the method has a line of its own."""
+    method, *rest = (part.replace(" ", "\N{NO-BREAK SPACE}") for part in label.split(", "))
+    lines = textwrap.wrap(", ".join(rest), characters, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([method, *lines])
+
+
 def draw_interval(axes: Axes, x: float, row: Any, color: str, **style: Any) -> None:
-    """The error bar of a row of `FigureInputs.scores`, its line by what the interval is over; `style`: of `Axes.errorbar`."""
+    """The error bar of a row of `FigureInputs.scores`, its line by what the interval is over; `style`: of `Axes.errorbar`.
+
+    Where a run learned nothing there is none: how far such a seed is from the others is no width of an interval.
+    """
+    if row.n_not_learned:
+        return
     spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
     *_, bars = axes.errorbar(x, row.score, spread, fmt="none", ecolor=color, **style)
     bars[0].set_linestyle(INTERVAL_LINES[row.ci_over])
 
 
-def interval_legend(figure: Figure, data: pd.DataFrame) -> None:
-    """Says below the panels what the error bars of these rows of `FigureInputs.scores` are."""
-    drawn = [(over, line) for over, line in INTERVAL_LINES.items() if over in set(data["ci_over"])]
-    handles = [Line2D([], [], color=INK, linewidth=1.0, linestyle=line, label=f"95% interval over {o}") for o, line in drawn]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.8)
+def mark_not_learned(axes: Axes, x: float, y: float, offset: tuple[float, float] = (0, 8)) -> None:
+    """Put a dagger beside a point whose row has a run that learned nothing, `offset` points away."""
+    axes.annotate(
+        DAGGER, (x, y), offset, textcoords="offset points", horizontalalignment="center", verticalalignment="center", color=INK,
+        fontsize=9, fontweight="bold", zorder=7, path_effects=HALO,
+    )  # fmt: skip
+
+
+def lower_legend(figure: Figure, data: pd.DataFrame) -> None:
+    """Says below the panels which of these rows have runs that learned nothing, and, of rows of `FigureInputs.scores` that are
+    compared, what their error bars are."""
+    text, handles = "", []
+    failed = data[data["n_not_learned"] > 0].drop_duplicates("experiment")
+    if len(failed):
+        which = (f"{row.experiment} ({row.n_not_learned} of {plural(row.n_seeds, 'run')})" for row in failed.itertuples())
+        text = f"{DAGGER} learned nothing, and is left out of intervals and gains: {', '.join(which)}"
+    if "ci_over" in data:
+        shown, _ = apart(data)
+        found = set(shown.loc[shown["n_not_learned"] == 0, "ci_over"])
+        for over, line in ((over, line) for over, line in INTERVAL_LINES.items() if over in found):
+            handles.append(Line2D([], [], color=INK, linewidth=1.0, linestyle=line, label=f"95% interval over {over}"))
+    if text or handles:
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), handlelength=1.8)
+        legend.set_title(textwrap.fill(text, int(figure.get_figwidth() / 0.06)), {"size": 8})
+        legend.get_title().set_multialignment("center")
 
 
 def horizontal_grid(axes: Axes) -> None:

@@ -17,12 +17,13 @@ from routevl.reporting.style import (
     draw_interval,
     figure_legend,
     horizontal_grid,
-    interval_legend,
     look,
+    lower_legend,
+    mark_not_learned,
 )
 from routevl.tasks.table import TASKS
 
-_SIDE_STEP = 0.04  # sideways, in units of one tick, so that intervals of equal rank stay apart
+_SIDE_STEP = 0.09  # sideways, in units of one tick, so that intervals of equal rank stay apart
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
@@ -37,7 +38,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     panels = figure.subplots(len(kinds), len(budgets), squeeze=False, sharey="row")
     for row, (task, method) in zip(panels, kinds, strict=True):
         chosen = data[(data["task"] == task) & (data["method"] == method)]
-        ranks = sorted(set(chosen["rank"]))
+        ranks = sorted(set(apart(chosen)[0]["rank"]))
         for axes, epochs in zip(row, budgets, strict=True):
             _draw_panel(axes, chosen[chosen["epochs"] == epochs], ranks)
             axes.set_title(f"{METHODS[method].label}, {plural(epochs, 'training epoch')}")
@@ -45,7 +46,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     for axes in panels[-1]:
         axes.set_xlabel("rank of the bottleneck")
     figure_legend(figure, data, "line")
-    interval_legend(figure, apart(data)[0])
+    lower_legend(figure, data)
     return figure, data
 
 
@@ -58,6 +59,8 @@ def _draw_panel(axes: Axes, data: pd.DataFrame, ranks: list[int]) -> None:
         own = look(next(line.itertuples()))
         for place, point in zip(places, line.itertuples(), strict=True):
             draw_interval(axes, place, point, own.color, elinewidth=1.1)
+            if point.n_not_learned:
+                mark_not_learned(axes, place, point.score)
         axes.plot(places, line["score"], **own.points(line=True))
     for score in blind["score"]:
         axes.axhline(score, **BLIND_LINE)

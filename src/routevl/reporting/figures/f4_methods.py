@@ -14,22 +14,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.path import Path
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
 from routevl.methods.table import FAMILIES, METHODS
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.names import full_name
+from routevl.reporting.results import DAGGER
 from routevl.reporting.style import (
-    BLIND_LABEL,
     BLIND_LINE,
+    HALO,
     MUTED,
     apart,
+    blind_label,
     draw_interval,
     horizontal_grid,
-    interval_legend,
     look,
+    lower_legend,
     task_panels,
 )
 
@@ -50,9 +51,9 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     seen = {METHODS[method].family for method in shown["method"]}
     handles = [Patch(color=color, label=family) for family, color in FAMILIES.items() if family in seen]
     if len(blind):
-        handles.append(Line2D([], [], label=BLIND_LABEL, **BLIND_LINE))
+        handles.append(Line2D([], [], label=blind_label(blind), **BLIND_LINE))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4, handlelength=1.4)
-    interval_legend(figure, shown)
+    lower_legend(figure, data)
     figure.draw_without_rendering()  # names are placed where the points are on the page, which must not move again
     figure.set_layout_engine("none")
     for task, axes in panels.items():
@@ -87,7 +88,7 @@ def _name_points(axes: Axes, shown: pd.DataFrame, lines: Iterable[float]) -> Non
     left, right = axes.get_window_extent().intervalx
     bars += [Bbox([[left, y - 1], [right, y + 1]]) for _, y in axes.transData.transform([(1, line) for line in lines])]
     rows = shown.to_dict("records")
-    texts = [full_name(row, rows) for row in rows]
+    texts = [full_name(row, rows) + (f" {DAGGER}" if row["n_not_learned"] else "") for row in rows]
     choices = [list(_places(axes, *point, pixels)) for point in zip(texts, at["score"], strict=True)]
     chosen = [places[0] for places in choices]
     for number in [*range(len(rows))] * _ROUNDS:
@@ -95,12 +96,11 @@ def _name_points(axes: Axes, shown: pd.DataFrame, lines: Iterable[float]) -> Non
         around = (rest, markers, bars, axes.get_window_extent())
         chosen[number] = min(choices[number], key=lambda place, around=around: _badness(place, *around))
     line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": _MARKER}
-    halo = [withStroke(linewidth=2, foreground="white")]
     for text, row, place in zip(texts, rows, chosen, strict=True):
         start, end = place.leader.vertices
         axes.annotate(
             text, (row["trainable_params"], row["score"]), tuple((end - start) / pixels), textcoords="offset points", fontsize=7,
-            horizontalalignment="center", verticalalignment="center", zorder=4, path_effects=halo,
+            horizontalalignment="center", verticalalignment="center", zorder=4, path_effects=HALO,
             arrowprops=line if place.distance > _NEAR else None,
         )  # fmt: skip
 

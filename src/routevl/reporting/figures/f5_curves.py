@@ -8,13 +8,27 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from routevl.errors import RoutevlError
 from routevl.reporting.figures.inputs import FigureInputs, identity
-from routevl.reporting.style import BLIND_LINE, TEXT_WIDTH, apart, figure_legend, horizontal_grid, look, setting_label
+from routevl.reporting.style import (
+    BLIND_LINE,
+    TEXT_WIDTH,
+    apart,
+    figure_legend,
+    horizontal_grid,
+    look,
+    lower_legend,
+    mark_not_learned,
+    setting_label,
+    wrapped,
+)
 from routevl.tasks.table import TASKS
 
 _COLUMNS = 4
+_CHARACTER = 0.066  # inches, of a title
+_LOG_FROM = 3.0  # so many times the lowest training loss, and the axis is logarithmic
 _LOSS_POINTS = 25  # the training loss is averaged within this many equal stretches of a run
 _MARKERS = 5  # along a curve of many points, and at other points than those of the next curve
 
@@ -45,15 +59,22 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
             axes.set_xlim(0, 1.06 * here["step"].max())
             if of_loss:
                 axes.set(xlabel="optimiser step", ylabel="training loss")
+                losses = data.loc[(data["task"] == group["task"]) & (data["quantity"] == "loss"), "mean"]
+                if losses.max() > _LOG_FROM * losses.min():  # the first steps would leave no room for all others
+                    axes.set_yscale("log")
+                    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    axes.yaxis.set_major_formatter("{x:g}")
+                    axes.yaxis.set_minor_locator(NullLocator())
             else:
-                title = f"{task.label}, {setting_label(group, groups)}"
-                axes.set_title(title.replace(", rank", "\nrank", 1), fontsize=7.5)
+                characters = int((figure.get_figwidth() / columns - 0.35) / _CHARACTER)
+                axes.set_title(f"{task.label}, {wrapped(setting_label(group, groups), characters)}", fontsize=7.5)
                 of_score = (chosen["quantity"] != "val_loss").any()
                 axes.set_ylabel(f"validation\n{task.score}" if of_score else "validation loss")
                 axes.tick_params(labelbottom=False)
             if model and column > 0:
                 axes.set_ylabel("")
     figure_legend(figure, data, "line")
+    lower_legend(figure, data)
     return figure, data
 
 
@@ -95,7 +116,10 @@ def _draw_panel(axes: Axes, data: pd.DataFrame) -> None:
         own = look(next(curve.itertuples()))
         every = max(1, len(curve) // _MARKERS)
         axes.plot(curve["step"], curve["mean"], markevery=(index % every, every), **own.points(line=True))
-        if curve["n_seeds"].iloc[0] > 1:
+        last = curve.iloc[-1]
+        if last["n_not_learned"]:
+            mark_not_learned(axes, last["step"], last["mean"])
+        if last["n_seeds"] > 1:
             axes.fill_between(curve["step"], curve["low"], curve["high"], color=own.color, alpha=0.18, linewidth=0)
     for _, curve in blind.groupby("experiment", sort=False):
         axes.plot(curve["step"], curve["mean"], **BLIND_LINE)

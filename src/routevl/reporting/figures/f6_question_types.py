@@ -8,11 +8,24 @@ from matplotlib.figure import Figure
 
 from routevl.errors import RoutevlError
 from routevl.reporting.figures.inputs import FigureInputs, identity
-from routevl.reporting.style import BLIND_TICK, FAINT, TEXT_WIDTH, apart, figure_legend, look, setting_label
+from routevl.reporting.style import (
+    BLIND_TICK,
+    FAINT,
+    TEXT_WIDTH,
+    apart,
+    figure_legend,
+    look,
+    lower_legend,
+    mark_not_learned,
+    setting_label,
+    wrapped,
+)
 from routevl.tasks.table import TASKS
 
 _ANSWER_TYPES = {"yes_no": "yes/no", "number": "number", "other": "other"}
 _MOST_QUESTION_TYPES = 16
+_COLUMNS = 4
+_CHARACTER = 0.072  # inches, of a title
 _SPREAD = 0.5  # of the distance between two types
 
 
@@ -24,20 +37,33 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     groups = shown.drop_duplicates("root").to_dict("records")
     labels = {kind: list(dict.fromkeys(data.loc[data["by"] == kind, "label"])) for kind in data["by"].unique()}
     heights = [len(names) for names in labels.values()]
-    figure = Figure(figsize=(min(TEXT_WIDTH, 1.8 + 2.6 * len(groups)), 1.3 + 0.24 * sum(heights)), layout="constrained")
+    columns = min(_COLUMNS, len(groups))
+    blocks = -(-len(groups) // columns)
+    width = min(TEXT_WIDTH, 1.8 + 2.6 * columns)
+    figure = Figure(figsize=(width, 0.5 + blocks * (0.8 + 0.24 * sum(heights))), layout="constrained")
     panels = figure.subplots(
-        len(labels), len(groups), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights}
+        len(labels) * blocks, columns, squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights * blocks}
     )
-    for column, group in enumerate(groups):
-        chosen = shown[shown["root"] == group["root"]]
-        for axes, (kind, names) in zip(panels[:, column], labels.items(), strict=True):
+    for number in range(columns * blocks):
+        block, column = divmod(number, columns)
+        those = panels[block * len(labels) : (block + 1) * len(labels), column]
+        if number >= len(groups):
+            for axes in those:
+                axes.remove()
+            continue
+        chosen = shown[shown["root"] == groups[number]["root"]]
+        for axes, (kind, names) in zip(those, labels.items(), strict=True):
             _draw_panel(axes, chosen[chosen["by"] == kind], blind[blind["by"] == kind], names)
-        panels[0, column].set_title(setting_label(group, groups))
-        panels[-1, column].set_xlabel(TASKS["vqa"].score)
-    for axes, kind in zip(panels[:, 0], labels, strict=True):
-        axes.set_ylabel(kind)
+            if column == 0:
+                axes.set_ylabel(kind)
+        characters = int((width - 1.2) / columns / _CHARACTER)
+        those[0].set_title(wrapped(setting_label(groups[number], groups), characters))
+        those[-1].tick_params(labelbottom=True)
+        if number + columns >= len(groups):
+            those[-1].set_xlabel(TASKS["vqa"].score)
     figure.align_ylabels(panels[:, 0])
     figure_legend(figure, data, "marker")
+    lower_legend(figure, data)
     return figure, data.drop(columns="label")
 
 
@@ -72,6 +98,8 @@ def _draw_panel(axes: Axes, shown: pd.DataFrame, blind: pd.DataFrame, names: lis
     for row in shown.itertuples():  # those of one type a little below each other, so that none hides another
         place = names.index(row.label) + _SPREAD * ((experiments.index(row.experiment) + 0.5) / len(experiments) - 0.5)
         axes.plot(row.accuracy, place, markersize=5, zorder=4, **look(row).points())
+        if row.n_not_learned:
+            mark_not_learned(axes, row.accuracy, place, (6, 0))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

@@ -56,4 +56,4 @@ class FigureInputs:
 
 def identity(group: pd.DataFrame) -> dict[str, Any]:
     """What every figure's data say of an experiment, from its rows of `results.collect`."""
-    return group.iloc[0][_IDENTITY].to_dict() | {"n_seeds": len(group)}
+    return group.iloc[0][_IDENTITY].to_dict() | {"n_seeds": len(group), "n_not_learned": (~group["learned"]).sum()}
