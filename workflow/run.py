@@ -72,18 +72,18 @@ def follow(command: list[str], log: Path, environment: dict[str, str], held: IO)
     It writes to a file, not into a pipe, so that it goes on where this process is killed.
     """
     said, line = SnakemakeLog(), ProgressLine()
-    with open(log, "a") as written, open(log) as file:
+    with open(log, "ab") as written, open(log, "rb") as file:
         file.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             command, env=environment, pass_fds=(held.fileno(),), stdout=written, stderr=subprocess.STDOUT
         )  # fmt: skip
-        rest, ended = "", False
+        rest, ended = b"", False
         while not ended:
             ended = process.poll() is not None  # before the last look at what it has written
-            *lines, rest = (rest + file.read()).split("\n")
+            *lines, rest = (rest + file.read()).split(b"\n")
             now = time.monotonic()
             for text in lines:
-                said.read(text, now)
+                said.read(text.decode(errors="replace"), now)
             line.show(said.progress(now))
             if not ended:
                 time.sleep(SECONDS_BETWEEN_LOOKS)

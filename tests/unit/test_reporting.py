@@ -243,7 +243,7 @@ def test_a_table_shows_what_differs_and_says_above_it_what_all_rows_share(tmp_pa
     shared, rows = table_of(make_table("T1_vqa", results_of(tmp_path / "all", *runs), tmp_path / "T1.csv"))
     assert shared.startswith("All rows: backbones roberta_demo + vit_demo, ") and "epochs 2, batch size 8, " in shared
     assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0.")
-    assert ". Rows that have it: rank 4, visual scale none, lora alpha 4, " in shared
+    assert ". All rows, where there is one: rank 4, visual scale none, lora alpha 4, " in shared
     assert [row["Control"] for row in rows] == ["none", "ones", "none"]
     assert [row["Learning rate"] for row in rows] == ["0.001", "0.001", "0.005"]
     assert list(rows[0])[:6] == ["Method", "Routing", "Control", "Learning rate", "Accuracy", "Gain [95% CI]"]
@@ -358,6 +358,8 @@ def test_a_run_that_learned_nothing_leaves_its_whole_row_out(tmp_path, run):
     assert "routing (`mul`) against plain LoRA on VQA with roberta_demo + vit_demo: no gain (a run of either side" in text
     _, shown = table_of(path)
     assert [row["Method"] for row in shown].count("LoRA †") == 1
+    tex = path.with_suffix(".tex").read_text(encoding="utf-8")
+    assert "†" not in tex and r"$\dagger$ Learned nothing: " + experiment.replace("_", r"\_") in tex
     claim = claims_of(folder, tmp_path / "T0.csv")["vqa_gain", "lora"]
     judged = [claim[name] for name in ("comparisons", "left_out", "not_learned", "largest_gain_relative", "verdict")]
     assert judged == ["0", "2", "2" if "none" in run else "1", "", "not tested"]

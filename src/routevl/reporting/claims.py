@@ -14,9 +14,9 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS
 from routevl.reporting.formats import Table, signed
-from routevl.reporting.names import backbones
+from routevl.reporting.names import DAGGER, backbones
 from routevl.reporting.published import read_claims
-from routevl.reporting.results import DAGGER, collect, gains, not_learned_note
+from routevl.reporting.results import collect, gains, not_learned_note
 from routevl.reporting.statistics import NOT_LEARNED, Gain, Interval
 
 _RULE = (

@@ -14,6 +14,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from routevl.files import atomic_file
+from routevl.reporting.names import DAGGER
 from routevl.reporting.statistics import Interval
 
 _STYLE = """
@@ -36,7 +37,7 @@ _TEX = r"""%% Needs the booktabs and graphicx packages.
 \end{table}
 """
 
-_PARTLY = "Rows that have it"
+_PARTLY = ", where there is one"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def write_table(output: Path, name: str, table: Table) -> None:
     alignment = ["right" if right else "left" for right in numeric]
     markdown = markdown_table(shown, tablefmt="pipe", colalign=alignment)
     text = "\n\n".join([f"# {heading}", *filter(None, [sentence]), markdown, "\n".join(table.notes)]) + "\n"
-    tex = _latex(f"{heading}. {sentence}".strip(), shown, "".join(side[0] for side in alignment))
+    caption = [f"{heading}.", sentence, *(note.replace("`", "") for note in table.notes if note.startswith(DAGGER))]
+    tex = _latex(" ".join(filter(None, caption)), shown, "".join(side[0] for side in alignment))
     for suffix, content in ((".md", text), (".tex", tex), (".html", html_page(heading, text))):
         with atomic_file(output.with_suffix(suffix)) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -79,7 +81,7 @@ def without_shared(shown: pd.DataFrame, details: Collection[str]) -> tuple[str, 
     """
     whole = {"All rows": shown}
     by_task = dict(tuple(shown.groupby("Task", sort=False))) if "Task" in shown else {}
-    words: dict[str, list[str]] = {name: [] for name in (*whole, *by_task, _PARTLY)}
+    words: dict[str, list[str]] = {name + which: [] for name in (*whole, *by_task) for which in ("", _PARTLY)}
     shared = []
     for column in details:
         cells = {name: table[column] for name, table in whole.items()}
@@ -89,7 +91,7 @@ def without_shared(shown: pd.DataFrame, details: Collection[str]) -> tuple[str, 
             shared.append(column)
             for name, those in cells.items():
                 if value := max(those):  # "" is less than any other
-                    words[name if all(those) else _PARTLY].append(f"{column[0].lower()}{column[1:]} {value}")
+                    words[name if all(those) else name + _PARTLY].append(f"{column[0].lower()}{column[1:]} {value}")
     sentence = " ".join(f"{name}: {', '.join(those)}." for name, those in words.items() if those)
     return sentence, shown.drop(columns=shared)
 
@@ -123,9 +125,9 @@ def html_page(title: str, markdown: str) -> str:
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 
-def _latex(heading: str, shown: pd.DataFrame, alignment: str) -> str:
-    """A booktabs table, with ± and signed numbers in maths; the notes stand in the .md and .html only."""
-    caption = re.sub(r"([&%$#_{}])", r"\\\1", heading)
+def _latex(caption: str, shown: pd.DataFrame, alignment: str) -> str:
+    """A booktabs table, with ±, † and signed numbers in maths; all other notes stand in the .md and .html only."""
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", caption)
     styler = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     text = _TEX % (caption, styler.to_latex(hrules=True, column_format=alignment))
-    return re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", text.replace("±", r"$\pm$"))
+    return re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", text.replace("±", r"$\pm$").replace(DAGGER, r"$\dagger$"))

@@ -10,6 +10,7 @@ from routevl.options import text_of
 from routevl.routing import ROUTING
 from routevl.settings import COLUMNS, SHARED_SETTINGS
 
+DAGGER = "†"  # marks what has a run that learned nothing
 BACKBONES = ("text_backbone", "vision_backbone")
 _SETTINGS = (*COLUMNS, *SHARED_SETTINGS)  # which runs of every method have
 

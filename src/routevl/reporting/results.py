@@ -13,14 +13,13 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS
 from routevl.options import words_of
-from routevl.reporting.names import BACKBONES, backbones, differing, in_words, plural
+from routevl.reporting.names import BACKBONES, DAGGER, backbones, differing, in_words, plural
 from routevl.reporting.statistics import NOT_LEARNED, Gain, paired_gain, with_holm
 from routevl.routing import ROUTING
 from routevl.settings import SHARED_SETTINGS, RunSettings
 from routevl.sheet import Experiment, read_sheet
 from routevl.tasks.table import TASKS
 
-DAGGER = "†"  # marks what has a run that learned nothing
 INTERNAL = ["root", "blind", "details", "variant", "variant_number"]  # columns of `collect` that no file shows
 _SHEET_COLUMNS = ("experiment", "task", *BACKBONES, "method", "versus", "epochs", "prefix", "visual_tokens")
 LEAST_BASELINE = 1.0  # percent or CIDEr x 100: below it a model has learned nothing, and nothing is measured against it

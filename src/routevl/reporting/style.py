@@ -24,8 +24,8 @@ from matplotlib.patheffects import withStroke
 
 from routevl.files import atomic_file
 from routevl.methods.table import FAMILIES, METHODS, method_class
-from routevl.reporting.names import differing, in_words, plural
-from routevl.reporting.results import DAGGER, INTERNAL
+from routevl.reporting.names import DAGGER, differing, in_words, plural
+from routevl.reporting.results import INTERNAL
 from routevl.routing import ROUTING
 from routevl.tasks.table import TASKS
 

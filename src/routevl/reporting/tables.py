@@ -20,9 +20,9 @@ from routevl.methods.table import METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, signed, write_table
-from routevl.reporting.names import backbones, heading_of, plural, setting_cells
+from routevl.reporting.names import DAGGER, backbones, heading_of, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
-from routevl.reporting.results import DAGGER, LEAST_BASELINE, collect, gains, not_learned_note
+from routevl.reporting.results import LEAST_BASELINE, collect, gains, not_learned_note
 from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
 from routevl.tasks.table import TASKS
 

@@ -23,7 +23,7 @@ from routevl.reporting.style import (
 )
 from routevl.tasks.table import TASKS
 
-_SIDE_STEP = 0.09  # sideways, in units of one tick, so that intervals of equal rank stay apart
+_SIDE_STEP = 0.03  # sideways, of the width of a panel, so that intervals of equal rank stay apart
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
@@ -54,7 +54,7 @@ def _draw_panel(axes: Axes, data: pd.DataFrame, ranks: list[int]) -> None:
     shown, blind = apart(data)
     lines = [line.sort_values("rank") for _, line in shown.groupby(["routing", "variant"], sort=False)]
     for index, line in enumerate(lines):
-        shift = _SIDE_STEP * (index - (len(lines) - 1) / 2)
+        shift = _SIDE_STEP * len(ranks) * (index - (len(lines) - 1) / 2)
         places = [ranks.index(rank) + shift for rank in line["rank"]]
         own = look(next(line.itertuples()))
         for place, point in zip(places, line.itertuples(), strict=True):

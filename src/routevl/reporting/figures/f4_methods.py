@@ -19,8 +19,7 @@ from matplotlib.transforms import Bbox
 
 from routevl.methods.table import FAMILIES, METHODS
 from routevl.reporting.figures.inputs import FigureInputs
-from routevl.reporting.names import full_name
-from routevl.reporting.results import DAGGER
+from routevl.reporting.names import DAGGER, full_name
 from routevl.reporting.style import (
     BLIND_LINE,
     HALO,
