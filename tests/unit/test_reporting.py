@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from synthetic_results import (
@@ -33,7 +34,7 @@ from synthetic_results import (
 
 from routevl.errors import RoutevlError
 from routevl.methods.table import FAMILIES, METHODS, MethodRow
-from routevl.reporting import FIGURES, TABLES, figures, names, results, style
+from routevl.reporting import FIGURES, TABLES, figures, formats, names, results, style
 from routevl.reporting.claims import verdict
 from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types
 from routevl.reporting.figures.inputs import FigureInputs
@@ -263,6 +264,18 @@ def test_a_table_of_two_tasks_says_what_the_rows_of_each_share(scored, tmp_path)
     shared, rows = table_of(make_table("T6_cost", scored, tmp_path / "T6_cost.csv"))
     assert re.search(r"All rows: .*\. VQA: backbones roberta_demo .*\. Captioning: backbones gpt2_demo ", shared)
     assert list(rows[0])[:5] == ["Task", "Method", "Routing", "Params (M)", "%"]
+
+
+def test_what_is_shared_is_said_of_all_rows_else_of_each_task_and_what_is_blank_is_dropped():
+    columns = ["Task", "Score", "Rank", "Alpha", "Epochs", "Seeds", "Published"]
+    cells = [
+        ["VQA", "1", "4", "8", "3", "1", ""],
+        ["VQA", "1", "4", "", "3", "2", ""],
+        ["Captioning", "1", "4", "9", "1", "1", ""],
+    ]
+    sentence, shown = formats.without_shared(pd.DataFrame(cells, columns=columns), columns[2:])
+    assert sentence == "All rows: rank 4. VQA: epochs 3. VQA, where there is one: alpha 8. Captioning: alpha 9, epochs 1."
+    assert list(shown) == ["Task", "Score", "Seeds"]  # the score is the same by chance
 
 
 @pytest.mark.parametrize("name", ["T1_vqa", "T2_caption"])

@@ -17,7 +17,7 @@ from routevl.reporting.statistics import Gain, Interval
 from routevl.tasks.table import TASKS
 
 LINES, WIDTH = 24, 100  # of the screen
-_AROUND = 7  # lines that are no rows, beside a head for each task
+_FOOT = 6  # lines below the tasks; each task has a head, and a blank line to the next
 _VERDICTS = {1: "improves", 0: "no difference", -1: "harms"}
 _TELLING = (*BACKBONES, "prefix", "rank", "epochs")  # columns that are shown where they differ
 
@@ -41,7 +41,7 @@ def headline(results: Path) -> list[str]:
     """The lines of the screen, LINES at most."""
     files = {name.partition("_")[2]: results / "tables" / f"{name}.csv" for name in TABLES}
     tables = {task: _read(file) for task, file in files.items() if task in TASKS and file.is_file()}
-    most = (LINES - _AROUND - len(tables)) // max(1, len(tables))
+    most = (LINES + 1 - _FOOT) // max(1, len(tables)) - 2  # rows of a task
     lines, left_out, reasons = [], 0, Counter()
     for task, rows in tables.items():
         try:
