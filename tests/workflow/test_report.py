@@ -71,6 +71,16 @@ class Browser:
                 assert time.monotonic() < deadline, error.read().decode()
                 time.sleep(0.05)
 
+    def click_for(self, xpath: str, brings: str) -> None:
+        """Click until what it brings is there: a page that is just being drawn anew may swallow a click."""
+        deadline = time.monotonic() + 60
+        while not self.find(brings):
+            assert time.monotonic() < deadline, f"{xpath} does not bring {brings}"
+            self.click(xpath)
+            pause = time.monotonic() + 3
+            while not self.find(brings) and time.monotonic() < pause:
+                time.sleep(0.05)
+
     def texts(self, xpath: str) -> list[str]:
         """The texts of all elements at one moment."""
         script = """
@@ -151,15 +161,16 @@ def entries(browser: Browser, category: str) -> list[str]:
     return browser.texts(f"{MENU}//tbody/tr/td[1]")
 
 
-def show(browser: Browser, label: str) -> None:
-    browser.click(f"{MENU}//tbody/tr[td[1] = '{label}']/td[last()]//a[1]")
+def show(browser: Browser, label: str, content: str) -> dict[str, str]:
+    """Open an entry of the menu; returns the content that it brings, by its xpath."""
+    browser.click_for(f"{MENU}//tbody/tr[td[1] = '{label}']/td[last()]//a[1]", f"{CONTENT}//{content}")
+    return browser.wait_for(f"{CONTENT}//{content}")
 
 
 def test_every_figure_is_drawn(browser: Browser) -> None:
     assert entries(browser, "Figures") == list(FIGURES)
     for name in FIGURES:
-        show(browser, name)
-        image = browser.wait_for(f"{CONTENT}//img[contains(@src, 'filename={name}.svg')]")
+        image = show(browser, name, f"img[contains(@src, 'filename={name}.svg')]")
         script = "const [image, done] = arguments; image.decode().then(() => done(image.naturalWidth), () => done(0));"
         assert browser.run(script, image) > 100, name
 
@@ -167,9 +178,7 @@ def test_every_figure_is_drawn(browser: Browser) -> None:
 def test_every_table_is_a_table_with_its_rows(project: Path, browser: Browser) -> None:
     assert entries(browser, "Tables") == list(TABLES)
     for name in TABLES:
-        show(browser, name)
-        page = browser.wait_for(f"{CONTENT}//iframe[contains(@src, 'filename={name}.html')]")
-        browser.call("POST", "/frame", id=page)
+        browser.call("POST", "/frame", id=show(browser, name, f"iframe[contains(@src, 'filename={name}.html')]"))
         browser.wait_for(f"//h1[starts-with(., '{name}')]")
         lines = (project / f"results/tables/{name}.md").read_text(encoding="utf-8").splitlines()
         header, *rows = [line for line in lines if line.startswith("| ") and set(line) - set("|:- ")]
@@ -182,8 +191,7 @@ def test_every_table_is_a_table_with_its_rows(project: Path, browser: Browser) -
 
 def test_an_auditor_sees_what_made_it(browser: Browser) -> None:
     assert entries(browser, "Audit") == ["environment lock", "provenance", "run sheet"]
-    show(browser, "provenance")
-    browser.call("POST", "/frame", id=browser.wait_for(f"{CONTENT}//iframe[contains(@src, 'filename=provenance.html')]"))
+    browser.call("POST", "/frame", id=show(browser, "provenance", "iframe[contains(@src, 'filename=provenance.html')]"))
     browser.wait_for("//h1[. = 'What made the results']")
     assert len(browser.find("//table[3]/tbody/tr")) == len(RUNS)
     browser.call("POST", "/frame", id=None)
@@ -192,8 +200,7 @@ def test_an_auditor_sees_what_made_it(browser: Browser) -> None:
 def test_every_result_has_its_caption(project: Path, browser: Browser) -> None:
     for name in (*TABLES, *FIGURES):
         entries(browser, "Tables" if name in TABLES else "Figures")
-        browser.click(f"{MENU}//tbody/tr[td[1] = '{name}']/td[last()]//a[2]")
-        browser.wait_for(f"{MENU}//li[contains(@class, 'prose')]")
+        browser.click_for(f"{MENU}//tbody/tr[td[1] = '{name}']/td[last()]//a[2]", f"{MENU}//li[contains(@class, 'prose')]")
         first_words = " ".join((project / f"workflow/report/{name}.rst").read_text(encoding="utf-8").split()[:4])
         assert first_words in " ".join(browser.texts(f"{MENU}//li[contains(@class, 'prose')]")), name
 
