@@ -88,7 +88,7 @@ class SnakemakeLog:
         """
         to_come = self._planned - Counter({kind: len(took) for kind, took in self._seconds.items()})
         known = {kind: fmean(took) for kind, took in self._seconds.items()}
-        if not known or 2 * sum(self._planned[kind] for kind in known) < self.total:
+        if not any(known.values()) or 2 * sum(self._planned[kind] for kind in known) < self.total:
             return None
         mean = fmean(known.values())
         done_of_running = [(now - job.started, known.get(job.kind, mean)) for job in self._running.values()]

@@ -73,6 +73,11 @@ def test_a_job_that_takes_longer_than_expected_does_not_make_time_run_backwards(
     assert log.seconds_left(500) > 0
 
 
+def test_jobs_that_took_no_time_say_nothing_about_those_to_come() -> None:
+    log = read((5, STATS), (5, job("train", 1)), (5, finished("train", 1) + job("train", 2)))
+    assert log.seconds_left(5) is None
+
+
 def test_of_a_failed_job_its_name_and_the_end_of_its_log_are_kept() -> None:
     text = [f"line {number}" for number in range(100)] + ["    indented"]
     log = read((0, STATS), (0, job("train", 2)), (1, failed("train", 2, text)), (2, job("train", 2)))
