@@ -83,8 +83,7 @@ def read_texts(path: Path) -> tuple[str, list[list[int]]]:
 
 
 def variants_of(arguments: argparse.Namespace, token_ids: list[list[int]]) -> dict[str, Iterator[tuple[Tensor, Tensor]]]:
-    """Name -> batches (input_ids, attention_mask). All have the same batches of equally many texts; those that are grouped are the
-    first ones of an epoch in its order, the others the same texts at random."""
+    """Name -> batches (input_ids, attention_mask) of the same texts: the first batches of an epoch as they are, or at random."""
     size = arguments.batch_size
     order = grouped_by_length(numpy.array([len(ids) for ids in token_ids]), size, numpy.random.default_rng(0))
     grouped = order[: size * arguments.steps]

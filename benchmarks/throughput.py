@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 
     seconds = in_turn({method: train}, arguments.rounds, device, arguments.warm_up)[method]
     samples = arguments.rounds * arguments.steps * arguments.batch_size
-    summary = Clock(sum(seconds), [a / arguments.steps for a in seconds], samples).summary(device)
+    summary = Clock(device, sum(seconds), [a / arguments.steps for a in seconds], samples).summary()
     return {
         "model": arguments.model,
         "layers": arguments.layers,

@@ -27,7 +27,7 @@ def by_hand(task: str, method: str, vocabulary: int, answers: int) -> int:
     bottlenecks = 2 * (TRAINED * L * 2 * D * RANK + TRAINED_ON_IMAGE * D * RANK)
     layer = FROZEN * L * 12 * D * D + attention + bottlenecks
     if task == "caption":
-        return LAYERS * layer + FROZEN * L * D * vocabulary
+        return LAYERS * layer + FROZEN * (TOKENS - 1) * D * vocabulary  # logits of what is predicted: no prefix, no last token
     return LAYERS * layer + TRAINED * (D * 2 * D + 2 * D * answers)  # the head reads one position
 
 
