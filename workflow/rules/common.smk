@@ -248,6 +248,13 @@ def trained_together():
     return found
 
 
+def trained_with(run):
+    """The runs of the job that trains a run, itself among them."""
+    experiment, seed = RUNS[run]
+    jobs = (seeds for seeds, experiments in trained_together().items() if experiment.experiment in experiments)
+    return [f"{experiment.experiment}_seed{of_job}" for of_job in next(seeds for seeds in jobs if seed in seeds)]
+
+
 def shard_names():
     n = config["features"]["shards"]
     return [f"shard-{shard:05d}-of-{n:05d}.safetensors" for shard in range(n)]

@@ -66,7 +66,7 @@ class Card:
             "## How to load",
             self._how_to_load(adapter, last is not None),
             PROVENANCE,
-            provenance(_manifest(Path(self.arguments.model))),
+            provenance(_manifest(Path(self.arguments.job))),
         ]
         card = ModelCard(f"---\n{self._metadata(adapter is not None).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
         with atomic_file(folder / CARD) as temporary:
@@ -131,7 +131,7 @@ class Card:
         folders = sorted({f"`{public_name(Path(path).parent)}`" for path in paths})
         sizes = ", ".join(f"{split} {count:,}" for split, count in self.examples.items())
         epoch, chosen = last or self.record["best_epoch"], "the last" if last else "the one with the best validation score"
-        scores = ", ".join(f"{name} {value:.4g}" for name, value in epoch.items() if name.startswith("val_"))
+        scores = _scores({name: value for name, value in epoch.items() if name.startswith("val_")})
         of = f"those of epoch {epoch['epoch']} of {settings['epochs']} (step {epoch['step']}), {chosen}"
         return {
             "Data": f"examples: {sizes}; images from {', '.join(folders)}; sha256 of the texts of training and validation: "
@@ -139,6 +139,7 @@ class Card:
             "Settings": _code(words_of({name: value for name, value in settings.items() if name not in _APART})),
             "Seed": text_of(settings["seed"]),
             "These weights": f"{of}: {scores}",
+            "Learned": "" if self.record["learned"] else f"nothing: a constant answer has {_scores(self.record['constant'])}",
         }
 
     # -- how to load it
@@ -194,6 +195,10 @@ class Card:
         )
 
 
+def _scores(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
 def provenance(manifest: str | None, *more: str) -> str:
     """The lines of the last section: with which packages, and which manifest tells everything else."""
     told = [f"Manifest of training: `{manifest}`"] if manifest else []
@@ -201,7 +206,7 @@ def provenance(manifest: str | None, *more: str) -> str:
 
 
 def _manifest(model: Path) -> str | None:
-    """Where the manifest of a training job of the workflow is, by the place of the run's folder."""
+    """Where the manifest of a training job of the workflow is, by the folder of the job's first run."""
     return public_name(model.parents[1] / "manifests" / "train" / f"{model.name}.json") if model.parent.name == "models" else None
 
 

@@ -66,7 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def of_each_seed(arguments: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each run. Raises RoutevlError where they are not equally many of each kind."""
+    """The arguments of each run, and as `job` the folder of the first of them.
+
+    Raises:
+        RoutevlError: they are not equally many of each kind.
+    """
     values = {kind: getattr(arguments, kind) for kind in ("seed", "model", "predictions", "checkpoint")}
     if len({len(of_kind) for of_kind in values.values()}) > 1:
         raise RoutevlError(", ".join(f"{len(of_kind)} --{kind}" for kind, of_kind in values.items()) + ": one for each seed")
@@ -75,7 +79,7 @@ def of_each_seed(arguments: argparse.Namespace) -> list[argparse.Namespace]:
     if len(set(arguments.model)) < len(arguments.model):
         raise RoutevlError(f"--model {' '.join(arguments.model)}: each seed needs a folder of its own")
     each = (dict(zip(values, of_seed, strict=True)) for of_seed in zip(*values.values(), strict=True))
-    return [argparse.Namespace(**(vars(arguments) | of_seed)) for of_seed in each]
+    return [argparse.Namespace(**(vars(arguments) | of_seed | {"job": arguments.model[0]})) for of_seed in each]
 
 
 def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
