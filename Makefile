@@ -2,6 +2,7 @@
 # make demo-full             the same data with every method, as in config/experiments/full.tsv
 # make sample DATA=<folder>  the same workflow on real photographs, captions and questions
 # make plan CONFIG=<file>    what a configuration would cost: jobs, GPU-hours, downloads, disk
+# make rehearse              every rule of CONFIG=<file>, the demo's where left out, on a few items, into <results>/rehearsal
 # make tables                the tables alone, of CONFIG=<file> and EXPERIMENTS=<run sheet>, the demo's where left out; make figures
 # make report                the same results in one page, RESULTS=<folder>/report.html, once they are made; make demo does it too
 # make audit                 whether everything in RESULTS=<folder> still stands
@@ -35,7 +36,7 @@ RESULTS ?= results
 EXPERIMENTS ?=
 export CONFIG RESULTS EXPERIMENTS DATA ROBERTA GPT2 VIT
 
-.PHONY: env demo demo-full sample plan given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-matrix test-kills test-slurm lint lock
+.PHONY: env demo demo-full sample plan rehearse given tables figures report audit crate codecheck docs test test-slow test-methods test-pythons test-matrix test-kills test-slurm lint lock
 
 env: $(VENV)/.complete
 
@@ -74,12 +75,16 @@ plan: env
 
 # Targets stand before --configfile, which would take them for more configuration files.
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs
-GIVEN = --configfile "$$CONFIG" $(if $(EXPERIMENTS),--config "experiments=$$EXPERIMENTS")
+SET = $(if $(EXPERIMENTS),"experiments=$$EXPERIMENTS")
+GIVEN = --configfile "$$CONFIG" $(if $(SET),--config $(SET))
 tables figures: env given
 	$(SNAKEMAKE) $@ $(GIVEN)
 
 report: env given
 	$(SNAKEMAKE) --report "$$RESULTS/report.html" $(GIVEN)
+
+rehearse: env given
+	$(SNAKEMAKE) --configfile "$$CONFIG" --config rehearsal=yes $(SET)
 
 given:
 	@test -f "$$CONFIG" || { printf 'routevl: error: CONFIG=%s is not a file\n' "$$CONFIG" >&2; exit 2; }

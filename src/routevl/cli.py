@@ -18,6 +18,7 @@ from routevl.startup import importing, log_modules
 # stage -> (module with its add_arguments and run, suffix of these, what it does); in the order in which data flows
 STAGES = {
     "methods": ("routevl.methods.table", "", "list the fine-tuning methods with their options"),
+    "rehearsal-sheet": ("routevl.rehearsal", "", "write the run sheet of a rehearsal"),
     "world": ("routevl.data.world", "", "write the demo world in COCO's and VQAv2's file formats"),
     "download": ("routevl.data.download", "_download", "get one file of the official data and verify it"),
     "unpack": ("routevl.data.download", "_unpack", "unpack a downloaded archive"),

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
-from routevl.files import read_json
+from routevl.files import atomic_file, read_json
 from routevl.methods.table import METHODS, method_class, refuse_fixed
-from routevl.options import check_value, parse_number, read_words
+from routevl.options import check_value, parse_number, read_words, words_of
 from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
 
@@ -99,6 +99,17 @@ def read_sheet(path: str | Path) -> list[Experiment]:
         experiments.append(_experiment(row, f"{path}: experiment {row['experiment']!r}"))
     _check_names(experiments, path)
     return experiments
+
+
+def write_sheet(path: str | Path, experiments: Sequence[Experiment]) -> None:
+    """Write a sheet as `read_sheet` reads it, whole or not at all."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        for experiment in experiments:
+            row = {column: getattr(experiment, column) for column in COLUMNS}
+            row |= {"options": " ".join(words_of(experiment.options)), "prefix": "yes" if experiment.prefix else "no"}
+            writer.writerow(row | {column: ",".join(map(str, row[column])) for column in ("seeds", "feeds")})
 
 
 def _read_cells(path: str | Path) -> tuple[list[str], list[list[str]]]:

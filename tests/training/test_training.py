@@ -121,6 +121,21 @@ def test_run_stopped_after_every_step_ends_in_the_same_bits(
         assert stopped.value.code == EXIT_STOPPED
         assert json_of_checkpoint(run)["step"] == step
     assert_same_outcome(baseline, run.train())
+    validated, predicted = timed(run)
+    assert (validated, predicted) == timed(baseline)
+
+
+def timed(run: Run) -> tuple[int, int]:
+    """How many examples were validated and items predicted, of which timing.json tells how long it took."""
+    training, prediction = (json.loads((folder / "timing.json").read_text()) for folder in (run.model, run.predictions))
+    assert training["validation_seconds"] > 0 and prediction["prediction_seconds"] > 0
+    assert prediction["peak_memory_mb"] >= training["peak_memory_mb"] > 0
+    return training["validated"], prediction["predicted"]
+
+
+def test_times_are_of_every_validation_and_prediction(baseline: Run, task: str) -> None:
+    validated, predicted = timed(baseline)
+    assert validated == EPOCHS * len(baseline.trainer().validation) and predicted == len(baseline.results())
 
 
 def stop_at_first_step(run: Run) -> None:

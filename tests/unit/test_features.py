@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -206,8 +208,33 @@ def test_extraction_resumes_inside_a_shard(
     assert not resumed.exists() and len(list(partial.iterdir())) == 1
     monkeypatch.setattr(extract, "_encode_batch", encode_batch)
     make_shard(images, backbone_folder, resumed)
-    assert "1 of 3 chunks are there already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 3 chunks are there already" in said
+    assert [match[1] for match in extract.TIMING.finditer(said)] == ["11", "7"]  # images that were encoded
     assert resumed.read_bytes() == whole and not partial.exists()
+
+
+def test_memory_that_a_layer_gives_back_is_there_for_the_next_one() -> None:
+    """The kernel would have to clear each page of it again."""
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def child(answers: multiprocessing.SimpleQueue) -> None:
+        new_pages()
+        before = new_pages()
+        extract._keep_freed_memory()
+        new_pages()
+        answers.put((before, new_pages()))
+
+    answers = multiprocessing.SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=child, args=[answers])
+    process.start()
+    before, kept = answers.get()
+    process.join()
+    assert kept < before / 2
 
 
 def test_full_disk_is_one_clear_error(images: Path, backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

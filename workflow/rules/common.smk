@@ -1,4 +1,5 @@
 # Configuration and run sheet, validated before anything else; and how a run's settings become options.
+import copy
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from routevl.methods.table import method_class
 from routevl.provenance.manifest import digest_of
 from routevl.provenance.record import LOCK
 from routevl.provenance.records import program
+from routevl.rehearsal import rehearsed, rehearsed_sheet
 from routevl.reporting import FIGURES, TABLES
 from routevl.sheet import check, read_sheet, runs_of, settings_of
 from routevl.startup import log_startup
@@ -63,16 +65,26 @@ def sources():
     return entries
 
 
+def without(section, *keys):
+    """A section of the configuration but for some of its keys."""
+    return {key: value for key, value in section.items() if key not in keys}
+
+
 try:
     schema = Path(workflow.current_basedir) / "../schemas/config.schema.yaml"
     check_schema(config, yaml.safe_load(schema.read_text(encoding="utf-8")), "configuration")
     check_paths()
-    R = str(Path(config["results"]))
-    DATA = Path(config["data"]["root"])
-    parse_sources(json.dumps(sources()), "configuration: data.sources")
     check_backbones(config["backbones"])
     EXPERIMENTS = read_sheet(config["experiments"])
     check(EXPERIMENTS, config)
+    REHEARSAL = "rehearsal" in config
+    CONFIGURED = copy.deepcopy(without(config, "rehearsal"))
+    if REHEARSAL:
+        config |= rehearsed(CONFIGURED, EXPERIMENTS)
+        EXPERIMENTS = rehearsed_sheet(EXPERIMENTS)
+    R, SHARED = str(Path(config["results"])), str(Path(CONFIGURED["results"]))  # a rehearsal shares the downloads
+    DATA = Path(config["data"]["root"])
+    parse_sources(json.dumps(sources()), "configuration: data.sources")
     downloads = read_datasets(config["data"]["downloads"]) if "downloads" in config["data"] else {}
 except RoutevlError as error:
     raise WorkflowError(str(error)) from None
@@ -137,11 +149,11 @@ def backbone(name):
     return str(Path(BACKBONES[name]["path"])) if comes_from(BACKBONES[name]) == "folder" else f"{R}/backbones/{name}"
 
 
-def recorded(rule, *names, job=None):
+def recorded(rule, *names, job=None, results=R):
     """The beginning of a job's command line, which lets `routevl record` write its manifest; `names` are its wildcards."""
     values = [f"{{wildcards.{name}:q}}" for name in names]
     wildcards = " ".join(f"{name}={value}" for name, value in zip(names, values))
-    manifest = f"{shlex.quote(R)}/manifests/{rule}/{job or '-'.join(values) or rule}.json"
+    manifest = f"{shlex.quote(results)}/manifests/{rule}/{job or '-'.join(values) or rule}.json"
     return f"routevl record --manifest {manifest} --wildcards {wildcards} --inputs {{input:q}} --outputs {{output:q}} -- "
 
 
@@ -159,8 +171,9 @@ LAUNCH = f"{TORCHRUN} --nproc-per-node {PROCESSES} routevl" if PROCESSES > 1 els
 
 
 def growing(amount, most):
-    """What grows with each attempt, so that a job which ran out of it succeeds when it is retried; `most` at most."""
-    return lambda wildcards, attempt: min(amount * attempt, most)
+    """What grows with each attempt, so that a job which ran out of it succeeds when it is retried; `most` at most. In a rehearsal it
+    does not: what was too little shows."""
+    return lambda wildcards, attempt: min(amount * (1 if REHEARSAL else attempt), most)
 
 
 def limit(key, otherwise):
@@ -205,11 +218,6 @@ def derivation(entry):
     """How a backbone is derived, as options of the command line."""
     words = command_line_options.words_of(entry.get("options", {}))
     return options({"by": entry["by"], **({"options": words} if words else {})})
-
-
-def without(section, *keys):
-    """A section of the configuration but for some of its keys."""
-    return {key: value for key, value in section.items() if key not in keys}
 
 
 def experiment_of(wildcards):
@@ -355,19 +363,20 @@ def refuse_what_slurm_cannot_carry():
 
 
 def check_models():
-    """Stop, before any job, where models, methods and tasks of the sheet do not fit together; once for each configuration.
+    """Stop, before any job, where models, methods and tasks of the sheet do not fit together; once for each configuration. Also a
+    rehearsal asks for all of it.
 
     It is no rule: jobs would have to wait for it, and Snakemake leaves out whatever else has changed downstream of a job that a new
     row of the sheet brings up, where they wait by an `ancient` file.
     """
     models = [Path(entry["path"]) / "config.json" for entry in BACKBONES.values() if comes_from(entry) == "folder"]
-    files = [sha256_of(path) for path in (config["experiments"], *models) if Path(path).is_file()]
+    files = [sha256_of(path) for path in (CONFIGURED["experiments"], *models) if Path(path).is_file()]
     versions = [version(name) for name in ("routevl", "transformers", "timm", "peft")]
-    asked = digest_of([config, files, versions])
+    asked = digest_of([CONFIGURED, files, versions])
     record, configuration = Path(R) / "checked_models.json", Path(R) / "manifests" / "configuration.json"
     if record.is_file() and read_json(record)["asked"] == asked:
         return
-    write_json(configuration, config)
+    write_json(configuration, CONFIGURED)
     options_of_check = ["--configuration", str(configuration), "--asked", asked, "--output", str(record)]
     command = [program("routevl"), "check-models", *options_of_check]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

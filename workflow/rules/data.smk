@@ -1,5 +1,20 @@
 # Official-format data: the demo world, downloaded archives, or files on disk; checked and split.
 
+if REHEARSAL:
+
+    rule rehearsal_sheet:
+        input:
+            CONFIGURED["experiments"],
+        output:
+            config["experiments"],
+        log:
+            f"{R}/logs/rehearsal_sheet.log",
+        benchmark:
+            f"{R}/benchmarks/rehearsal_sheet.tsv"
+        localrule: True
+        shell:
+            recorded("rehearsal_sheet") + "routevl rehearsal-sheet --experiments {input:q} --output {output:q} &> {log:q}"
+
 
 rule world:
     output:
@@ -22,11 +37,11 @@ if DOWNLOADS:
     # The archive itself is no output: Snakemake would delete what was placed there by hand, or came half.
     rule download:
         output:
-            f"{R}/downloads/{{file}}.json",
+            f"{SHARED}/downloads/{{file}}.json",
         log:
-            f"{R}/logs/download/{{file}}.log",
+            f"{SHARED}/logs/download/{{file}}.log",
         benchmark:
-            f"{R}/benchmarks/download/{{file}}.tsv"
+            f"{SHARED}/benchmarks/download/{{file}}.tsv"
         wildcard_constraints:
             file=one_of(DOWNLOADS.values()),
         localrule: True
@@ -34,19 +49,19 @@ if DOWNLOADS:
             datasets=config["data"]["downloads"],
             folder=DATA / "downloads",
         shell:
-            recorded("download", "file")
+            recorded("download", "file", results=SHARED)
             + "routevl download --datasets {params.datasets:q} --file {wildcards.file:q} --folder {params.folder:q} "
             "--record {output:q} &> {log:q}"
 
     rule unpack:
         input:
-            lambda wildcards: f"{R}/downloads/{DOWNLOADS[wildcards.folder]}.json",
+            lambda wildcards: f"{SHARED}/downloads/{DOWNLOADS[wildcards.folder]}.json",
         output:
             directory(DATA / "{folder}"),
         log:
-            f"{R}/logs/unpack/{{folder}}.log",
+            f"{SHARED}/logs/unpack/{{folder}}.log",
         benchmark:
-            f"{R}/benchmarks/unpack/{{folder}}.tsv"
+            f"{SHARED}/benchmarks/unpack/{{folder}}.tsv"
         wildcard_constraints:
             folder=one_of(DOWNLOADS),
         localrule: True
@@ -55,7 +70,7 @@ if DOWNLOADS:
             folder=DATA / "downloads",
             file=lambda wildcards: DOWNLOADS[wildcards.folder],
         shell:
-            recorded("unpack", "folder")
+            recorded("unpack", "folder", results=SHARED)
             + "routevl unpack --datasets {params.datasets:q} --file {params.file:q} --folder {params.folder:q} "
             "--output {output:q} &> {log:q}"
 

@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from heapq import nlargest
 from pathlib import Path
 
 import numpy
@@ -58,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without --vocabulary: the splits whose answers are counted (default: train val). VQAv2's usual vocabulary of 3,129 "
         "counts all published answers; with Karpathy's splits, which take their test images from these, that is train val test",
     )
+    parser.add_argument(
+        "--few",
+        type=at_least(1),
+        metavar="N",
+        help="for a rehearsal: when the answers are counted, keep of each split only what is about the images of its first N and "
+        "its N longest questions, and of as many captions",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         answers = read_vocabulary(arguments.vocabulary)
     else:
         answers = build_vocabulary(splits, arguments.answer_splits or ("train", "val"), arguments.minimum_answer_count)
+    if arguments.few is not None:
+        splits = {name: _few_of(split, arguments.few) for name, split in splits.items()}
     hashes = _hash_images([path for split in splits.values() for path in split.images.values()])
     with atomic_folder(arguments.output, "answers.json") as folder:
         for name, split in splits.items():
@@ -221,6 +231,17 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
 
 
 # ------------------------------------------------------------------------------------------ writing
+
+
+def _few_of(split: Split, few: int) -> Split:
+    """What is about the images of the split's first questions and captions, and of its longest ones in characters."""
+    kept: set[int] = set()
+    for records, text in ((split.questions, "question"), (split.captions, "caption")):
+        longest = nlargest(few, records, key=lambda record: len(record[text]))
+        kept |= {record["image_id"] for record in [*records[:few], *longest]}
+    part = Split()
+    part.add(split, kept)
+    return part
 
 
 def _hash_images(paths: list[Path]) -> dict[Path, str]:

@@ -102,6 +102,8 @@ class Records:
         found = [_read(path) for path in manifest_paths(results)]
         if not found:
             raise RoutevlError(f"{results}/manifests: no manifests")
+        elsewhere = [p.manifest for p in (plan or {}).values() if p.manifest.exists() and not is_inside(p.manifest, results)]
+        found += [_read(path) for path in elsewhere]  # of downloads, which a rehearsal shares
         self.jobs = [job for job in found if plan is None or place(job.path) in plan]
         self.retired = [job for job in found if job not in self.jobs]
         self.makers = {place(output): job for job in [*self.retired, *self.jobs] for output in job.outputs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from routevl.files import atomic_folder, check_replaceable, read_json, write_jso
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.tasks.base import Task
+from routevl.training.clock import usage_of
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
@@ -70,15 +72,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items: Any, workers: int) -> None:
-    """Predict items with the task's model and write results.json in the official format, in the order of the items."""
+    """Predict items with the task's model and write results.json in the official format, in the order of the items; and
+    timing.json, how long it took all processes together."""
     model = task.model.eval()
     with accelerator.split_between_processes(items) as share:  # in their order, which gathering keeps
         loader = data_loader(task, share, accelerator, workers, batch_size=task.settings.prediction_batch_size)
     results = []
+    started = time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():
         for batch in progress(loader, len(loader), f"predict {folder.name}"):
             results += task.predict(model, batch)
     results = gather_object(results)
+    timing = {"prediction_seconds": round(time.perf_counter() - started, 3), "predicted": len(results)}
     if accelerator.is_main_process:
         with atomic_folder(folder, "results.json") as temporary:
             write_json(temporary / "results.json", results)
+            write_json(temporary / "timing.json", timing | usage_of(accelerator.device))

@@ -173,7 +173,8 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, and remember the epoch's weights if they are the best so far."""
-        line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
+        with self.clock.validation(len(self.validation)):
+            line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
         self._check_finite(line)
         self.history.append(line)
         if not self.best_epoch or self._better_by(line, self.best_epoch[self.task.selection[0]]) > 0:
