@@ -51,3 +51,7 @@ onstart:
     log_startup("snakemake")
     write_json(f"{R}/manifests/config.json", command_line_config())
     check_models()
+
+
+onerror:
+    say_what_slurm_did(log)

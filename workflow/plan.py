@@ -2,9 +2,9 @@
 
 usage: python workflow/plan.py CONFIG
 
-Counted are the jobs that Snakemake would still run. GPU-hours come from what finished runs of the same task and text backbone
-took, else from the speeds in the configuration's `plan` section; sizes are computed from shapes. What needs a speed or a shape
-that is not there is not counted, and the last line names it.
+Counted are the jobs that Snakemake would still run. GPU-hours come from what finished runs took, else from a rehearsal's, else
+from the speeds in the configuration's `plan` section; sizes are computed from shapes. What needs a speed or a shape that is not
+there is not counted, and the last line names it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from measurements import ESTIMATED, SOURCES, Measurements, Timing
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.backbones.skeleton import no_weights
 from routevl.configuration import check_schema
 from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
-from routevl.files import read_json
 from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
 from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
+from routevl.slurm import SECTIONS
 from routevl.tasks.table import TASKS
 
 SCHEMA = Path(__file__).parent / "schemas/config.schema.yaml"
@@ -41,21 +43,42 @@ VOCABULARY = 50_000  # about RoBERTa's and GPT-2's
 ANSWERS = 3129
 
 
+class Hours(NamedTuple):
+    """GPU-hours of a part of a job, NaN where a speed is not known, and where the speed comes from."""
+
+    part: str
+    hours: float
+    source: str
+
+
 @dataclass
 class Cost:
     """What jobs need. Sizes are in bytes; `unknown` counts the jobs of which one of these is not known (NaN), and not counted."""
 
     jobs: int = 1
-    gpu_hours: float = 0.0
     download: float = 0.0
     disk: float = 0.0
     unknown: int = 0
+    hours: list[Hours] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("gpu_hours", "download", "disk"):
-            if math.isnan(getattr(self, name)):
-                setattr(self, name, 0.0)
-                self.unknown = 1
+        if any(map(math.isnan, (self.download, self.disk, *(entry.hours for entry in self.hours)))):
+            self.unknown = self.unknown or 1
+            self.download, self.disk = (0.0 if math.isnan(size) else size for size in (self.download, self.disk))
+            self.hours = [entry for entry in self.hours if not math.isnan(entry.hours)]
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(entry.hours for entry in self.hours)
+
+    @property
+    def sources(self) -> str:
+        """Where the speeds come from."""
+        return "+".join(source for source in SOURCES if any(source == entry.source for entry in self.hours)) or "-"
+
+    def parts(self) -> dict[str, Cost]:
+        """The hours of each part of the jobs."""
+        return {part: Cost(hours=[e for e in self.hours if e.part == part]) for part in dict.fromkeys(e.part for e in self.hours)}
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -78,12 +101,13 @@ class Plan:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.lacking: dict[str, None] = {}
-        self.runs = runs_of(read_sheet(config["experiments"]))
+        experiments = read_sheet(config["experiments"])
+        self.runs = runs_of(experiments)
         self.trained: dict[str, int] = {}  # experiment without its routing function -> trainable parameters
         archives = read_datasets(config["data"]["downloads"]).values() if "downloads" in config["data"] else ()
         self.archives = {archive.file: math.nan if archive.bytes is None else archive.bytes for archive in archives}
         self.folders = {archive.folder: self.archives[archive.file] for archive in archives}
-        self.measured = self._measured_speeds()
+        self.measured = Measurements(Path(config["results"]), experiments)
 
     def cost(self, rule: str, wildcards: dict[str, str]) -> Cost:
         """The cost of one job."""
@@ -129,18 +153,46 @@ class Plan:
         images = self._size("images") / self.config["features"]["shards"]
         kinds = self.config["features"]["tokens"]
         tokens = ("pooled" in kinds) + (self._shape("vision", vision, "patches") if "patches" in kinds else 0)
-        seconds = images / self._shape("vision", vision, "images_per_second")
-        return Cost(gpu_hours=seconds / 3600, disk=BYTES * tokens * images * self._shape("vision", vision, "width"))
+        source, seconds = self.measured.extraction(vision) or (
+            ESTIMATED, 1 / self._shape("vision", vision, "images_per_second"),
+        )  # fmt: skip
+        disk = BYTES * tokens * images * self._shape("vision", vision, "width")
+        return Cost(hours=[Hours("extraction", images * seconds / 3600, source)], disk=disk)
 
     def _training(self, experiment: Experiment) -> Cost:
+        """The hours of all steps, of validation after each epoch, and of prediction; by what a step or an item took, else by the
+        estimated speeds."""
         settings = settings_of(experiment, experiment.seeds[0], self.config)
-        speed = self.measured.get((experiment.task, experiment.text_backbone))
-        speed = speed or self._shape("text", experiment.text_backbone, "samples_per_second")
         examples = self._size("train_examples", experiment.task)
         if settings.max_train_examples is not None:
             examples = min(examples, settings.max_train_examples)
+        validated = settings.epochs * self._size("val_examples", experiment.task)
+        predicted = self._size("test_items", experiment.task)
+        longer = 1.0  # than with a prefix of one token, as the estimates have it
+        if settings.prefix and settings.visual_tokens == "patches":
+            text = settings.max_text_tokens
+            longer = (text + self._shape("vision", experiment.vision_backbone, "patches")) / (text + 1)
+        steps = settings.epochs * (examples if math.isnan(examples) else math.ceil(examples / settings.batch_size))
+
+        def speed(key: str) -> float:
+            return self._shape("text", experiment.text_backbone, key) / longer
+
+        parts = (
+            ("steps", steps, _seconds_of_a_step(settings.batch_size), lambda: settings.batch_size / speed("samples_per_second")),
+            ("validation", validated, _seconds_of("validation_seconds", "validated"), lambda: 0.5 / speed("samples_per_second")),
+            (
+                "prediction",
+                predicted,
+                _seconds_of("prediction_seconds", "predicted"),
+                lambda: 1 / speed("predictions_per_second"),
+            ),
+        )
+        hours = []
+        for part, count, measured, estimate in parts:
+            source, seconds = self.measured.run(experiment, measured) or (ESTIMATED, estimate())
+            hours.append(Hours(part, count * seconds / 3600, source))
         weights = 2 * BYTES * self._trainable_params(experiment, settings)  # the best epoch's and the last's
-        return Cost(gpu_hours=settings.epochs * examples / speed / 3600, disk=weights)
+        return Cost(hours=hours, disk=weights)
 
     def _trainable_params(self, experiment: Experiment, settings: RunSettings) -> float:
         """Counted on a model of the backbone's shape that has no memory."""
@@ -165,15 +217,21 @@ class Plan:
             self.trained[key] = task + sum(p.numel() for p in model.parameters() if p.requires_grad)
         return self.trained[key]
 
-    def _measured_speeds(self) -> dict[tuple[str, str], float]:
-        """Median samples per second of the finished runs, by task and text backbone."""
-        speeds: dict[tuple[str, str], list[float]] = {}
-        for run, (experiment, _) in self.runs.items():
-            timing = Path(self.config["results"]) / "models" / run / "timing.json"
-            if timing.exists():
-                key = (experiment.task, experiment.text_backbone)
-                speeds.setdefault(key, []).append(read_json(timing)["samples_per_second"])
-        return {key: statistics.median(values) for key, values in speeds.items()}
+
+def _seconds_of_a_step(batch_size: int) -> Callable[[Timing], float | None]:
+    """GPU-seconds of an optimiser step with so many examples, from a run's timing."""
+
+    def seconds(timing: Timing) -> float | None:
+        if "step_ms_median" not in timing:
+            return None
+        return timing["step_ms_median"] / 1000 * timing["processes"] * batch_size / timing["batch_size"]
+
+    return seconds
+
+
+def _seconds_of(seconds: str, count: str) -> Callable[[Timing], float | None]:
+    """GPU-seconds of an item, from a run's timing."""
+    return lambda timing: timing[seconds] * timing["processes"] / timing[count] if timing.get(count) else None
 
 
 def jobs_to_run(config_file: str) -> list[tuple[str, dict[str, str]]]:
@@ -197,16 +255,36 @@ def report(config: dict[str, Any], jobs: list[tuple[str, dict[str, str]]]) -> st
         name = "score" if rule.startswith("score_") else rule
         costs[name] = costs.get(name, Cost(jobs=0)) + plan.cost(rule, wildcards)
     total = sum(costs.values(), Cost(jobs=0))
-    lines = [f"{'rule':16s} {'jobs':>5s} {'GPU-hours':>10s} {'download GB':>12s} {'disk GB':>8s}"]
+    lines = [f"{'rule':16s} {'jobs':>5s} {'GPU-hours':>10s} {'download GB':>12s} {'disk GB':>8s}  speed"]
     for name, cost in [*costs.items(), ("total", total)]:
         sizes = f"{cost.download / 1e9:12.1f} {cost.disk / 1e9:8.1f}"
         more = f"  ({cost.unknown} of them not in full)" if cost.unknown else ""
-        lines.append(f"{name:16s} {cost.jobs:5d} {cost.gpu_hours:10.1f} {sizes}{more}")
-    source = "of finished runs where there are some, else " if plan.measured else ""
-    lines.append(f"GPU-hours: {source}from the speeds under `plan` in the configuration, without validation and prediction.")
+        lines.append(f"{name:16s} {cost.jobs:5d} {cost.gpu_hours:10.1f} {sizes}  {cost.sources}{more}")
+        parts = cost.parts() if name == "train" else {}
+        lines += [f"  {part:14s} {'':5s} {of.gpu_hours:10.1f} {'':12s} {'':8s}  {of.sources}" for part, of in parts.items()]
+    lines += memory_lines(plan)
+    lines.append(
+        "Speeds are measured by finished runs, rehearsed (make rehearse), or estimated, under `plan` in the configuration."
+    )
+    lines.append("Not in the hours is what jobs take to start and to probe; estimated validation is twice as fast as training.")
     if plan.lacking:
         lines.append(f"Not counted is what needs a key that the configuration lacks: {', '.join(plan.lacking)}.")
     return "\n".join(lines)
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """The most memory that a process of each rule took, against what its jobs ask for; and what training took of a GPU."""
+    lines = []
+    for rule, section in SECTIONS.items():
+        if found := plan.measured.memory(rule):
+            source, peak = found
+            asked = plan.config[section]["mem_mb"]
+            lines.append(f"{rule:16s} {peak:12.0f} of {asked} MB, {section}.mem_mb  {source}{' TOO LITTLE' * (peak > asked)}")
+    if found := plan.measured.every_run(lambda timing: None if timing["device"] == "cpu" else timing["peak_memory_mb"]):
+        lines.append(f"{'train, on a GPU':16s} {max(found[1]):12.0f} MB  {found[0]}")
+    if found := plan.measured.every_run(lambda timing: timing.get("padding")):
+        lines.append(f"{'padding':16s} {100 * statistics.median(found[1]):11.0f}% of the text positions in training  {found[0]}")
+    return ["peak memory", *lines] if lines else []
 
 
 def main() -> int:

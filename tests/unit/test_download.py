@@ -386,7 +386,7 @@ def test_the_first_file_is_recorded_and_later_ones_must_agree(server: Server, ge
 
 def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
     files = read_datasets(REPOSITORY / "config" / "datasets.tsv")
-    assert {entry.dataset for entry in files.values()} == {"COCO 2014", "VQAv2", "Karpathy splits"}
+    assert {entry.dataset for entry in files.values()} == {"COCO 2014", "COCO 2017", "VQAv2", "Karpathy splits"}
     assert all(entry.checksum.startswith("sha256:") and entry.bytes and len(entry.urls) >= 2 for entry in files.values())
 
 

@@ -120,12 +120,20 @@ def test_the_plan_tells_what_the_grid_costs(commands: str) -> None:
     jobs = len(commands_in(commands))
     with open(PROJECT / "config/experiments/paper.tsv") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    hours = 0.0
+    hours = dict.fromkeys(("steps", "validation", "prediction"), 0.0)
     for row in rows:
-        examples = PAPER["plan"]["train_examples"][row["task"]] * int(row["epochs"]) * len(row["seeds"].split(","))
-        hours += examples / PAPER["plan"]["text"][row["text_backbone"]]["samples_per_second"] / 3600
+        speeds, seeds = PAPER["plan"]["text"][row["text_backbone"]], len(row["seeds"].split(","))
+        learned, validated, predicted = (
+            PAPER["plan"][key][row["task"]] for key in ("train_examples", "val_examples", "test_items")
+        )
+        passes = int(row["epochs"]) * seeds / speeds["samples_per_second"] / 3600
+        hours["steps"] += learned * passes
+        hours["validation"] += validated * passes / 2  # it has no backward pass
+        hours["prediction"] += predicted * seeds / speeds["predictions_per_second"] / 3600
     assert int(table["train"][0]) == sum(len(row["seeds"].split(",")) for row in rows)
-    assert float(table["train"][1]) == pytest.approx(hours, abs=0.06)
+    assert float(table["train"][1]) == pytest.approx(sum(hours.values()), rel=2e-3)  # the last batch counts as a whole one
+    for part, of_part in hours.items():
+        assert float(table[part][0]) == pytest.approx(of_part, abs=0.06, rel=2e-3) and table[part][1] == "estimated"
     assert float(table["download"][2]) > 20  # the photographs alone
     assert int(table["total"][0]) == jobs + 1  # rule all has no command
 
@@ -159,12 +167,12 @@ JOBS = [
 def test_the_plan_counts_jobs_without_sizes_and_speeds(plan_module: Any) -> None:
     """And what needs none of these; it says what is missing."""
     lines = plan_module.report({key: value for key, value in PAPER.items() if key != "plan"}, JOBS).splitlines()
-    table = {line.split()[0]: line.split()[1:] for line in lines[1:-2]}
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:-3]}
     assert {name: cells[0] for name, cells in table.items()} == {
         "download": "1", "fetch_backbone": "1", "extract": "1", "train": "3", "total": "6",
     }  # fmt: skip
     assert float(table["download"][2]) > 10 and table["total"][2] == table["download"][2]
-    assert " ".join(table["total"][4:]) == "(5 of them not in full)" and len(table["download"]) == 4
+    assert " ".join(table["total"][5:]) == "(5 of them not in full)" and table["download"][4:] == ["-"]
     assert lines[-1].startswith("Not counted is what needs a key that the configuration lacks: plan.text.roberta-base.width, ")
     for key in (
         "plan.images",
@@ -191,8 +199,10 @@ def test_the_plan_lacks_one_speed_and_counts_the_rest(plan_module: Any) -> None:
 
 def test_the_plan_counts_the_examples_that_a_row_learns_from(plan_module: Any) -> None:
     some = PAPER | {"runs": PAPER["runs"] | {"max_train_examples": 605102 // 2}}
-    hours = [plan_module.Plan(config).cost("train", {"run": f"{RUNS[0]}_seed1"}).gpu_hours for config in (PAPER, some)]
-    assert hours[1] == hours[0] / 2 > 0
+    costs = [plan_module.Plan(config).cost("train", {"run": f"{RUNS[0]}_seed1"}) for config in (PAPER, some)]
+    hours = [{part.part: part.hours for part in of.hours} for of in costs]
+    assert hours[1]["steps"] == pytest.approx(hours[0]["steps"] / 2, rel=1e-3)
+    assert hours[1]["validation"] == hours[0]["validation"] > 0
 
 
 # -------------------------------------------------------------------------------------------- at toy size

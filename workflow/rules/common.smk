@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from routevl import options as command_line_options
+from routevl import slurm
 from routevl.backbones.derivations import check_backbones
 from routevl.configuration import check_schema
 from routevl.data.datasets import read_datasets
@@ -360,6 +361,13 @@ def refuse_what_slurm_cannot_carry():
             f"{sys.executable}, {os.getcwd()}: SLURM's jobs need an environment without blanks or quotes in its path, and a "
             "folder without %"
         )
+
+
+def say_what_slurm_did(logs):
+    """Say at the end, in one line each, which jobs SLURM has refused or killed, and what to change; `logs` are Snakemake's."""
+    if workflow.executor_plugin.name == "slurm":
+        for line in slurm.faults("".join(Path(log).read_text(encoding="utf-8") for log in logs)):
+            print(f"routevl: error: {line}", file=sys.stderr)
 
 
 def check_models():

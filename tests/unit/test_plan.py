@@ -1,0 +1,150 @@
+"""`make plan`: speeds and memory of finished runs come first, those of a rehearsal next, estimates last; and which is which."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_project import PROJECT, row
+
+from routevl.sheet import COLUMNS
+
+EXPERIMENTS = [
+    row("none", "vqa", epochs="4", seeds="1,2"),
+    row("mul", "vqa", "routing=mul", versus="none", epochs="4", seeds="1,2"),
+    row("patches", "vqa", epochs="4", visual_tokens="patches"),
+    row("caption", "caption", epochs="2"),
+]
+EXAMPLES = {"train_examples": 1000, "val_examples": 200, "test_items": 300}
+PLAN = {
+    **{key: dict.fromkeys(("vqa", "caption"), count) for key, count in EXAMPLES.items()},
+    "images": 400,
+    "text": {
+        name: {"layers": 2, "width": 16, "samples_per_second": 50, "predictions_per_second": 10} for name in ("roberta", "gpt2")
+    },
+    "vision": {"vit": {"layers": 2, "width": 16, "patches": 9, "images_per_second": 20}},
+}
+STEP_MS, OF_VALIDATION, OF_PREDICTION = 128, 0.25, 0.5  # of a finished run; seconds of an example, and of a prediction
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(PROJECT / "workflow")
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text("\n".join(["\t".join(COLUMNS), *EXPERIMENTS]) + "\n")
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
+    config["tasks"]["vqa"] |= {"batch_size": 64, "max_text_tokens": 20}
+    return config | {"results": str(tmp_path / "results"), "experiments": str(sheet), "plan": PLAN}
+
+
+def finish(results: Path, run: str, speed: float = 1.0, **timing: Any) -> None:
+    """What a finished run leaves of its times; `speed` times as fast."""
+    model, predictions = results / "models" / run, results / "predictions" / run
+    usage = {"peak_memory_mb": 700.0, "device": "cpu"}
+    trained = {
+        "step_ms_median": STEP_MS / speed, "validation_seconds": 100 * OF_VALIDATION / speed, "validated": 100, "processes": 1,
+    }  # fmt: skip
+    predicted = {"prediction_seconds": 50 * OF_PREDICTION / speed, "predicted": 50}
+    for path, content in (
+        (model / "run.json", {"settings": {"batch_size": 64}}),
+        (model / "timing.json", usage | trained | timing),
+        (predictions / "timing.json", usage | predicted | {"device": timing.get("device", "cpu")}),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+def hours(config: dict[str, Any], run: str) -> dict[str, tuple[float, str]]:
+    """Hours of each part of a training job in seconds, and where they come from."""
+    import plan
+
+    cost = plan.Plan(config).cost("train", {"run": run})
+    return {part.part: (part.hours * 3600, part.source) for part in cost.hours}
+
+
+def seconds(source: str, speed: float = 1.0, epochs: int = 4) -> dict[str, tuple[Any, str]]:
+    """What a finished run's speed comes to."""
+    parts = {
+        "steps": epochs * math.ceil(1000 / 64) * STEP_MS / 1000,
+        "validation": epochs * 200 * OF_VALIDATION,
+        "prediction": 300 * OF_PREDICTION,
+    }
+    return {part: (pytest.approx(value / speed), source) for part, value in parts.items()}
+
+
+def test_finished_runs_come_before_the_rehearsal_and_both_before_estimates(config: dict[str, Any]) -> None:
+    results = Path(config["results"])
+    estimated = hours(config, "mul_seed1")
+    assert estimated["steps"] == (pytest.approx(4 * 16 * 64 / 50), "estimated")
+    assert estimated["validation"] == (pytest.approx(4 * 200 / 50 / 2), "estimated")
+    assert estimated["prediction"] == (pytest.approx(300 / 10), "estimated")
+    finish(results / "rehearsal", "mul_seed1", speed=4)
+    assert hours(config, "mul_seed1") == hours(config, "mul_seed2") == seconds("rehearsed", 4)
+    assert hours(config, "none_seed1") == seconds("rehearsed", 4)  # of the same task and text backbone
+    finish(results, "none_seed2", speed=2)
+    assert hours(config, "none_seed1") == seconds("measured", 2)
+    assert hours(config, "mul_seed1") == seconds("rehearsed", 4)  # of the same method and options
+    finish(results, "mul_seed2")
+    assert hours(config, "mul_seed1") == seconds("measured")
+    assert hours(config, "caption_seed1")["steps"][1] == "estimated"
+
+
+def test_runs_without_times_of_validation_and_prediction_lend_those_of_their_steps(config: dict[str, Any]) -> None:
+    """As they were written before these were taken."""
+    finish(Path(config["results"]), "mul_seed1")
+    for kind in ("models", "predictions"):
+        path = Path(config["results"]) / kind / "mul_seed1/timing.json"
+        times = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in times.items() if k.split("_")[0] not in ("validation", "validated")}))
+    (Path(config["results"]) / "predictions/mul_seed1/timing.json").unlink()
+    assert {part: source for part, (_, source) in hours(config, "mul_seed2").items()} == {
+        "steps": "measured", "validation": "estimated", "prediction": "estimated",
+    }  # fmt: skip
+
+
+def test_hours_are_those_of_all_gpus_and_of_the_batch_that_is_configured(config: dict[str, Any]) -> None:
+    finish(Path(config["results"]), "mul_seed1", processes=2)
+    config["tasks"]["vqa"]["batch_size"] = 32
+    assert hours(config, "mul_seed1")["steps"] == (pytest.approx(2 * 4 * 32 * STEP_MS / 1000 / 2), "measured")
+
+
+def test_an_estimate_grows_with_the_patches_before_the_text(config: dict[str, Any]) -> None:
+    for part, (value, _) in hours(config, "patches_seed1").items():
+        assert value == pytest.approx(hours(config, "none_seed1")[part][0] * (20 + 9) / (20 + 1))
+
+
+def test_the_table_says_where_speeds_and_memory_come_from(config: dict[str, Any]) -> None:
+    import plan
+
+    results = Path(config["results"])
+    jobs = [("extract", {"vision": "vit", "shard": "00000"}), *(("train", {"run": f"{run}_seed1"}) for run in ("mul", "caption"))]
+    lines = plan.report(config, jobs).splitlines()
+    assert not any("memory" in line for line in lines)
+    finish(results / "rehearsal", "mul_seed1", device="a GPU", padding=0.25)
+    for rule, name, megabytes in (
+        ("extract", "vit-00000", 5000.4),
+        ("train", "mul_seed1", 900.0),
+        ("train", "none_seed1", 800.0),
+    ):
+        manifest = results / "rehearsal/manifests" / rule / f"{name}.json"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps({"peak_memory_mb": megabytes}))
+    log = results / "rehearsal/logs/extract/vit-00000.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("extract: 10/20\nextract: 60 images in 4.000 s\nextract: 40 images in 1.000 s\n")
+    lines = [" ".join(line.split()) for line in plan.report(config, jobs).splitlines()]
+    assert [line for line in lines if line.startswith("extract 1 ")] == ["extract 1 0.0 0.0 0.0 rehearsed"]
+    assert [line.split()[-1] for line in lines if line.startswith(("train 2", "steps"))] == ["rehearsed+estimated"] * 2
+    at = lines.index("peak memory")
+    assert lines[at + 1 : at + 5] == [
+        "extract 5000 of 4000 MB, features.mem_mb rehearsed TOO LITTLE",
+        "train 900 of 4000 MB, training.mem_mb rehearsed",
+        "train, on a GPU 700 MB rehearsed",
+        "padding 25% of the text positions in training rehearsed",
+    ]
+    cost = plan.Plan(config).cost("extract", {"vision": "vit"})
+    assert cost.gpu_hours * 3600 == pytest.approx(400 / config["features"]["shards"] * 5 / 100)
