@@ -263,6 +263,8 @@ def report(config: dict[str, Any], jobs: list[tuple[str, dict[str, str]]]) -> st
         parts = cost.parts() if name == "train" else {}
         lines += [f"  {part:14s} {'':5s} {of.gpu_hours:10.1f} {'':12s} {'':8s}  {of.sources}" for part, of in parts.items()]
     lines += memory_lines(plan)
+    if found := plan.measured.every_run(lambda timing: timing.get("padding")):
+        lines.append(f"Padding is {100 * statistics.median(found[1]):.0f}% of the text positions in training ({found[0]}).")
     lines.append(
         "Speeds are measured by finished runs, rehearsed (make rehearse), or estimated, under `plan` in the configuration."
     )
@@ -279,11 +281,9 @@ def memory_lines(plan: Plan) -> list[str]:
         if found := plan.measured.memory(rule):
             source, peak = found
             asked = plan.config[section]["mem_mb"]
-            lines.append(f"{rule:16s} {peak:12.0f} of {asked} MB, {section}.mem_mb  {source}{' TOO LITTLE' * (peak > asked)}")
+            lines.append(f"  {rule:14s} {peak:12.0f} of {asked} MB, {section}.mem_mb  {source}{' TOO LITTLE' * (peak > asked)}")
     if found := plan.measured.every_run(lambda timing: None if timing["device"] == "cpu" else timing["peak_memory_mb"]):
-        lines.append(f"{'train, on a GPU':16s} {max(found[1]):12.0f} MB  {found[0]}")
-    if found := plan.measured.every_run(lambda timing: timing.get("padding")):
-        lines.append(f"{'padding':16s} {100 * statistics.median(found[1]):11.0f}% of the text positions in training  {found[0]}")
+        lines.append(f"  {'train, GPU':14s} {max(found[1]):12.0f} MB  {found[0]}")
     return ["peak memory", *lines] if lines else []
 
 

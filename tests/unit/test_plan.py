@@ -143,8 +143,8 @@ def test_the_table_says_where_speeds_and_memory_come_from(config: dict[str, Any]
     assert lines[at + 1 : at + 5] == [
         "extract 5000 of 4000 MB, features.mem_mb rehearsed TOO LITTLE",
         "train 900 of 4000 MB, training.mem_mb rehearsed",
-        "train, on a GPU 700 MB rehearsed",
-        "padding 25% of the text positions in training rehearsed",
+        "train, GPU 700 MB rehearsed",
+        "Padding is 25% of the text positions in training (rehearsed).",
     ]
     cost = plan.Plan(config).cost("extract", {"vision": "vit"})
     assert cost.gpu_hours * 3600 == pytest.approx(400 / config["features"]["shards"] * 5 / 100)

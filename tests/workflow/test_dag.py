@@ -134,6 +134,22 @@ def test_nothing_is_left_to_be_done(project: Path, results: Path) -> None:
     assert (results / "report.html").stat().st_mtime_ns == report
 
 
+def test_a_rehearsal_runs_every_rule_and_leaves_the_results_alone(project: Path, results: Path) -> None:
+    """With a pretrained, a derived backbone and a probe; two seeds are one."""
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in results.rglob("*") if path.is_file()}
+    output = snakemake(project, "--config", "rehearsal=yes")
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+    rehearsal = results / "rehearsal"
+    made = {path.name for path in results.iterdir()} - {rehearsal.name}
+    assert {path.name for path in rehearsal.iterdir()} == made | {"experiments.tsv"}
+    assert len([path for folder in ("tables", "figures") for path in (rehearsal / folder).iterdir()]) == TARGETS
+    assert {path.name for path in (rehearsal / "models").iterdir()} == {f"{line.split()[0]}_seed1" for line in EXPERIMENTS}
+    assert (rehearsal / "probes/vqa_chosen_seed1/prepared.safetensors").exists() and "rule derive_backbone:" in output
+    assert "everything stands" in routevl(project, "audit", "results/rehearsal").stdout
+    assert "everything stands" in routevl(project, "audit", "results").stdout
+    shutil.rmtree(rehearsal)
+
+
 def test_codecheck_lists_every_table_and_figure(project: Path, results: Path) -> None:
     shutil.copy(PROJECT / "CITATION.cff", project)
     command = [sys.executable, "workflow/codecheck.py", "results"]

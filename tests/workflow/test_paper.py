@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import csv
-import functools
-import http.server
 import json
 import re
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +17,7 @@ import pytest
 import yaml
 from conftest import run_stage
 from tiny_project import BIN, PROJECT, copy_project, environment
+from toy_sites import download_from, fill_hub, read_table, served, snakemake, write_table
 
 from routevl.routing import ROUTING
 from routevl.sheet import Experiment, read_sheet
@@ -213,11 +211,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """COCO 2014, VQAv2 and the Karpathy splits in miniature, by their official names and formats, served over HTTP."""
     root = tmp_path_factory.mktemp("sites")
     write_archives(root)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(root) as address:
+        yield address
 
 
 def write_archives(root: Path) -> None:
@@ -266,36 +261,7 @@ def of_year(records: list[dict[str, Any]], year: dict[int, str], name: str) -> l
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the Hugging Face hub with the pinned revisions of MODELS, which have random weights."""
-    home = tmp_path_factory.mktemp("hub")
-    entries = {**PAPER["backbones"]["text"], **PAPER["backbones"]["vision"]}
-    for name, shape in MODELS.items():
-        entry = entries[name]
-        snapshot = home / "hub" / f"models--{entry['path'].replace('/', '--')}" / "snapshots" / entry["revision"]
-        save_model(name, shape, snapshot)
-    return home
-
-
-def save_model(name: str, shape: dict[str, int], folder: Path) -> None:
-    import transformers
-
-    from routevl.backbones.pretrain_text import byte_pairs
-
-    texts = ["what colour is the circle", "a red square left of a blue cross"]
-    if name == "vit-large":
-        transformers.ViTModel(transformers.ViTConfig(**shape)).save_pretrained(folder)
-        transformers.ViTImageProcessor().save_pretrained(folder)
-        return
-    if name == "roberta-large":
-        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-        tokenizer = transformers.RobertaTokenizer(**byte_pairs(texts, 300, special), model_max_length=512)
-        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 514, "type_vocab_size": 1}
-        model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape, **sizes))
-    else:
-        tokenizer = transformers.GPT2Tokenizer(**byte_pairs(texts, 300, ["<|endoftext|>"]), model_max_length=1024)
-        sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **sizes))
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    return fill_hub(tmp_path_factory.mktemp("hub"), PAPER, MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +270,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, sites: str, hub: Path) -> Path
     folder = tmp_path_factory.mktemp("paper")
     copy_project(folder)
     write_toy_config(folder, sites)
-    snakemake(folder, hub)
+    snakemake(folder, hub, "config/paper.yaml")
     return folder
 
 
@@ -317,32 +283,13 @@ def write_toy_config(folder: Path, sites: str) -> None:
     for task in config["tasks"].values():
         task |= {"batch_size": 30, "warmup": 2}
     (folder / "config/paper.yaml").write_text(yaml.safe_dump(config))
-    with open(folder / "config/experiments/paper.tsv") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        rows = [row | {"epochs": "1", "seeds": "1", "feeds": FEEDS} for row in reader if row["experiment"] in RUNS]
-        for row in rows:
-            row["options"] = re.sub(r"(r|lora_alpha)=\d+", r"\1=4", row["options"])
-            row["versus"] *= row["versus"] in RUNS
-        write_table(folder / "config/experiments/paper.tsv", reader.fieldnames, rows)
-    with open(folder / "config/datasets.tsv") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        rows = [row | {"urls": f"{sites}/{row['file']}", "checksum": "", "bytes": ""} for row in reader]
-        write_table(folder / "config/datasets.tsv", reader.fieldnames, rows)
-
-
-def write_table(path: Path, columns: Any, rows: list[dict[str, str]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def snakemake(folder: Path, hub: Path) -> str:
-    command = [str(BIN / "snakemake"), "--cores", "2", "--show-failed-logs", "--configfile", "config/paper.yaml"]
-    offline = environment() | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=folder, env=offline, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    columns, rows = read_table(folder / "config/experiments/paper.tsv")
+    rows = [row | {"epochs": "1", "seeds": "1", "feeds": FEEDS} for row in rows if row["experiment"] in RUNS]
+    for row in rows:
+        row["options"] = re.sub(r"(r|lora_alpha)=\d+", r"\1=4", row["options"])
+        row["versus"] *= row["versus"] in RUNS
+    write_table(folder / "config/experiments/paper.tsv", columns, rows)
+    download_from(sites, folder)
 
 
 @pytest.mark.slow
@@ -360,7 +307,7 @@ def test_the_paper_at_toy_size_runs_to_its_tables(toy: Path, hub: Path) -> None:
     assert record["checksum"] == "recorded"
     run = json.loads((results / "models" / f"{RUNS[0]}_seed1/run.json").read_text())
     assert run["text_model_params"] > 24 * 12 * 32**2  # RoBERTa-large's depth
-    assert "Nothing to be done" in snakemake(toy, hub)
+    assert "Nothing to be done" in snakemake(toy, hub, "config/paper.yaml")
 
 
 @pytest.mark.slow
@@ -370,3 +317,39 @@ def test_hub_models_are_copied_with_their_commit(toy: Path) -> None:
         source = json.loads((toy / f"results/paper/backbones/{name}/source.json").read_text())
         assert (source["hub_id"], source["commit"]) == (entry["path"], entry["revision"])
         assert {"config.json", "model.safetensors"} < set(source["sha256"])
+
+
+# ------------------------------------------------------------------------------------------- its rehearsal
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_the_paper_at_toy_size(toy: Path, hub: Path) -> None:
+    """Every rule, at the shapes of the real results, which are left alone."""
+    real, rehearsal = toy / "results/paper", toy / "results/paper/rehearsal"
+    before = contents(real)
+    output = snakemake(toy, hub, "config/paper.yaml", "--config", "rehearsal=yes")
+    assert contents(real, but=rehearsal) == before
+    rules = {
+        "score" if rule.startswith("score_") else rule for rule in re.findall(r"^(?:local)?rule (\S+):", output, re.MULTILINE)
+    }
+    assert rules == {
+        "rehearsal_sheet", "prepare", "fetch_backbone", "extract", "index_features", "train", "score", "table", "figure",
+        "provenance", "all",
+    }  # fmt: skip
+    made = {path.relative_to(rehearsal).as_posix() for path in rehearsal.rglob("*") if path.is_file()}
+    assert {f"{kind}/{run}_seed1/timing.json" for kind in ("models", "predictions") for run in RUNS} <= made
+    assert {f"{folder}/{path.name}" for folder in ("tables", "figures") for path in (real / folder).iterdir()} <= made
+    assert (rehearsal / "data/answers.json").read_bytes() == (real / "data/answers.json").read_bytes()
+    for run in RUNS:
+        ours, theirs = (json.loads((folder / f"models/{run}_seed1/run.json").read_text()) for folder in (rehearsal, real))
+        assert (ours["total_params"], ours["settings"]) == (theirs["total_params"], theirs["settings"])
+    for results in (rehearsal, real):
+        audit = subprocess.run([str(BIN / "routevl"), "audit", str(results)], cwd=toy, capture_output=True, text=True)
+        assert audit.returncode == 0 and "everything stands" in audit.stdout, audit.stdout + audit.stderr
+        assert "download train2014" in audit.stdout and "unpack val2014: stands" in audit.stdout
+
+
+def contents(folder: Path, but: Path | None = None) -> dict[Path, tuple[int, bytes]]:
+    """Time of change and bytes of each file, but for those below another folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and (but is None or not path.is_relative_to(but))]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
