@@ -94,7 +94,8 @@ def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Ac
     if not trained:
         trainer.fit()
         if accelerator.is_main_process:
-            (predictions / "results.json").unlink(missing_ok=True)  # of another model, as from here on
+            for name in ("timing.json", "results.json"):  # of another model, as from here on; the last one marks the folder
+                (predictions / name).unlink(missing_ok=True)
         trainer.write_model(model)
     if not finished:
         trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
