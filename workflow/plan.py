@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from routevl.errors import RoutevlError
 from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
 from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
-from routevl.slurm import SECTIONS
+from routevl.slurm import SECTIONS, kind_of
 from routevl.tasks.table import TASKS
 
 SCHEMA = Path(__file__).parent / "schemas/config.schema.yaml"
@@ -123,8 +123,12 @@ class Plan:
             return Cost(disk=BYTES * self._backbone_params(wildcards["derived"]))
         if rule == "extract":
             return self._extraction(wildcards["vision"])
-        if rule == "train":
-            return self._training(self.runs[wildcards["run"]][0])
+        if kind_of(rule) == "train":
+            if "run" in wildcards:
+                return self._training(self.runs[wildcards["run"]][0])
+            seeds = rule.removeprefix("train_seeds_").split("_")
+            cost = self._training(self.runs[f"{wildcards['experiment']}_seed{seeds[0]}"][0])
+            return replace(sum([cost] * len(seeds), Cost(jobs=0)), jobs=1, unknown=cost.unknown)
         return Cost()
 
     def _size(self, *path: str) -> float:
@@ -252,7 +256,7 @@ def report(config: dict[str, Any], jobs: list[tuple[str, dict[str, str]]]) -> st
     plan = Plan(config)
     costs: dict[str, Cost] = {}
     for rule, wildcards in jobs:
-        name = "score" if rule.startswith("score_") else rule
+        name = kind_of(rule)
         costs[name] = costs.get(name, Cost(jobs=0)) + plan.cost(rule, wildcards)
     total = sum(costs.values(), Cost(jobs=0))
     lines = [f"{'rule':16s} {'jobs':>5s} {'GPU-hours':>10s} {'download GB':>12s} {'disk GB':>8s}  speed"]

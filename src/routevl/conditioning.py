@@ -68,6 +68,7 @@ class Conditioning:
     ) -> None:
         refuse_a_second(model)
         self.model, self.streams, self.prepare = model, dict(streams), prepare
+        self._checkpointable: list[nn.Module] | None = None  # found in the first training step: there are many others
         self._checkpointing: list[tuple[nn.Module, Callable]] = []  # modules with their own gradient checkpointing function
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -207,7 +208,9 @@ class Conditioning:
     def _keep_streams_when_checkpointing(self) -> None:
         """Gradient checkpointing runs a layer again in the backward pass, when the call is long over: let each checkpointed call
         of transformers' layers remember its own streams."""
-        for module in self.model.modules():
+        if self._checkpointable is None:
+            self._checkpointable = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
+        for module in self._checkpointable:
             checkpoint = getattr(module, "_gradient_checkpointing_func", None)
             if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithStreams):
                 self._checkpointing.append((module, checkpoint))

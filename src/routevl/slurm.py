@@ -6,12 +6,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# rule -> section of the configuration that has its memory and time; each scoring job is a rule of its own
+# kind of rule -> section of the configuration that has its memory and time
 SECTIONS = {"prepare": "data", "extract": "features", "probe": "training", "train": "training", "score": "scoring"}
 PARTITIONS = "the profile's partitions.yaml"
 ERROR = re.compile(r"^Error in rule (\S+):\n((?: .*\n|sbatch: .*\n|For further .*\n)*)", re.MULTILINE)
 SLURM_LOG = re.compile(r"[^\s,]*/slurm_logs/\S+\.log")
 KILLED_FOR_MEMORY = re.compile(r"oom.kill|out.of.memory|exceeded job memory limit", re.IGNORECASE)
+
+
+def kind_of(rule: str) -> str:
+    """What kind a rule is of: each scoring job is a rule of its own, and training has one for each set of seeds."""
+    return next((kind for kind in ("score", "train") if rule.startswith(f"{kind}_")), rule)
 
 
 def faults(log: str) -> list[str]:
@@ -25,7 +30,7 @@ def faults(log: str) -> list[str]:
 
 
 def _faults_of(rule: str, details: str) -> Iterator[str]:
-    section = SECTIONS.get("score" if rule.startswith("score_") else rule)
+    section = SECTIONS.get(kind_of(rule))
     memory, runtime = (f"{section}.{key}" if section else f"--set-resources {rule}:{key}" for key in ("mem_mb", "runtime"))
     if refused := re.search(r"invalid partition specified: (\S+)", details):
         yield f"rule {rule}: SLURM has no partition {refused[1]!r}: name yours, as sinfo does, in {PARTITIONS}"

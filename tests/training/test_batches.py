@@ -44,7 +44,7 @@ def test_grouped_batches_are_alike_within_and_shuffled_among_themselves() -> Non
 
 
 def test_share_of_padding_counts_what_batches_pad() -> None:
-    lengths = [2, 5, 5, 1, 4]
+    lengths = numpy.array([2, 5, 5, 1, 4])
     order = numpy.array([0, 1, 2, 3, 4])
     assert share_of_padding(lengths, order, 2) == pytest.approx(1 - 17 / (2 * 5 + 2 * 5 + 4))
 

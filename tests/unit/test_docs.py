@@ -201,7 +201,7 @@ def test_the_command_of_the_readme_trains_the_run_of_the_sheet() -> None:
     [arguments] = of_each_seed(stage_parser("train").parse_args(words))
     settings = from_arguments(arguments)
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
-    experiment, seed = runs_of(read_sheet(PROJECT / "config/experiments/demo.tsv"))["vqa_lora_mul_r4_e3_seed1"]
+    experiment, seed = runs_of(read_sheet(PROJECT / "config/experiments/demo.tsv"))["vqa_lora_mul_r8_e8_seed1"]
     assert settings == settings_of(experiment, seed, config)
 
 

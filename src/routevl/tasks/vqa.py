@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,10 @@ class VqaTask(Task):
 
     def constant(self, examples: Dataset) -> float:
         """The accuracy in percent of the answer that is right most often."""
-        sums = torch.zeros(len(self.answers), dtype=torch.float64)
-        for indices, scores in zip(examples["answer_index"], examples["answer_score"], strict=True):
-            sums[indices] += torch.tensor(scores, dtype=torch.float64)
-        return 100 * sums.max().item() / len(examples)
+        sums: Counter[int] = Counter()
+        for example in examples.select_columns(["answer_index", "answer_score"]):
+            sums.update(dict(zip(example["answer_index"], example["answer_score"], strict=True)))
+        return 100 * max(sums.values(), default=0.0) / len(examples)
 
     def to_predict(self, split: str) -> Dataset:
         """Each question; no answers are needed."""

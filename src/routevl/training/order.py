@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -25,8 +25,13 @@ def epoch_order(examples: Dataset, settings: RunSettings, epoch: int) -> numpy.n
     """The order in which an epoch takes its n training examples, batch after batch: int64 (n,)."""
     generator = numpy.random.default_rng([settings.seed, epoch])
     if settings.group_by_length:
-        return grouped_by_length(numpy.array(examples[LENGTH]), settings.batch_size, generator)
+        return grouped_by_length(lengths_of(examples), settings.batch_size, generator)
     return generator.permutation(len(examples))
+
+
+def lengths_of(examples: Dataset) -> numpy.ndarray:
+    """How many tokens each training example has: int64 (n,)."""
+    return numpy.asarray(examples.with_format("numpy", columns=[LENGTH])[LENGTH][:])  # which makes no Python numbers of them
 
 
 def grouped_by_length(lengths: numpy.ndarray, batch_size: int, generator: numpy.random.Generator) -> numpy.ndarray:
@@ -43,9 +48,9 @@ def grouped_by_length(lengths: numpy.ndarray, batch_size: int, generator: numpy.
     return numpy.concatenate([batches.ravel(), last])
 
 
-def share_of_padding(lengths: Sequence[int], order: numpy.ndarray, batch_size: int) -> float:
+def share_of_padding(lengths: numpy.ndarray, order: numpy.ndarray, batch_size: int) -> float:
     """The share of an epoch's text positions that is padding, where each batch is padded to its longest text."""
-    ordered = numpy.asarray(lengths)[order]
+    ordered = lengths[order]
     starts = range(0, len(ordered), batch_size)
     positions = sum(len(batch) * int(batch.max()) for batch in (ordered[start : start + batch_size] for start in starts))
     return 1 - int(ordered.sum()) / positions

@@ -26,7 +26,7 @@ from routevl.options import words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.signals import StopSignal, exit_status, ignore_stop_signals
-from routevl.tasks.base import LENGTH, Task
+from routevl.tasks.base import Task
 from routevl.training.card import Card
 from routevl.training.checkpoint import (
     digests,
@@ -40,7 +40,7 @@ from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import Optimisation, compile_layers, prepare_torch
-from routevl.training.order import data_loader, epoch_order, share_of_padding, training_batches
+from routevl.training.order import data_loader, epoch_order, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
 
 LEAST_LEARNED = 0.001  # of a constant answer's value
@@ -221,7 +221,8 @@ class Trainer:
     def _padding(self) -> float:
         """The share of all text positions trained on that is padding."""
         orders = (epoch_order(self.examples, self.settings, epoch) for epoch in range(self.settings.epochs))
-        shares = [share_of_padding(self.examples[LENGTH], order, self.settings.batch_size) for order in orders]
+        lengths = lengths_of(self.examples)
+        shares = [share_of_padding(lengths, order, self.settings.batch_size) for order in orders]
         return round(statistics.fmean(shares), 4)
 
     # -- the state
