@@ -163,7 +163,7 @@ def test_numbers_of_the_configuration_are_read_as_people_write_them(workflow: Pa
     path = workflow / "config/config.yaml"
     text = path.read_text()
     for old, new in (
-        ("train_images: 800", "train_images: 8e2"),
+        ("train_images: 700", "train_images: 7e2"),
         ("seed: 2", "seed: 2.0"),
         ("epochs: 2, hidden", "epochs: 2, learning_rate: 1E-4, hidden"),
         ("checkpoint_every: 500", "checkpoint_every: 5e2"),

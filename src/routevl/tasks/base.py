@@ -198,14 +198,13 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str) -> Dataset:
-        """The examples of a split in a fixed order, with "token_ids" and "image_id". Raises RoutevlError when there are none."""
+        """The examples of a split in a fixed order, with their "image_id" and LENGTH. Raises RoutevlError when there are none."""
 
     def training_examples(self) -> Dataset:
-        """The examples of the training split, of which `max_train_examples` keeps the first, with their LENGTH."""
+        """The examples of the training split, of which `max_train_examples` keeps the first."""
         examples = self.examples("train")
         most = self.settings.max_train_examples
-        examples = examples if most is None or most >= len(examples) else examples.select(range(most))
-        return examples.add_column(LENGTH, [len(ids) for ids in examples["token_ids"]])
+        return examples if most is None or most >= len(examples) else examples.select(range(most))
 
     @abstractmethod
     def constant(self, examples: Dataset) -> float:

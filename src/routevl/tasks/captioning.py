@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from routevl.data.coco import read_captions
 from routevl.errors import RoutevlError
 from routevl.features.images import IMAGES
-from routevl.tasks.base import Task, VisionLanguageModel
+from routevl.tasks.base import LENGTH, Task, VisionLanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,9 +100,11 @@ class CaptionTask(Task):
         tokens = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=self.settings.max_text_tokens - 2)[
             "input_ids"
         ]
+        token_ids = [[self.bos, *ids, self.tokenizer.eos_token_id] for ids in tokens]
         return Dataset.from_dict(
             {
-                "token_ids": [[self.bos, *ids, self.tokenizer.eos_token_id] for ids in tokens],
+                "token_ids": token_ids,
+                LENGTH: [len(ids) for ids in token_ids],
                 "image_id": [annotation["image_id"] for annotation in annotations],
             }
         )

@@ -14,7 +14,7 @@ from routevl.data.vqav2 import read_pair, read_questions
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of
 from routevl.metrics.vqa import soft_scores
-from routevl.tasks.base import Task, VisionLanguageModel
+from routevl.tasks.base import LENGTH, Task, VisionLanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,8 +96,10 @@ class VqaTask(Task):
         return Dataset.from_dict(self._asked(questions))
 
     def _asked(self, questions: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        token_ids = self._tokenise(questions)
         return {
-            "token_ids": self._tokenise(questions),
+            "token_ids": token_ids,
+            LENGTH: [len(ids) for ids in token_ids],
             "image_id": [question["image_id"] for question in questions],
             "question_id": [question["question_id"] for question in questions],
         }
