@@ -208,8 +208,10 @@ def _ask_existence(scene: Scene, generator: numpy.random.Generator) -> Question:
 
 
 def _ask_whether_so_many(scene: Scene, generator: numpy.random.Generator) -> Question:
-    number = int(generator.integers(len(NUMBER_QUESTIONS)))
-    return make_question(NUMBER_QUESTIONS[number], "yes" if len(scene.things) == number + 1 else "no")
+    answer, number = pick(generator, ("yes", "no")), len(scene.things)
+    if answer == "no":
+        number = pick(generator, [other for other in range(1, len(NUMBER_QUESTIONS) + 1) if other != number])
+    return make_question(NUMBER_QUESTIONS[number - 1], answer)
 
 
 def _ask_relation(scene: Scene, generator: numpy.random.Generator) -> Question | None:
@@ -275,8 +277,8 @@ def _ask_which_is_bigger(scene: Scene, generator: numpy.random.Generator) -> Que
 FAMILIES: tuple[tuple[Callable[[Scene, numpy.random.Generator], Question | None], float], ...] = (
     (_ask_attribute, 0.40),
     (_ask_count, 0.15),
-    (_ask_existence, 0.25),
-    (_ask_whether_so_many, 0.10),
+    (_ask_existence, 0.20),
+    (_ask_whether_so_many, 0.15),
     (_ask_relation, 0.05),
     (_ask_comparison, 0.05),
 )
