@@ -55,12 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     ended, wall_seconds = datetime.now(UTC), time.monotonic() - clock
     changed = [*_changed_inputs(inputs, hashes), *_changed_code(code, loaded["own"]), *_changed(circumstances, environment())]
     options = options_of(arguments.command)
+    seeds = [int(seed) for seed in options.get("seed", [])]
     record: Manifest = {
         "rule": path.parent.name,
         "wildcards": dict(wildcard.split("=", 1) for wildcard in arguments.wildcards),
         "command": arguments.command,
         "config": options,
-        "seed": int(options["seed"][0]) if "seed" in options else None,
+        "seed": seeds[0] if len(seeds) == 1 else seeds or None,
         "inputs": inputs,
         "outputs": [],
         "code": {
