@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -101,8 +102,9 @@ def _folder_beside(path: Path) -> Iterator[Path]:
                 if held:
                     shutil.rmtree(path.parent / name, ignore_errors=True)
     while True:
-        folder = path.parent / Path(tempfile.mkdtemp(prefix=start, suffix=end, dir=path.parent)).name
+        folder = path.parent / f"{start}{secrets.token_hex(8)}{end}"  # known before it is there: a signal may come in between
         try:
+            folder.mkdir(mode=0o700)
             with _locked_folder(folder):
                 if folder.exists():  # else another process came between, and took it for one without a lock
                     yield folder

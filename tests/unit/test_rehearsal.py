@@ -16,6 +16,7 @@ from tiny_project import PROJECT
 
 from routevl.rehearsal import rehearsed, rehearsed_sheet
 from routevl.sheet import read_sheet, write_sheet
+from routevl.slurm import kind_of
 
 CONFIGURATIONS = ["config", "paper", "sample"]
 
@@ -47,7 +48,7 @@ def test_only_what_takes_long_is_less_and_nothing_that_decides_shapes_or_memory(
     assert changed - pretraining - {"features.shards"} == own - {"features.shards"}
     assert again["results"] == f"{config['results']}/rehearsal" and again["features"]["shards"] == 1
     assert all(rehearsal[key] < real[key] for key in pretraining)
-    assert again["data"]["few"] == {"config": 64, "paper": 512, "sample": 32}[name]  # the largest batch
+    assert again["data"]["few"] == {"config": 256, "paper": 512, "sample": 32}[name]  # the largest batch
 
 
 @pytest.mark.parametrize("sheet", ["demo", "full", "paper", "sample"])
@@ -113,11 +114,11 @@ def test_a_rehearsal_writes_nothing_beside_its_folder_and_reads_none_of_the_real
 
 
 def resources_of(output: str) -> dict[str, set[str]]:
-    """What the jobs of each rule ask for; scoring jobs have rules of their own."""
+    """What the jobs of each kind of rule ask for."""
     found: dict[str, set[str]] = {}
     for rule, details in re.findall(r"^(?:local)?rule (\S+):\n((?:    .*\n)*)", output, re.MULTILINE):
         asked = re.search(r"^    resources: (.*)$", details, re.MULTILINE)
-        found.setdefault("score" if rule.startswith("score_") else rule, set()).add(asked[1] if asked else "")
+        found.setdefault(kind_of(rule), set()).add(asked[1] if asked else "")
     return found
 
 
