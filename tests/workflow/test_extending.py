@@ -67,7 +67,7 @@ def test_it_is_trained_to_its_row_in_a_table_and_no_other_file_changes(checkout:
     with open(checkout / "results/tables/T7_methods.csv", encoding="utf-8") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert rows["steering"]["label"] == "Steering vectors" and float(rows["steering"]["accuracy_mean"]) >= 0
-    assert rows["steering"]["gain"] and not rows["lora"]["gain"]
+    assert rows["steering"]["versus"] == "vqa_lora_none" and not rows["lora"]["versus"]
     assert "Steering vectors" in (checkout / "results/tables/T7_methods.md").read_text()
     model = checkout / "results/models/vqa_steering_seed1"
     record = json.loads((model / "run.json").read_text())
