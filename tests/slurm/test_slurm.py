@@ -60,7 +60,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change(project / "slurm/profile.yaml", **{"slurm-init-seconds-before-status-checks": 1, "config": limits})
     config = yaml.safe_load((project / "config/config.yaml").read_text())
     assert {config[section]["runtime"] for section in ("training", "scoring")} == {MAX_TIME}
-    small = {"features": config["features"] | {"shards": 1, "mem_mb": 2000}, "training": config["training"] | {"mem_mb": 2000}}
+    small = {
+        "features": config["features"] | {"shards": 1, "mem_mb": 2000},
+        "training": config["training"] | {"mem_mb": 2000, "seeds_per_job": 1},
+    }
     change(project / "config/config.yaml", **small)
     (project / "shell.sh").write_text(SHELL)
     command = [SNAKEMAKE, "--cores", "2", "--show-failed-logs"]
