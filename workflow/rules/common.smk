@@ -246,22 +246,19 @@ def reads_pixels(experiment):
     return "pixels" in method_class(experiment.method).needs
 
 
-def trained_together():
-    """Seeds that a training job trains one after another -> the experiments of which it does; a method that has a phase before
-    training has a job for each seed."""
+def trained_with():
+    """Run -> the runs of the job that trains it: as many seeds of an experiment as share one; a method that has a phase before
+    training has a job for each."""
     found = {}
     for experiment in EXPERIMENTS:
         size = 1 if prepares(experiment) else config["training"].get("seeds_per_job", 1)
-        for start in range(0, len(experiment.seeds), size):
-            found.setdefault(experiment.seeds[start : start + size], []).append(experiment.experiment)
+        for start in range(0, len(experiment.runs), size):
+            job = experiment.runs[start : start + size]
+            found |= dict.fromkeys(job, job)
     return found
 
 
-def trained_with(run):
-    """The runs of the job that trains a run, itself among them."""
-    experiment, seed = RUNS[run]
-    jobs = (seeds for seeds, experiments in trained_together().items() if experiment.experiment in experiments)
-    return [f"{experiment.experiment}_seed{of_job}" for of_job in next(seeds for seeds in jobs if seed in seeds)]
+TRAINED_WITH = trained_with()
 
 
 def shard_names():

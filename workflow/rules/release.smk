@@ -14,7 +14,7 @@ rule release_run:
         f"{R}/benchmarks/release/{{run}}.tsv"
     localrule: True
     params:
-        manifest=lambda wildcards: f"{R}/manifests/train/{trained_with(wildcards.run)[0]}.json",
+        manifest=lambda wildcards: f"{R}/manifests/train/{TRAINED_WITH[wildcards.run][0]}.json",
     shell:
         recorded("release", "run") + "routevl release --model {input.model:q} --scores {input.scores:q} "
         "--manifest {params.manifest:q} --output {output:q} &> {log:q}"

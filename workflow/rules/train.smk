@@ -30,8 +30,11 @@ rule probe:
 
 # Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
 # rule has the same number of outputs in all its jobs.
-TOGETHER = {seeds: experiments for seeds, experiments in trained_together().items() if len(seeds) > 1}
-ALONE = [run for run, (experiment, seed) in RUNS.items() if experiment.experiment in trained_together().get((seed,), [])]
+ALONE = [run for run, job in TRAINED_WITH.items() if len(job) == 1]
+TOGETHER = {}  # seeds -> the experiments that have a job of them
+for run, job in TRAINED_WITH.items():
+    if len(job) > 1 and run == job[0]:
+        TOGETHER.setdefault(tuple(RUNS[name][1] for name in job), []).append(RUNS[run][0].experiment)
 
 for seeds, experiments in {(): [], **TOGETHER}.items():
     runs = [f"{{experiment}}_seed{seed}" for seed in seeds] or ["{run}"]

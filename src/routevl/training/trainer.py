@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ class Trainer:
         task, model: of the run; the model is on the accelerator's device.
         examples, validation, to_predict: the training, validation and test split.
         step: optimiser steps so far, of `total_steps`.
-        constant: the validation metric of the best constant answer (`Task.constant`).
         identity: what two runs have alike that end in the same bits, of which run.json keeps record.
     """
 
@@ -81,7 +81,6 @@ class Trainer:
         self.identity = settings.as_record() | self.inputs | self.execution
         self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
         self.total_steps = settings.epochs * self.batches_per_epoch
-        self.constant = self.task.constant(self.validation)
         if settings.compile:
             compile_layers(self.task.model.text_model)
         # not for DDP: the gradients are averaged here
@@ -187,6 +186,11 @@ class Trainer:
         """How much better an epoch's line is than a value of the metric that chooses the best epoch."""
         metric, more_is_better = self.task.selection
         return line[metric] - value if more_is_better else value - line[metric]
+
+    @cached_property
+    def constant(self) -> float:
+        """The validation metric of the best constant answer (`Task.constant`)."""
+        return self.task.constant(self.validation)
 
     @property
     def learned(self) -> bool:
