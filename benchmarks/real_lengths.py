@@ -5,8 +5,8 @@
 
 --texts is a COCO captions or a VQAv2 questions file, plain or gzip-compressed, and decides the task: captions by a GPT-2, or
 answers by a RoBERTa, with routed LoRA, visual prefix and trained layer norms, and random weights of the real shapes. Texts become
-tokens by a byte-level BPE that is learned from them, as no published tokenizer comes with this package. Each variant makes the
-same number of steps on the same texts, forward pass, backward pass and AdamW. The logits are those of a step in float32, what the
+tokens by a byte-level BPE that is learned from them, as no published tokenizer comes with this package. Each variant makes
+--steps steps, forward pass, backward pass and AdamW, on batches of an epoch that are spread evenly over the batches' lengths. The logits are those of a step in float32, what the
 largest layer leaves in memory.
 """
 
@@ -58,7 +58,9 @@ def main() -> None:
     rows = ratios(seconds, "grouped")
     for row in rows:
         masks = [mask for _, mask in variants[row["variant"]]]
-        row["padding"] = round(1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks), 3)
+        tokens = sum(int(m.sum()) for m in masks)
+        row["tokens"] = tokens
+        row["padding"] = round(1 - tokens / sum(m.numel() for m in masks), 3)
         if arguments.task == "caption":
             logits = sum(m.numel() + len(m) if "all logits" in row["variant"] else int(m[:, 1:].sum()) for m in masks)
             row["logits (MiB)"] = round(4 * logits / len(masks) * model.text_model.config.vocab_size / 2**20)
@@ -80,11 +82,18 @@ def read_texts(path: Path) -> tuple[str, list[list[int]]]:
 
 
 def variants_of(arguments: argparse.Namespace, token_ids: list[list[int]]) -> dict[str, Iterator[tuple[Tensor, Tensor]]]:
-    """Name -> batches (input_ids, attention_mask) of the same texts: the first batches of an epoch as they are, or at random."""
+    """Name -> batches (input_ids, attention_mask) of an epoch: grouped by length as in training, or at random."""
     size = arguments.batch_size
-    order = grouped_by_length(numpy.array([len(ids) for ids in token_ids]), size, numpy.random.default_rng(0))
-    grouped = order[: size * arguments.steps]
-    shuffled = numpy.random.default_rng(1).permutation(grouped)
+    lengths = numpy.array([len(ids) for ids in token_ids])
+
+    def some_of(order: numpy.ndarray) -> numpy.ndarray:
+        """--steps of an epoch's full batches, spread evenly over how many tokens they have."""
+        whole = order[: len(order) // size * size].reshape(-1, size)
+        by_tokens = whole[lengths[whole].sum(axis=1).argsort(kind="stable")]
+        return by_tokens[((numpy.arange(arguments.steps) + 0.5) * len(by_tokens) / arguments.steps).astype(int)].ravel()
+
+    grouped = some_of(grouped_by_length(lengths, size, numpy.random.default_rng(0)))
+    shuffled = some_of(numpy.random.default_rng(1).permutation(len(token_ids)))
     variants = {
         "grouped": batches(token_ids, grouped, size),
         "padded to the batch's longest": batches(token_ids, shuffled, size),
