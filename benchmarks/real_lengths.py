@@ -6,8 +6,8 @@
 --texts is a COCO captions or a VQAv2 questions file, plain or gzip-compressed, and decides the task: captions by a GPT-2, or
 answers by a RoBERTa, with routed LoRA, visual prefix and trained layer norms, and random weights of the real shapes. Texts become
 tokens by a byte-level BPE that is learned from them, as no published tokenizer comes with this package. Each variant makes
---steps steps, forward pass, backward pass and AdamW, on batches of an epoch that are spread evenly over the batches' lengths. The logits are those of a step in float32, what the
-largest layer leaves in memory.
+--steps steps, forward pass, backward pass and AdamW, on batches of an epoch that are spread evenly over the batches' lengths.
+The logits are those of a step in float32, what the largest layer leaves in memory.
 """
 
 from __future__ import annotations
