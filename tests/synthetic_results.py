@@ -207,7 +207,7 @@ RUNS = [
         task, "lora", routing, seeds="1,2,3" if routing != "add" else "1", feeds=feeds,
         versus="" if routing == "none" else f"{task}_lora_none_r4_e2",
     )
-    for task, feeds in (("vqa", "T0,T1,T6,F2,F3,F5,F6,F8"), ("caption", "T0,T2,T6,F2,F5,F8"))
+    for task, feeds in (("vqa", "T0,T1,T4,T5,T6,F2,F3,F5,F6,F8,F9"), ("caption", "T0,T2,T4,T6,F2,F5,F8,F9"))
     for routing in ("none", "mul", "add")
 ] + [
     experiment("vqa", "lora", "none", prefix="no", feeds="T1,F2,F5,F6"),

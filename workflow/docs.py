@@ -126,7 +126,9 @@ def _value(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         return alternatives([code(choice) for choice in node["enum"]])
     if "items" in node:
         of = _resolved(node["items"], schema)
-        return "list, each with the keys below" if "properties" in of else f"list of {', '.join(map(code, of['enum']))}"
+        if "properties" in of:
+            return "list, each with the keys below"
+        return f"list of {', '.join(map(code, of['enum']))}" if "enum" in of else f"list, each {_value(of, schema)}"
     if "properties" in node:
         return "the keys below"
     if isinstance(node.get("additionalProperties"), Mapping):

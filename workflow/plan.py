@@ -25,12 +25,12 @@ from measurements import ESTIMATED, SOURCES, Measurements, Timing
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.backbones.skeleton import no_weights
-from routevl.configuration import check_schema
+from routevl.configuration import check_schema, read_configuration
 from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
 from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
-from routevl.sheet import Experiment, read_sheet, runs_of, settings_of
+from routevl.sheet import Experiment, read_sheet, runs_of, settings_of, trials_of
 from routevl.slurm import SECTIONS, kind_of
 from routevl.tasks.table import TASKS
 
@@ -102,7 +102,7 @@ class Plan:
         self.config = config
         self.lacking: dict[str, None] = {}
         experiments = read_sheet(config["experiments"])
-        self.runs = runs_of(experiments)
+        self.runs, self.trials = runs_of(experiments), trials_of(experiments, config)
         self.trained: dict[str, int] = {}  # experiment without its routing function -> trainable parameters
         archives = read_datasets(config["data"]["downloads"]).values() if "downloads" in config["data"] else ()
         self.archives = {archive.file: math.nan if archive.bytes is None else archive.bytes for archive in archives}
@@ -123,6 +123,10 @@ class Plan:
             return Cost(disk=BYTES * self._backbone_params(wildcards["derived"]))
         if rule == "extract":
             return self._extraction(wildcards["vision"])
+        if rule == "tune":
+            cost = self._training(self.trials[wildcards["run"]][0])
+            hours = [of for of in cost.hours if of.part != "prediction"] * len(self.config["tuning"]["factors"])
+            return Cost(hours=hours)
         if kind_of(rule) == "train":
             if "run" in wildcards:
                 return self._training(self.runs[wildcards["run"]][0])
@@ -295,10 +299,8 @@ def main() -> int:
     """Returns 2 where there is no plan to be made."""
     [config_file] = sys.argv[1:]
     try:
-        if not Path(config_file).is_file():
-            raise RoutevlError(f"{config_file}: no such file")
+        config = read_configuration(config_file)
         jobs = jobs_to_run(config_file)
-        config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
         check_schema(config, yaml.safe_load(SCHEMA.read_text(encoding="utf-8")), config_file)
         print(report(config, jobs))
     except RoutevlError as error:

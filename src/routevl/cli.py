@@ -31,6 +31,7 @@ STAGES = {
     "extract": ("routevl.features.extract", "", "extract one shard of visual features"),
     "index-features": ("routevl.features.index", "", "check feature shards and index them"),
     "probe": ("routevl.training.prepared", "", "what a method looks at before training"),
+    "tune": ("routevl.training.tune", "", "choose the learning rate of an experiment by the validation split"),
     "train": ("routevl.training.train", "", "train one run and predict the test split"),
     "predict": ("routevl.training.predict", "", "predict with a trained run"),
     "score": ("routevl.metrics.score", "", "score a run's predictions"),

@@ -110,13 +110,13 @@ def shared_setting_records() -> list[dict[str, Any]]:
     return [entry for entry in describe(_Settings) if entry["name"] in SHARED_SETTINGS]
 
 
-def add_arguments(parser: argparse.ArgumentParser, seeds: bool = False) -> None:
-    """One option per setting, and the method's. With `seeds` that of the seed takes several, one for each run."""
+def add_arguments(parser: argparse.ArgumentParser, several: str = "") -> None:
+    """One option per setting, and the method's. That of the setting `several` takes more than one value, one for each run."""
     group = parser.add_argument_group("settings of the run")
     for f in fields(_Settings):
         choices = f.metadata["choices"] or (("yes", "no") if f.type == "bool" else None)
         given = {"required": True} if f.default is MISSING else {"default": f.default}
-        given |= {"nargs": "+"} if f.name == "seed" and seeds else {}
+        given |= {"nargs": "+"} if f.name == several else {}
         group.add_argument("--" + f.name.replace("_", "-"), choices=choices, help=f.metadata["help"], **given)
     group.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the method (routevl methods)")
 

@@ -30,7 +30,8 @@ COLUMNS = {
     "text_backbone": "name of an entry under `backbones.text` of the configuration",
     "vision_backbone": "name of an entry under `backbones.vision`",
     "method": "fine-tuning method; `routevl methods` lists them with their options",
-    "options": "`key=value`, separated by blanks: options of the method, and settings that differ from the configuration's",
+    "options": "`key=value`, separated by blanks: options of the method, and settings that differ from the configuration's; "
+    "`learning_rate=tuned`: chosen on the validation split among those of the configuration's `tuning`",
     "versus": "the experiment that this one is compared with: gains are over it. Empty: no gain is computed",
     "epochs": "passes over the training split",
     "prefix": "`yes`: the visual tokens also stand before the text. `no` with a method that does not read the image is the blind "
@@ -40,6 +41,7 @@ COLUMNS = {
     "feeds": "comma-separated short names of the tables and figures that show the experiment",
 }
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # part of file and rule names
+TUNED = "tuned"  # as learning_rate: chosen on the validation split before the runs
 FEEDS = re.compile(r"([TF][0-9]+( *, *[TF][0-9]+)*)?")
 
 
@@ -64,6 +66,11 @@ class Experiment:
     def runs(self) -> list[str]:
         """The names of its runs, in the order of its seeds."""
         return [f"{self.experiment}_seed{seed}" for seed in self.seeds]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether its learning rate is chosen before its runs (`routevl tune`)."""
+        return self.options.get("learning_rate") == TUNED
 
     def method_options(self) -> dict[str, str]:
         """Those of its options that are the method's."""
@@ -169,6 +176,8 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise RoutevlError(f"{where}: a seed stands twice in {row['seeds']}")
     for name, value in experiment.options.items():
+        if name == "learning_rate" and experiment.tuned:
+            continue
         if name in SHARED_SETTINGS:
             check_setting(name, value, f"{where}: options")
         else:
@@ -213,7 +222,8 @@ def runs_of(experiments: Sequence[Experiment]) -> dict[str, tuple[Experiment, in
 
 def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) -> RunSettings:
     """The settings of a run: `runs`, then `tasks`, then `methods` of the configuration, then the text backbone's `target_modules`
-    for the method, then the row; the later ones win.
+    for the method, then the row; the later ones win. A learning rate that is tuned is here the one that its trials are multiples
+    of.
 
     Raises:
         RoutevlError: a setting is missing everywhere, or one of the configuration's is wrong.
@@ -223,12 +233,19 @@ def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) ->
     sections = [config["runs"], config["tasks"].get(experiment.task, {}), config.get("methods", {}).get(experiment.method, {})]
     modules = target_modules(config["backbones"]["text"], experiment.text_backbone).get(experiment.method)
     of_backbone = {} if modules is None else {"target_modules": ",".join(modules)}
-    for section in (*sections, of_backbone, experiment.options):
+    of_row = {n: v for n, v in experiment.options.items() if not (n == "learning_rate" and experiment.tuned)}
+    for section in (*sections, of_backbone, of_row):
         for name, value in section.items():
             (values if name in SHARED_SETTINGS else options)[name] = value
     columns = {"task": experiment.task, "method": experiment.method, "epochs": experiment.epochs, "prefix": experiment.prefix}
     values |= {**columns, "visual_tokens": experiment.visual_tokens, "seed": seed}
     return RunSettings.read(values, options, f"{config['experiments']}: experiment {experiment.experiment!r}")
+
+
+def trials_of(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> dict[str, tuple[Experiment, int]]:
+    """Name -> experiment and seed of the run that the learning rates of a tuned experiment are tried as; no run of the sheet has
+    its seed."""
+    return {f"{e.experiment}_seed{seed}": (e, seed) for e in experiments if e.tuned for seed in [config["tuning"]["seed"]]}
 
 
 def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
@@ -265,6 +282,10 @@ def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
         for column, names in known.items():
             if getattr(experiment, column) not in names:
                 raise RoutevlError(f"{where}: {column} {getattr(experiment, column)!r} is not one of {', '.join(names)}")
+        if experiment.tuned and "tuning" not in config:
+            raise RoutevlError(f"{where}: learning_rate={TUNED}, but the configuration has no section `tuning`")
+        if experiment.tuned and config["tuning"]["seed"] in experiment.seeds:
+            raise RoutevlError(f"{where}: the seed {config['tuning']['seed']} is that of the trials (tuning.seed): take others")
         settings = settings_of(experiment, max(experiment.seeds), config)
         refuses = method_class(experiment.method).refuses
         of = {experiment.task: "task", model_type(config["backbones"]["text"], experiment.text_backbone): "text model"}

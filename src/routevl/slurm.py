@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # kind of rule -> section of the configuration that has its memory and time
-SECTIONS = {"prepare": "data", "extract": "features", "probe": "training", "train": "training", "score": "scoring"}
+SECTIONS = {"prepare": "data", "extract": "features", **dict.fromkeys(("probe", "tune", "train"), "training"), "score": "scoring"}
 PARTITIONS = "the profile's partitions.yaml"
 ERROR = re.compile(r"^Error in rule (\S+):\n((?: .*\n|sbatch: .*\n|For further .*\n)*)", re.MULTILINE)
 SLURM_LOG = re.compile(r"[^\s,]*/slurm_logs/\S+\.log")

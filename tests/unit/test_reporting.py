@@ -427,16 +427,48 @@ def test_methods_table_has_a_row_per_experiment_in_the_order_of_the_list(scored,
     with open(make_table("T7_methods", scored, tmp_path / "T7_methods.csv"), encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     columns = """
-        n_seeds n_not_learned trainable_params trainable_params_percent label family learning_rate accuracy_mean accuracy_std
-        CIDEr_mean CIDEr_std gain gain_ci_low gain_ci_high ci_over no_verdict step_ms peak_memory_mb
+        n_seeds n_not_learned trainable_params trainable_params_percent label family differs learning_rates_tried at_edge
+        learning_rate accuracy_mean accuracy_std CIDEr_mean CIDEr_std gain_vs_lora gain_ci_low gain_ci_high ci_over p p_holm
+        no_verdict step_ms peak_memory_mb saved_bytes
     """
-    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-18:] == columns.split()
+    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-24:] == columns.split()
     assert [row["method"] for row in rows] == ["ia3", "bitfit", "full", "prompt_tuning"]
     assert [row["family"] for row in rows] == [METHODS[row["method"]].family for row in rows]
-    assert [bool(row["gain"]) for row in rows] == [True, False, False, False]
+    assert [bool(row["gain_vs_lora"]) for row in rows] == [True, False, False, False]
     assert [(bool(row["accuracy_mean"]), bool(row["CIDEr_mean"])) for row in rows] == [(True, False)] * 3 + [(False, True)]
     text = (tmp_path / "T7_methods.md").read_text(encoding="utf-8")
     assert all(f"| {METHODS[row['method']].label} " in text for row in rows)
+
+
+def test_gains_over_anything_but_plain_lora_do_not_feed_the_methods_table(tmp_path):
+    runs = [experiment(), experiment(routing="mul", versus="vqa_lora_none_r4_e2")]
+    runs.append(experiment(method="bitfit", versus="vqa_lora_mul_r4_e2", feeds="T7"))
+    with pytest.raises(RoutevlError, match="vqa_bitfit_e2 feeds T7, whose gains are over plain LoRA: vqa_lora_mul_r4_e2 is not"):
+        make_table("T7_methods", results_of(tmp_path / "results", *runs), tmp_path / "T7.csv")
+
+
+def test_a_learning_rate_at_the_end_of_those_tried_is_said(own_copy, tmp_path):
+    for name, rates in (("vqa_ia3_e2_seed1", [0.001, 0.01]), ("vqa_bitfit_e2_seed1", [0.0001, 0.001, 0.01])):
+        path = own_copy / "models" / name / "run.json"
+        write(path, json.loads(path.read_text()) | {"tuned": {"trials": [{"learning_rate": rate} for rate in rates]}})
+    rows = rows_of(make_table("T7_methods", own_copy, tmp_path / "T7.csv"))
+    assert [rows[name]["learning_rates_tried"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["1", "2", "3"]
+    assert [rows[name]["at_edge"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["False", "True", "False"]
+    text = (tmp_path / "T7.md").read_text()
+    assert "of 2 rows was chosen among 2 or 3 on" in text and "may lie beyond, in `vqa_ia3_e2`." in text
+
+
+def test_an_ablation_is_named_by_what_differs_from_what_it_is_compared_with(tmp_path):
+    plain = experiment(seeds="1,2,3", feeds="T4")
+    routed = experiment(routing="mul", versus=plain["experiment"], seeds="1,2,3", feeds="T4")
+    changed = experiment(routing="mul", versus=routed["experiment"], seeds="1,2,3", feeds="T4", options="lora_dropout=0.1")
+    changed["experiment"] = "dropout"
+    folder = results_of(tmp_path / "results", plain, routed, changed)
+    rows = rows_of(make_table("T4_ablations", folder, tmp_path / "T4.csv"))
+    assert [row["differs"] for row in rows.values()] == ["", "", "lora dropout 0.1"]
+    header, _, *lines = [line for line in (tmp_path / "T4.md").read_text().splitlines() if line.startswith("|")]
+    assert "Differs in" in header and "Lora dropout" not in header
+    assert "lora dropout 0.1" in lines[2] and routed["experiment"] in lines[2]
 
 
 def test_a_published_figure_is_shown_for_the_same_backbones_only(scored, tmp_path):

@@ -20,7 +20,8 @@ from routevl.errors import RoutevlError
 from routevl.methods.lora import Lora
 from routevl.options import words_of
 from routevl.settings import RunSettings
-from routevl.sheet import COLUMNS, Experiment, check, read_sheet, runs_of, settings_of
+from routevl.sheet import COLUMNS, Experiment, check, read_sheet, runs_of, settings_of, trials_of
+from routevl.sheet import write_sheet as write_again
 
 PROJECT = Path(__file__).parents[2]
 CONFIGURATIONS = sorted((PROJECT / "config").glob("*.yaml"))
@@ -293,3 +294,30 @@ print(len(experiments), sorted({"torch", "peft", "transformers", "numpy", "panda
     assert ended.returncode == 0, ended.stderr
     count, heavy = ended.stdout.split(maxsplit=1)
     assert int(count) > 0 and heavy.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------- tuned learning rates
+
+
+def test_a_tuned_row_has_trials_of_the_configurations_seed(tmp_path: Path) -> None:
+    experiments = read_sheet(write_sheet(tmp_path / "sheet.tsv", {"options": "r=4 learning_rate=tuned"}, {"experiment": "fixed"}))
+    sections = config(experiments="sheet.tsv", tuning={"factors": [0.5, 2], "seed": 7})
+    check(experiments, sections)
+    assert [experiment.tuned for experiment in experiments] == [True, False]
+    assert trials_of(experiments, sections) == {"mul_seed7": (experiments[0], 7)}
+    assert settings_of(experiments[0], 1, sections).learning_rate == sections["tasks"]["vqa"]["learning_rate"]
+    write_again(tmp_path / "again.tsv", experiments)
+    assert read_sheet(tmp_path / "again.tsv") == experiments
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [(None, "learning_rate=tuned, but the configuration has no section `tuning`"), (2, "the seed 2 is that of the trials")],
+)
+def test_a_tuned_row_needs_trials_of_a_seed_of_their_own(tmp_path: Path, tuning: int | None, message: str) -> None:
+    experiments = read_sheet(write_sheet(tmp_path / "sheet.tsv", {"options": "r=4 learning_rate=tuned"}))
+    sections = config(experiments="sheet.tsv", tuning={"factors": [0.5, 2], "seed": tuning})
+    if tuning is None:
+        del sections["tuning"]
+    with pytest.raises(RoutevlError, match=message):
+        check(experiments, sections)

@@ -28,9 +28,10 @@ from routevl.provenance.rerun import rerun
 from routevl.reporting import FIGURES, TABLES
 
 EXPERIMENTS = [
-    row("vqa_none", "vqa", feeds="T0,T1,T6,T7,F2,F3,F4,F5,F6,F8"),
-    row("vqa_mul", "vqa", "routing=mul", versus="vqa_none", seeds="1,2", feeds="T0,T1,T6,T7,F2,F3,F4,F5,F6,F8"),
-    row("vqa_chosen", "vqa", "share=0.1 batches=2", method="gradient_norm", versus="vqa_none", feeds="T6,T7,F4"),
+    row("vqa_none", "vqa", feeds="T0,T1,T4,T5,T6,T7,F2,F3,F4,F5,F6,F8,F9"),
+    row("vqa_mul", "vqa", "routing=mul", versus="vqa_none", seeds="1,2", feeds="T0,T1,T4,T5,T6,T7,F2,F3,F4,F5,F6,F8,F9"),
+    row("vqa_chosen", "vqa", "share=0.1 batches=2 learning_rate=tuned", method="gradient_norm", versus="vqa_none",
+        feeds="T6,T7,F4"),
     row("vqa_pruned", "vqa", method="ia3", text_backbone="pruned", versus="vqa_none", feeds="T7,F4"),
     row("caption_none", "caption", method="adapter", feeds="T0,T2,T6,F2,F5,F8"),
     row("caption_attn", "caption", "routing=attn", method="adapter", versus="caption_none", prefix="no", visual_tokens="patches",
@@ -108,7 +109,11 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
     with open(results / "tables/T7_methods.csv") as file:
         rows = {(row["method"], row["text_backbone"]): row for row in csv.DictReader(file)}
     assert set(rows) == {("lora", "roberta"), ("gradient_norm", "roberta"), ("ia3", "pruned")}
-    assert json.loads((results / "models/vqa_chosen_seed1/run.json").read_text())["settings"]["options"]["share"] == 0.1
+    chosen = json.loads((results / "models/vqa_chosen_seed1/run.json").read_text())
+    assert chosen["settings"]["options"]["share"] == 0.1
+    tuned = json.loads((results / "tuning/vqa_chosen_seed0.json").read_text())
+    assert chosen["settings"]["learning_rate"] == tuned["learning_rate"]
+    assert {row["learning_rates_tried"] for key, row in rows.items() if key[0] == "gradient_norm"} == {"3"}
     questions = json.loads((results / "data/test/questions.json").read_text())["questions"]
     answers = json.loads((results / "predictions/vqa_mul_seed2/results.json").read_text())
     assert {a["question_id"] for a in answers} == {q["question_id"] for q in questions}

@@ -15,7 +15,7 @@ import yaml
 from routevl import options as command_line_options
 from routevl import slurm
 from routevl.backbones.derivations import check_backbones
-from routevl.configuration import check_schema
+from routevl.configuration import check_schema, extended
 from routevl.data.datasets import read_datasets
 from routevl.data.sources import SOURCE_FILES, parse_sources
 from routevl.errors import RoutevlError
@@ -26,7 +26,7 @@ from routevl.provenance.record import LOCK
 from routevl.provenance.records import program
 from routevl.rehearsal import rehearsed, rehearsed_sheet
 from routevl.reporting import FIGURES, TABLES
-from routevl.sheet import check, read_sheet, runs_of, settings_of
+from routevl.sheet import check, read_sheet, runs_of, settings_of, trials_of
 from routevl.startup import log_startup
 
 
@@ -72,6 +72,8 @@ def without(section, *keys):
 
 
 try:
+    config |= extended(config, "configuration")
+    config.pop("extends", None)  # its keys are here now
     schema = Path(workflow.current_basedir) / "../schemas/config.schema.yaml"
     check_schema(config, yaml.safe_load(schema.read_text(encoding="utf-8")), "configuration")
     check_paths()
@@ -98,6 +100,7 @@ PROGRAMS = shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").repl
 shell.prefix(f'export PATH={PROGRAMS}:"$PATH"; set -euo pipefail; exec ')
 
 RUNS = runs_of(EXPERIMENTS)  # name -> experiment, seed
+TRIALS = trials_of(EXPERIMENTS, config)  # where a learning rate is tuned: name -> experiment, seed
 
 
 def one_of(names):
@@ -106,7 +109,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    run=one_of(RUNS),
+    run=one_of([*RUNS, *TRIALS]),
     shard=r"\d{5}",
 
 
@@ -224,16 +227,33 @@ def derivation(entry):
 def experiment_of(wildcards):
     """The row of the sheet that a job is of, by the name of its run or by its own."""
     if "run" in wildcards.keys():
-        return RUNS[wildcards.run][0]
+        return (RUNS | TRIALS)[wildcards.run][0]
     return next(experiment for experiment in EXPERIMENTS if experiment.experiment == wildcards.experiment)
 
 
 def run_settings(runs):
-    """The settings of runs that differ in the seed alone, as options of the command line."""
-    experiment, seeds = RUNS[runs[0]][0], [RUNS[run][1] for run in runs]
+    """The settings of runs that differ in the seed alone, as options of the command line; of trials with all learning rates."""
+    experiment, seeds = (RUNS | TRIALS)[runs[0]][0], [(RUNS | TRIALS)[run][1] for run in runs]
     settings = settings_of(experiment, seeds[0], config).as_record()
     words = command_line_options.words_of(settings.pop("options"))
+    if runs[0] in TRIALS:
+        settings["learning_rate"] = [float(f"{factor * settings['learning_rate']:.6g}") for factor in config["tuning"]["factors"]]
     return options({**settings, "seed": seeds, **({"options": words} if words else {})})
+
+
+def probe_of(run):
+    """What a run's method finds before training; nothing of a method without such a phase."""
+    return [f"{R}/probes/{run}/prepared.safetensors"] if prepares((RUNS | TRIALS)[run][0]) else []
+
+
+def tuned_by(experiment):
+    """What chooses an experiment's learning rate; nothing where the sheet or the configuration says it."""
+    return [f"{R}/tuning/{run}.json" for run, (tried, _) in TRIALS.items() if tried is experiment]
+
+
+def prepared_option(wildcards, input):
+    """The same as an option of the command line."""
+    return options({"prepared": input.prepared[0]}) if input.prepared else ""
 
 
 def prepares(experiment):

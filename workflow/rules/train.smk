@@ -1,4 +1,4 @@
-# Training, then the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
+# Where a row's learning rate is tuned its trials, then training and the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
 # which is no output of the rule: Snakemake removes the outputs of unfinished jobs.
 
 
@@ -28,6 +28,41 @@ rule probe:
         "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 
+# Only for rows with `learning_rate=tuned`: all trials of a row in one process, which its runs wait for.
+rule tune:
+    input:
+        unpack(run_inputs),
+        prepared=lambda wildcards: probe_of(wildcards.run),
+    output:
+        f"{R}/tuning/{{run}}.json",
+    log:
+        f"{R}/logs/tune/{{run}}.log",
+    benchmark:
+        f"{R}/benchmarks/tune/{{run}}.tsv"
+    wildcard_constraints:
+        run=one_of(TRIALS),
+    threads: config["training"]["threads"] * PROCESSES
+    resources:
+        **gpus(config["training"]["gpus"]),
+        cpus_per_task=config["training"]["threads"] * PROCESSES,
+        mem_mb=memory(config["training"]["mem_mb"]),
+        runtime=config["training"]["runtime"],
+    params:
+        launch=LAUNCH,
+        inputs=run_input_options,
+        prepared=prepared_option,
+        settings=lambda wildcards: run_settings([wildcards.run]),
+        checkpoint=lambda wildcards: f"{R}/checkpoints/{wildcards.run}",
+        threads=config["training"]["threads"],
+        workers=config["training"]["workers"],
+        checkpoint_every=config["training"]["checkpoint_every"],
+        log_every=config["training"]["log_every"],
+    shell:
+        recorded("tune", "run") + "{params.launch} tune {params.inputs} {params.prepared} --output {output:q} "
+        "--checkpoint {params.checkpoint:q} --checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
+        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
+
+
 # Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
 # rule has the same number of outputs in all its jobs.
 ALONE = [run for run, job in TRAINED_WITH.items() if len(job) == 1]
@@ -44,9 +79,8 @@ for seeds, experiments in {(): [], **TOGETHER}.items():
             "_".join(map(str, ["train_seeds", *seeds])) if seeds else "train"
         input:
             unpack(run_inputs),
-            prepared=lambda wildcards: (
-                [f"{R}/probes/{wildcards.run}/prepared.safetensors"] if prepares(experiment_of(wildcards)) else []
-            ),
+            prepared=lambda wildcards: probe_of(wildcards.run) if "run" in wildcards.keys() else [],
+            tuned=lambda wildcards: tuned_by(experiment_of(wildcards)),
         output:
             model=[directory(f"{R}/models/{run}") for run in runs],
             predictions=[directory(f"{R}/predictions/{run}") for run in runs],
@@ -67,7 +101,8 @@ for seeds, experiments in {(): [], **TOGETHER}.items():
             launch=LAUNCH,
             job=lambda wildcards, output: Path(output.model[0]).name,
             inputs=run_input_options,
-            prepared=lambda wildcards, input: options({"prepared": input.prepared[0]}) if input.prepared else "",
+            prepared=prepared_option,
+            tuned=lambda wildcards, input: options({"tuned": input.tuned[0]}) if input.tuned else "",
             settings=lambda wildcards, output: run_settings([Path(model).name for model in output.model]),
             checkpoints=lambda wildcards, output: [f"{R}/checkpoints/{Path(model).name}" for model in output.model],
             threads=config["training"]["threads"],
@@ -75,7 +110,7 @@ for seeds, experiments in {(): [], **TOGETHER}.items():
             checkpoint_every=config["training"]["checkpoint_every"],
             log_every=config["training"]["log_every"],
         shell:
-            recorded("train", job="{params.job:q}") + "{params.launch} train {params.inputs} {params.prepared} "
+            recorded("train", job="{params.job:q}") + "{params.launch} train {params.inputs} {params.prepared} {params.tuned} "
             "--model {output.model:q} --predictions {output.predictions:q} --checkpoint {params.checkpoints:q} "
             "--checkpoint-every {params.checkpoint_every} --log-every {params.log_every} "
             "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"

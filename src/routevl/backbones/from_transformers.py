@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from routevl.errors import RoutevlError
+from routevl.errors import RoutevlError, first_line
 
 
 def transformers_config(folder: Path) -> PretrainedConfig:
@@ -44,8 +44,3 @@ def of_the_folder(auto_class: type, folder: Path, what: str) -> Any:
         return auto_class.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RoutevlError(f"backbone {folder}: no readable {what} ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says first."""
-    return str(error).strip().partition("\n")[0]

@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from routevl.backbones.folder import check_folder, fingerprint_of
-from routevl.backbones.from_transformers import first_line
 from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
 from routevl.backbones.vision_timm import TimmFolder
 from routevl.backbones.vision_transformers import TransformersFolder
-from routevl.errors import RoutevlError
+from routevl.errors import RoutevlError, first_line
 from routevl.features.index import TOKENS
 from routevl.files import read_json
 

@@ -14,9 +14,8 @@ from timm.layers import Format
 from timm.layers.format import get_channel_dim
 from torch import Tensor, nn
 
-from routevl.backbones.from_transformers import first_line
 from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
-from routevl.errors import RoutevlError
+from routevl.errors import RoutevlError, first_line
 
 
 class TimmFolder(VisionFolder):

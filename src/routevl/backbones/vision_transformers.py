@@ -14,13 +14,12 @@ from transformers import MODEL_MAPPING, AutoImageProcessor, PretrainedConfig, Pr
 
 from routevl.backbones.from_transformers import (
     check_complete,
-    first_line,
     load_transformers,
     of_the_folder,
     transformers_config,
 )
 from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
-from routevl.errors import RoutevlError
+from routevl.errors import RoutevlError, first_line
 
 # Parameters of a model's `embeddings`, each of one or more tokens that stand in front of the patches; the first two make
 # class tokens.

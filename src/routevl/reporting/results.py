@@ -42,6 +42,8 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
         details: all settings and options by name, beside task, method, routing and seed, which may tell runs apart.
         variant, variant_number: in words, and counted from 1, how a row differs from the first one of its group and method in
             more than the routing function; "" and 0 where it does not.
+        learning_rates_tried: how many its learning rate was chosen among, 1 where it was not; at_edge: whether it is the smallest
+            or the largest of several.
         learned: as in `has_learned`.
         blind: whether the run never sees the image: neither its method nor its prefix reads it. Not so a run whose `control`
             replaces the image, which reads what stands in for it.
@@ -87,6 +89,7 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
         "routing": settings.options.get("routing", "none"),
         "options": " ".join(words_of(record["options"] | of_sheet)),
         "details": {k: v for k, v in details.items() if k not in ("task", "method", "routing", "seed", "options")},
+        **_choice(content, settings),
         "learned": has_learned(model),
         "blind": not (settings.prefix or settings.new_method().uses_image),
         **{name: content[name] for name in _COUNTS},
@@ -94,6 +97,15 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
         "n": scored["n"],
         "missing": scored.get("missing", {}),
         **metrics,
+    }
+
+
+def _choice(run: Mapping[str, Any], settings: RunSettings) -> dict[str, Any]:
+    """How a run's learning rate was chosen, of its run.json."""
+    tried = [trial["learning_rate"] for trial in run["tuned"]["trials"]] if "tuned" in run else [settings.learning_rate]
+    return {
+        "learning_rates_tried": len(tried),
+        "at_edge": len(tried) > 1 and settings.learning_rate in (min(tried), max(tried)),
     }
 
 

@@ -19,11 +19,12 @@ from routevl.methods.base import WEIGHTS
 from routevl.methods.table import METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
-from routevl.reporting.formats import Table, number, signed, write_table
-from routevl.reporting.names import DAGGER, backbones, heading_of, plural, setting_cells
+from routevl.reporting.formats import Table, number, signed, without_shared, write_table
+from routevl.reporting.names import DAGGER, backbones, differing, heading_of, in_words, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
 from routevl.reporting.results import LEAST_BASELINE, collect, gains, not_learned_note
 from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
+from routevl.sheet import read_sheet
 from routevl.tasks.table import TASKS
 
 _IDENTITY = [
@@ -33,6 +34,12 @@ _IDENTITY = [
 _PARTS = ("method", "layer_norm", "head", "visual_projection")  # of the trainable parameters; a method may have others
 _TIMINGS = {"step_ms_median": 1, "samples_per_second": 0, "peak_memory_mb": 0, "train_seconds": 0}  # column -> digits shown
 _SAVED = ("adapter_model.safetensors", WEIGHTS)  # where a run has its method's own tensors
+
+COMPARISONS = {
+    "T4_ablations": "Ablations and controls",
+    "T5_cross_attention": "Routing against cross-attention with parameters",
+    "T7_methods": "Methods",
+}
 
 _INTERVALS = (
     "Intervals are 95% intervals, paired by item, over what is independent, which `Interval over` names. *Images*: images "
@@ -58,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise RoutevlError(f"unknown table {arguments.name!r}, expected one of {', '.join(TABLES)}")
     if arguments.output.suffix != ".csv":
         raise RoutevlError(f"--output {arguments.output}: expected a name that ends in .csv")
-    makers = {"T0_claims": claims_table, "T6_cost": cost_table, "T7_methods": methods_table}
+    makers = {"T0_claims": claims_table, "T6_cost": cost_table, **dict.fromkeys(COMPARISONS, comparison_table)}
     table = makers.get(arguments.name, score_table)(arguments)
     write_table(arguments.output, arguments.name, table)
 
@@ -244,11 +251,7 @@ def cost_table(arguments: argparse.Namespace) -> Table:
         record = _identity(group)
         record |= {f"{part}_params": first["trainable_params_by_part"].get(part, 0) for part in parts}
         record |= _over_seeds(group, _TIMINGS)
-        model = arguments.results / "models" / first["run"]
-        saved = [path for path in map(model.joinpath, _SAVED) if path.is_file()]
-        if not saved:
-            raise RoutevlError(f"{model}: holds neither {' nor '.join(_SAVED)}")
-        record["saved_bytes"] = sum(path.stat().st_size for path in saved)
+        record["saved_bytes"] = _saved_bytes(arguments.results, group)
         record["device"] = "; ".join(sorted(set(group["device"])))
         step, samples, memory, train = (_plus_minus(record, timing, digits=digits) for timing, digits in _TIMINGS.items())
         records.append(record)
@@ -272,38 +275,97 @@ def cost_table(arguments: argparse.Namespace) -> Table:
     return Table("Cost of training", pd.DataFrame(records), pd.DataFrame(shown), notes, details)
 
 
-def methods_table(arguments: argparse.Namespace) -> Table:
-    """T7: what each method trains, scores and costs, task by task in the order of the list of methods."""
-    runs = collect(arguments.experiments, arguments.results, "T7")
-    order, found = [*TASKS, *METHODS], gains(runs, arguments.results)
-    runs = runs.sort_values(["task", "method"], key=lambda names: names.map(order.index), kind="stable")
+def comparison_table(arguments: argparse.Namespace) -> Table:
+    """T4, T5 or T7: what each experiment of all tasks scores, gains over the one that its `versus` names, trains and costs; T7 in
+    the order of the list of methods.
+
+    Raises RoutevlError where an experiment feeds T7 whose gain is over something else than plain LoRA.
+    """
+    feeds, of_methods = arguments.name.split("_")[0], arguments.name == "T7_methods"
+    runs = collect(arguments.experiments, arguments.results, feeds)
+    found = gains(runs, arguments.results)
+    if of_methods:
+        _check_against_lora(arguments.experiments, runs)
+        order = [*TASKS, *METHODS]
+        runs = runs.sort_values(["task", "method"], key=lambda names: names.map(order.index), kind="stable")
     tasks = [TASKS[task] for task in runs["task"].unique()]
+    named = {row["experiment"]: row for row in runs.drop_duplicates("experiment").to_dict("records")}
     records, shown = [], []
     for group, settings in _by_experiment(runs):
         first = group.iloc[0]
         gain, task, method = found.get(first["experiment"], Gain()), TASKS[first["task"]], METHODS[first["method"]]
         means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
         scores = _over_seeds(group, [of.metric for of in tasks])
-        record = _identity(group) | {"label": method.label, "family": method.family}
-        record |= {"learning_rate": first["details"]["learning_rate"], **scores, **gain.absolute.columns("gain", "gain_ci")}
-        record |= {"ci_over": gain.absolute.over, "no_verdict": gain.no_verdict}
+        others = [row for row in named.values() if (row["task"], row["method"]) == (first["task"], first["method"])]
+        differs = in_words(differing(named[first["experiment"]], [named.get(first["versus"], others[0])]))
+        record = _identity(group) | {"label": method.label, "family": method.family, "differs": differs}
+        record |= {name: first[name] for name in ("learning_rates_tried", "at_edge")}
+        record |= {"learning_rate": first["details"]["learning_rate"], **scores}
+        record |= gain.absolute.columns("gain_vs_lora" if of_methods else "gain", "gain_ci")
+        record |= {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
         record |= {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
+        record["saved_bytes"] = _saved_bytes(arguments.results, group)
         records.append(record)
+        names = {} if of_methods else {"Differs in": differs, "Against": first["versus"]}
         shown.append(
             {"Task": task.label}
-            | _head(group, settings)
+            | _head(group, names)
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
-            | {"Gain [95% CI]": signed(gain.absolute.times(task.scale)), "Interval over": gain.absolute.over}
-            | {"Seeds": str(len(group)), **_size(record)}
+            | {"Gain [95% CI]": signed(gain.absolute.times(task.scale)), "Verdict": _verdict(gain)}
+            | {"Interval over": gain.absolute.over, "Seeds": str(len(group)), **_size(record)}
             | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}
+            | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Rates tried": str(record["learning_rates_tried"])}
+            | settings
         )
+    readable = pd.DataFrame(shown)
+    if not of_methods:  # `Differs in` tells what not all rows share
+        readable = readable.drop(columns=[*settings.keys() & without_shared(readable, settings)[1].keys()])
     scaled = [f"{of.word} are shown times {of.scale:g}" for of in tasks if of.scale != 1]
     notes = [
         f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: in the task's score over the experiment that the "
-        f"run sheet names in its column `versus`. {_INTERVALS} Params: all trainable parameters, with the layer norms, task "
-        "head and visual projection. Timings compare only within one device."
-        + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+        f"run sheet names in its column `versus`{', plain LoRA' if of_methods else ''}. {_INTERVALS} Verdict: at {LEVEL:.0%}, "
+        "after Holm's correction for the number of comparisons of the task in this table. Params: all trainable parameters, with "
+        "the layer norms, task head and visual projection. Saved: the method's own tensors. Timings compare only within one "
+        "device." + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+        *_tuning_notes(runs),
         *_not_learned_notes(runs),
     ]
-    details = ["Routing", *settings, "Interval over", "Seeds"]
-    return Table("Methods", pd.DataFrame(records), pd.DataFrame(shown), notes, details)
+    details = [name for name in ("Routing", *settings, "Interval over", "Seeds", "Rates tried") if name in readable]
+    return Table(COMPARISONS[arguments.name], pd.DataFrame(records), readable, notes, details)
+
+
+def _check_against_lora(sheet: Path, runs: pd.DataFrame) -> None:
+    plain = {e.experiment for e in read_sheet(sheet) if e.method == "lora" and e.options.get("routing", "none") == "none"}
+    for experiment, versus in runs[["experiment", "versus"]].drop_duplicates().itertuples(index=False):
+        if versus and versus not in plain:
+            raise RoutevlError(
+                f"{sheet}: experiment {experiment} feeds T7, whose gains are over plain LoRA: {versus} is not that"
+            )
+
+
+def _verdict(gain: Gain) -> str:
+    """A comparison's verdict in a word or two; "" where there is none."""
+    if gain.no_verdict or math.isnan(gain.absolute.estimate):
+        return ""
+    return {1: "better", -1: "worse", 0: "no difference"}[gain.verdict]
+
+
+def _tuning_notes(runs: pd.DataFrame) -> list[str]:
+    """How the learning rates were chosen, and where the best one stands at the end of those that were tried."""
+    tuned = runs[runs["learning_rates_tried"] > 1].drop_duplicates("experiment")
+    if tuned.empty:
+        return []
+    tried = " or ".join(map(str, sorted(set(tuned["learning_rates_tried"]))))
+    edge = ", ".join(f"`{name}`" for name in tuned[tuned["at_edge"]]["experiment"])
+    which = f" It is the smallest or largest of them, so that a better one may lie beyond, in {edge}." if edge else ""
+    rows = plural(len(tuned), "row")
+    return ["", f"The learning rate of {rows} was chosen among {tried} on the validation split, by runs of another seed.{which}"]
+
+
+def _saved_bytes(results: Path, group: pd.DataFrame) -> int:
+    """Size of the tensors of an experiment's method. Raises RoutevlError where a run has none."""
+    model = results / "models" / group["run"].iloc[0]
+    saved = [path for path in map(model.joinpath, _SAVED) if path.is_file()]
+    if not saved:
+        raise RoutevlError(f"{model}: holds neither {' nor '.join(_SAVED)}")
+    return sum(path.stat().st_size for path in saved)

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from routevl.backbones import pretrain_text, pretrain_vision
 from routevl.backbones.fetch import SMALL_FILES, hub_snapshot
-from routevl.backbones.from_transformers import first_line
 from routevl.backbones.skeleton import no_weights, run_for_shapes
 from routevl.backbones.structure import NAME_THEM
 from routevl.backbones.text import text_skeleton
 from routevl.backbones.vision import Tokens, vision_tokens
+from routevl.configuration import read_configuration
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.progress import progress
@@ -53,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
     config = read_configuration(arguments.configuration)
+    if missing := {"experiments", "backbones", "features", "runs", "tasks"} - config.keys():
+        raise RoutevlError(f"{arguments.configuration}: not a configuration of the workflow: it has no key {min(missing)}")
     experiments = read_sheet(config["experiments"])
     check_sheet(experiments, config)
     cases = distinct_cases(experiments, config)
@@ -75,17 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise RoutevlError(last)
     if arguments.output:
         write_json(arguments.output, {"asked": arguments.asked, "checked": checked})
-
-
-def read_configuration(path: str) -> dict[str, Any]:
-    """A configuration's file. Raises RoutevlError where it is not one."""
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RoutevlError(f"{path}: not a readable YAML file ({first_line(error)})") from None
-    if not isinstance(config, dict) or not {"experiments", "backbones", "features", "runs", "tasks"} <= config.keys():
-        raise RoutevlError(f"{path}: not a configuration of the workflow")
-    return config
 
 
 class Folders:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,8 +24,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_file
+from routevl.files import atomic_file, lock
 from routevl.tasks.base import VisionLanguageModel
+
+CHECKPOINT = "checkpoint.safetensors"  # in a folder of its own, beside the lock of the job that writes it
 
 
 def training_state(model: VisionLanguageModel, optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -257,3 +262,25 @@ def _digest(tensor: Tensor) -> str:
 
 def _bytes_of(tensor: Tensor) -> numpy.ndarray:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+@contextmanager
+def held(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder of a checkpoint while the body runs; wait while another job does."""
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            file = stack.enter_context(lock(folder / "lock"))
+            os.register_at_fork(after_in_child=file.close)  # else loaders hold it for seconds after this process was killed
+        accelerator.wait_for_everyone()
+        yield
+
+
+def forget(checkpoint: Path) -> None:
+    """Delete what training has written into the checkpoint's folder, and the folder unless it holds anything else."""
+    for path in [checkpoint / CHECKPOINT, *checkpoint.glob(f".{CHECKPOINT}.*.tmp"), checkpoint / "lock"]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        checkpoint.rmdir()

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from routevl import settings as run_settings
 from routevl.errors import RoutevlError
-from routevl.files import check_replaceable, lock
-from routevl.options import at_least
+from routevl.files import check_replaceable
 from routevl.settings import RunSettings
 from routevl.signals import stop_handlers_kept
+from routevl.training.checkpoint import forget, held
 from routevl.training.distributed import new_accelerator
-from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.predict import write_predictions
-from routevl.training.trainer import Trainer
+from routevl.training.trainer import Trainer, add_training_arguments
+from routevl.training.tune import with_tuned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl train`."""
-    add_inputs(parser)
+    add_training_arguments(parser)
     of_each = {"nargs": "+", "required": True, "metavar": "FOLDER"}
-    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares; of one seed")
     parser.add_argument("--model", help="where the trained weights go; one for each seed, as of what follows", **of_each)
     parser.add_argument("--predictions", help="where the test split's predictions go", **of_each)
     parser.add_argument("--checkpoint", help="state of an unfinished run; resumed from when there", **of_each)
-    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
-    parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
-    run_settings.add_arguments(parser, seeds=True)
+    parser.add_argument(
+        "--tuned", metavar="JSON", help="what `routevl tune` chose: a learning rate that takes the place of --learning-rate"
+    )
+    run_settings.add_arguments(parser, several="seed")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,22 +44,21 @@ def run(arguments: argparse.Namespace) -> None:
     """
     runs = of_each_seed(arguments)
     settings = [run_settings.from_arguments(one) for one in runs]
+    if arguments.tuned is not None:
+        settings = [with_tuned(of_one, arguments.tuned) for of_one in settings]
     for one in runs:
         check_replaceable(one.model, "run.json")  # before the work, not after it
         check_replaceable(one.predictions, "results.json")
     accelerator = new_accelerator(settings[0])
     with ExitStack() as locks:
         for one, of_one in zip(runs, settings, strict=True):
-            if accelerator.is_main_process:
-                held = locks.enter_context(lock(Path(one.checkpoint) / "lock"))
-                os.register_at_fork(after_in_child=held.close)  # else loaders hold it for seconds after this process was killed
-            accelerator.wait_for_everyone()
+            locks.enter_context(held(Path(one.checkpoint), accelerator))
             with stop_handlers_kept():
                 _train(of_one, one, accelerator)
         # Not before: Snakemake deletes the outputs of a job that ends before its last run.
         if accelerator.is_main_process:
             for one in runs:
-                _forget(Path(one.checkpoint))
+                forget(Path(one.checkpoint))
     accelerator.end_training()
 
 
@@ -100,14 +97,3 @@ def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Ac
     if not finished:
         trainer.stop.exit_at_once(f"train {trainer.run}: told to stop, training is done, predictions are not")
         write_predictions(trainer.task, accelerator, predictions, trainer.to_predict, arguments.workers)
-
-
-def _forget(checkpoint: Path) -> None:
-    """Delete what training has written into the checkpoint's folder, and the folder unless it holds anything else."""
-    for path in [checkpoint / "checkpoint.safetensors", *checkpoint.glob(".checkpoint.safetensors.*.tmp"), checkpoint / "lock"]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty
-        checkpoint.rmdir()

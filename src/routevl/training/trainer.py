@@ -23,13 +23,14 @@ from transformers import get_linear_schedule_with_warmup
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, read_json, sha256_of, write_json
 from routevl.methods.base import Method
-from routevl.options import words_of
+from routevl.options import at_least, words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.signals import StopSignal, exit_status, ignore_stop_signals
 from routevl.tasks.base import Task
 from routevl.training.card import Card
 from routevl.training.checkpoint import (
+    CHECKPOINT,
     digests,
     load_checkpoint,
     refuse_other_names,
@@ -39,12 +40,25 @@ from routevl.training.checkpoint import (
 )
 from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
+from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import Optimisation, compile_layers, prepare_torch
 from routevl.training.order import data_loader, epoch_order, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
 
 LEAST_LEARNED = 0.001  # of a constant answer's value
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the stages that train, beside those of the settings."""
+    add_inputs(parser)
+    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares; of one seed")
+    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+    parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
+
+
+class Diverged(RoutevlError):
+    """The loss, or a validation score, is no longer a finite number."""
 
 
 class Trainer:
@@ -99,16 +113,15 @@ class Trainer:
         self.best_epoch: dict[str, Any] = {}  # its line of the history
         self.clock = Clock(accelerator.device)
         self.stop = StopSignal()
-        self.checkpoint = Path(arguments.checkpoint) / "checkpoint.safetensors"
+        self.checkpoint = Path(arguments.checkpoint) / CHECKPOINT
 
     # -- the loop
 
     def fit(self) -> None:
         """Train to the last epoch, from the checkpoint if there is one.
 
-        Raises:
-            RoutevlError: the checkpoint is damaged or of another run; the loss is no longer a finite number.
-            SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
+            Raises:
+        XX: with `exit_status`, after a stop signal; the checkpoint is then on disk.
         """
         self.stop.remember()
         self._resume()
@@ -217,7 +230,7 @@ class Trainer:
             if not math.isfinite(value):
                 settings = [*words_of(self.settings.options), f"learning_rate={self.settings.learning_rate}"]
                 scale = " or set visual_scale to tanh or layer_norm" if "visual_scale" in self.settings.options else ""
-                raise RoutevlError(
+                raise Diverged(
                     f"training diverged: {name} is {value} at step {line['step']} of {self.total_steps} of run {self.run} "
                     f"({self.settings.method} {' '.join(settings)}); lower learning_rate{scale}"
                 )
@@ -300,9 +313,11 @@ class Trainer:
                 shutil.copy(self.arguments.prepared, temporary / PREPARED)
             write_json(temporary / "last" / "state.json", state)
             (temporary / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+            tuned = {"tuned": read_json(self.arguments.tuned)} if self.arguments.tuned else {}
             record = {
                 "run": self.run,
                 "settings": self.settings.as_record(),
+                **tuned,
                 "inputs": self.inputs,
                 "execution": self.execution,
                 "best_epoch": self.best_epoch,
