@@ -151,17 +151,19 @@ def test_the_parts_are_found_without_weights_and_the_model_is_left_as_it_was(fol
     model, _ = load_text_backbone(text_folder(BY_NAME["GPT2"], folder), "decoder")
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     found = structure_of(model)
     assert all(module.training for module in model.modules())
     assert all("forward" not in vars(module) for module in model.modules())
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight), nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):  # positions are in what the sub-layers' outputs are added to
+            nn.init.zeros_(module.weight)
     assert structure_of(model) == found
 
 

@@ -8,6 +8,9 @@ inputs depend on directly. The input of an attention's output projection at one 
 * the query of its own position, and on no query where there is one position.
 
 So the projections are told apart to the component, also where one module holds several of them side by side or head by head.
+What the output of an attention or a feed-forward part is added to, the next module that reads something else tells: it reads
+the sum.
+
 Weights are not read: a model on the meta device will do, as long as its buffers are real.
 """
 
@@ -16,9 +19,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -55,7 +59,10 @@ class Structure:
         fused: name of a module that computes more than one of them -> how.
         attention_outputs: output projections of attention over the text itself.
         cross_attention_outputs: of attention over what an encoder has read.
+        cross_attention_values: the modules that compute its values.
         feed_forward_outputs: the last module of each layer's feed-forward part.
+        sub_layer_inputs: name of one of these outputs -> the last module before it that has read what the output is added to;
+            only where there is one.
         shared: modules that also read what is of no example, such as a table of relative positions.
     """
 
@@ -63,7 +70,9 @@ class Structure:
     fused: Mapping[str, Fused] = field(default_factory=dict)
     attention_outputs: tuple[str, ...] = ()
     cross_attention_outputs: tuple[str, ...] = ()
+    cross_attention_values: tuple[str, ...] = ()
     feed_forward_outputs: tuple[str, ...] = ()
+    sub_layer_inputs: Mapping[str, str] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
 
     def computing(self, *roles: str) -> list[str]:
@@ -88,7 +97,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
     try:
-        one, several = (_run(model, linears, *lengths) for lengths in LENGTHS)
+        (one, _), (several, reads) = (_run(model, linears, *lengths) for lengths in LENGTHS)
         attentions = _attentions(one, several)
     except Exception as error:  # of the model's own code, of any kind
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -105,12 +114,17 @@ def structure_of(model: PreTrainedModel) -> Structure:
             parts.setdefault(name, own)
     itself, cross = ([a.output for a in attentions if a.cross is crossed] for crossed in (False, True))
     called = [call.name for call in several if call.hidden_states is not None]
+    feed_forward = _feed_forward_outputs(linears, called, itself, {*parts, *itself, *cross})
     return Structure(
         roles={name: frozenset(own) for name, own in parts.items()},
         fused={name: _layout(name, own) for name, own in parts.items() if len(own) > 1},
         attention_outputs=tuple(dict.fromkeys(itself)),
         cross_attention_outputs=tuple(dict.fromkeys(cross)),
-        feed_forward_outputs=_feed_forward_outputs(linears, called, itself, {*parts, *itself, *cross}),
+        cross_attention_values=tuple(
+            dict.fromkeys(n for a in attentions if a.cross for n, own in a.parts.items() if VALUE in own)
+        ),
+        feed_forward_outputs=feed_forward,
+        sub_layer_inputs=_sub_layer_inputs(reads, {*itself, *cross, *feed_forward}),
         shared=frozenset(call.name for call in several if call.hidden_states is None),
     )
 
@@ -141,9 +155,21 @@ class Call(NamedTuple):
     output: Tensor
 
 
-def _run(model: PreTrainedModel, linears: Mapping[str, nn.Module], length: int, encoder_length: int) -> list[Call]:
-    """The calls of the linear modules, in their order, in a forward pass whose linear outputs are replaced."""
+class Read(NamedTuple):
+    """What a module without parts was given, such as a norm or a linear module, and what it gave."""
+
+    name: str
+    given: Tensor
+    output: Tensor
+
+
+def _run(
+    model: PreTrainedModel, linears: Mapping[str, nn.Module], length: int, encoder_length: int
+) -> tuple[list[Call], list[Read]]:
+    """The calls of the linear modules in a forward pass whose linear outputs are replaced, and what it gives all modules without
+    parts to read; both in their order."""
     calls: list[Call] = []
+    reads: list[Read] = []
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     width = model.get_input_embeddings().weight.shape[1]
@@ -169,9 +195,20 @@ def _run(model: PreTrainedModel, linears: Mapping[str, nn.Module], length: int, 
 
         return forward
 
-    with _evaluated(model), ready_to_run(model, linears.values()), replaced(linears, stand_in), torch.enable_grad():
-        model(**inputs)
-    return calls
+    def note(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            copies = (tensor.detach().to(torch.float32, copy=True) for tensor in (args[0], output))  # the model may change them
+            reads.append(Read(name, *copies))
+
+    simple = linears | {name: module for name, module in model.named_modules() if not [*module.children()]}
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in simple.items()]
+    try:
+        with _evaluated(model), ready_to_run(model, linears.values()), replaced(linears, stand_in), torch.enable_grad():
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, reads
 
 
 @contextmanager
@@ -278,6 +315,24 @@ def _feed_forward_outputs(
                 found += same_width[-1:]
                 break
     return tuple(dict.fromkeys(found))
+
+
+# -------------------------------------------------------------------------------- residual addition
+
+
+def _sub_layer_inputs(reads: list[Read], outputs: Collection[str]) -> dict[str, str]:
+    """Of each output the module that has read, last before it, what it is added to: the sum, without the output."""
+    found = {}
+    for place, (name, _, output) in enumerate(reads):
+        if name not in outputs:
+            continue
+        later = (read.given for read in reads[place + 1 :] if read.given.shape == output.shape)
+        added_to = next((given for given in later if not given.equal(output)), output) - output  # dropout reads the output alone
+        for read in reversed(reads[:place]):
+            if read.given.shape == output.shape and torch.allclose(read.given, added_to, atol=1e-4):
+                found[name] = read.name
+                break
+    return found
 
 
 # ------------------------------------------------------------------------------------------ targets
