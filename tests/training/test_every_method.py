@@ -17,7 +17,7 @@ from routevl.methods.table import METHODS, method_class
 from routevl.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
-SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "gradient_norm": {"share": 0.2, "batches": 2}}
+SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "compacter": {"r": 4}, "gradient_norm": {"share": 0.2, "batches": 2}}
 SMALL |= {name: {"r": 2} for name in ("peft_lora", "lora_bias", "dora")}
 SMALL |= {name: {"num_virtual_tokens": 3} for name in ("prompt_tuning", "prefix_tuning")}
 ROUTED = {"r": 2, "routing": "attn", "visual_scale": "tanh"}
@@ -58,6 +58,9 @@ def stop_after(run: Run, steps: int) -> None:
 def test_resumed_it_ends_in_the_same_bits_and_predicts_from_its_folder(
     small_world: SmallWorld, tmp_path: Path, method: str, task: str
 ) -> None:
+    refuses = method_class(method).refuses
+    if task == "caption" and "gpt2" in refuses:
+        pytest.skip(refuses["gpt2"])
     whole = method_run(small_world, tmp_path / "whole", task, method).train()
     cut = method_run(small_world, tmp_path / "cut", task, method)
     stop_after(cut, 3)

@@ -199,7 +199,7 @@ def test_disabled_it_is_the_base_model(case: tuple[str, str, dict[str, Any]]) ->
     method, kind, options = case
     model = shaken(build(method, kind, options, norms=False))
     if method == "lora_bias" or not hasattr(model.text_model, "disable_adapter"):
-        pytest.skip(f"{method} changes the text model's own parameters")
+        pytest.skip(f"{method} changes the text model's own parameters or modules")
     if METHODS[method].family == "prompt" and kind == "roberta":
         pytest.skip("peft disables prompts only where the model can generate")
     batch = batch_of(kind)
@@ -250,15 +250,29 @@ STACKS = {"roberta": LAYERS, "gpt2": LAYERS, "bart": 2 * LAYERS}  # layers with 
 BIASES = {kind: ATTENTIONS[kind] * 4 * D + STACKS[kind] * (FFN[kind] + D) for kind in FFN}
 
 
+def norms_by_hand(method: str, kind: str) -> int:
+    """Parameters of the layer norms that are trained: of VL-PET the encoder's."""
+    return 2 * D * (1 + 2 * LAYERS) if method.startswith("vl_pet") and kind == "bart" else NORMS[kind]
+
+
 def counted_by_hand(method: str, kind: str) -> int:
     """Trained parameters of the text model at width D, without the layer norms."""
     attentions, stacks, r = ATTENTIONS[kind], STACKS[kind], 4
     fused = kind == "gpt2"  # peft adapts query, key and value as one module there
     lora = attentions * (r * (D + 3 * D) if fused else 2 * r * (D + D))
     per_module = attentions * (1 if fused else 2)
+    bottleneck, sub_layers = 2 * D * r + r + D, attentions + stacks
+    vl_pet = 2 * LAYERS * bottleneck + (LAYERS * bottleneck if kind == "bart" else 0)  # the encoder's; the decoder's values
     return {
         "lora": attentions * 2 * r * (D + D),
         "adapter": 2 * stacks * (2 * D * r + r + D),  # after self-attention and feed-forward; not after BART's cross-attention
+        "vl_adapter": sub_layers * bottleneck,
+        "phm_adapter": sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
+        "compacter": sub_layers * 2 * (D + r) + sub_layers * (r + D) + 4**3,  # factors, biases, one rule
+        "vl_pet_large": vl_pet + 2 * LAYERS * bottleneck,
+        "vl_pet_middle_x": vl_pet + 2 * LAYERS * (D + 1),
+        "vl_pet_middle_y": vl_pet + 2 * LAYERS * D,
+        "vl_pet_small": vl_pet + 2 * LAYERS * (2 * D + 1),
         "peft_lora": lora,
         "lora_bias": lora + BIASES[kind],
         "dora": lora + attentions * (3 * D if fused else 2 * D),
@@ -287,7 +301,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
         assert 0 < counts["method"] <= options["share"] * (everything - NORMS[kind])
     else:
         assert counts["method"] == counted_by_hand(method, kind)
-    assert counts["layer_norm"] == NORMS[kind]
+    assert counts["layer_norm"] == norms_by_hand(method, kind)
     without = build(method, kind, options, norms=False).trainable_params_by_part()
     assert without["method"] + without["layer_norm"] - counts["method"] == {
         "ln_tuning": NORMS[kind], "full": NORMS[kind], "bitfit": NORMS[kind] // 2,

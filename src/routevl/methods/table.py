@@ -50,10 +50,19 @@ class MethodRow:
 
 
 _HU, _HAN = "Hu et al., 2022 (arXiv 2106.09685)", "Liu et al., 2024 (arXiv 2402.09353)"
+_KARIMI = "Karimi Mahabadi et al., 2021 (arXiv 2106.04647)"
+_VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
 
 METHODS = {
     "lora": MethodRow("LoRA", "low-rank", "Qu et al., 2024 (arXiv 2403.09377), equation 4", "lora:Lora"),
     "adapter": MethodRow("Adapter", "adapter", "Qu et al., 2024 (arXiv 2403.09377), equation 5", "adapter:Adapter"),
+    "vl_adapter": MethodRow("VL-Adapter", "adapter", "Sung et al., 2022 (arXiv 2112.06825)", "vl_adapter:VLAdapter"),
+    "phm_adapter": MethodRow("PHM-Adapter", "adapter", _KARIMI, "compacter:PhmAdapter"),
+    "compacter": MethodRow("Compacter", "adapter", _KARIMI, "compacter:Compacter"),
+    "vl_pet_large": MethodRow("VL-PET large", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "large"}),
+    "vl_pet_middle_x": MethodRow("VL-PET middle-X", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_x"}),
+    "vl_pet_middle_y": MethodRow("VL-PET middle-Y", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_y"}),
+    "vl_pet_small": MethodRow("VL-PET small", "adapter", _VL_PET, "vl_pet:VLPetSmall"),
     "peft_lora": MethodRow("LoRA (peft)", "low-rank", _HU, "from_peft:Lora"),
     "lora_bias": MethodRow("LoRA + biases", "low-rank", _HU, "from_peft:Lora", {"bias": "all"}),
     "dora": MethodRow("DoRA", "low-rank", _HAN, "from_peft:Lora", {"use_dora": True}),

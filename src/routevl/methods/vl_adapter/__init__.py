@@ -1,0 +1,60 @@
+"""VL-Adapter: a bottleneck after every sub-layer of the text model, for one task or for several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from routevl.errors import RoutevlError
+from routevl.methods.bottleneck import BottleneckMethod, BottleneckOptions
+from routevl.options import option
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from routevl.backbones.structure import Structure
+
+
+@dataclass(frozen=True)
+class TaskOptions(BottleneckOptions):
+    """Options of adapters that several tasks may have apart."""
+
+    sharing: str = option(
+        "what tasks share: `single`, all; `half_shared`, the down-projections; `multiple`, nothing", "single",
+        choices=("single", "half_shared", "multiple"),
+    )  # fmt: skip
+    tasks: int = option("tasks with projections of their own; of more than one, `task_id` travels beside each call", 1, least=1)
+
+
+class VLAdapter(BottleneckMethod):
+    """h + U gelu(D h) in place of the output h of every attention, cross-attention and feed-forward part."""
+
+    Options = TaskOptions
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        if options.sharing == "single" and options.tasks > 1:
+            raise RoutevlError(f"tasks is {options.tasks}, but with sharing=single all have the same adapters: leave tasks out")
+
+    def projections(self, device: torch.device) -> Callable[[int, int], nn.Module]:
+        """What makes the model's projections of their two widths."""
+        from routevl.methods.bottleneck.layer import linear
+
+        return lambda width, width_out: linear(width, width_out, device)
+
+    def adapt(self, text_model: nn.Module, parts: Structure) -> None:
+        from routevl.backbones.skeleton import widths_of
+        from routevl.methods.bottleneck.layer import Bottleneck, change_output
+        from routevl.methods.vl_adapter.layer import Adapter, streams_of_tasks
+
+        shared, tasks = self.options.sharing == "half_shared", self.options.tasks
+        conditioning = streams_of_tasks(text_model, tasks) if tasks > 1 else None
+        new = self.projections(text_model.device)
+        for name in (*parts.attention_outputs, *parts.cross_attention_outputs, *parts.feed_forward_outputs):
+            module = text_model.get_submodule(name)
+            width = widths_of(module)[1]
+            rank = self.rank(width)
+            downs = [new(width, rank)] * tasks if shared else [new(width, rank) for _ in range(tasks)]
+            change_output(module, Adapter([Bottleneck(down, new(rank, width)) for down in downs], conditioning))

@@ -1,0 +1,110 @@
+"""VL-PET's gates, and how a sub-layer gets one.
+
+A gate reads x, the input of the sub-layer, and h', its adapted output, both (B, T, d), and gives what h' is multiplied by:
+(B, T, d), (B, T, 1), (d) or (B, 1, 1), from the finest granularity to the coarsest. At the start σ is about 0.5, so that all but
+`middle_y` halve what the sub-layer adds; this is part of the method.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from routevl.conditioning import Conditioning
+from routevl.methods.bottleneck.layer import STANDARD_DEVIATION, Bottleneck, linear, plain_bottleneck
+from routevl.routing import mean_visual_token
+
+# x of the sub-layer that is running in this thread
+_INPUT: ContextVar[Tensor | None] = ContextVar("routevl_vl_pet_sub_layer_input", default=None)
+
+
+class LargeGate(nn.Module):
+    """σ(U_g gelu_new(D_g x)): (B, T, d), for each position and component."""
+
+    def __init__(self, width: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.bottleneck = plain_bottleneck(width, rank, width, device)
+
+    def forward(self, x: Tensor, adapted: Tensor) -> Tensor:
+        return self.bottleneck(x).sigmoid()
+
+
+class MiddleXGate(nn.Module):
+    """σ(w · (x + h') + c): (B, T, 1), for each position."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.score = linear(width, 1, device)
+
+    def forward(self, x: Tensor, adapted: Tensor) -> Tensor:
+        return self.score(x + adapted).sigmoid()
+
+
+class MiddleYGate(nn.Module):
+    """1 + g: (d), for each component."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(STANDARD_DEVIATION * torch.randn(width, device=device))
+
+    def forward(self, x: Tensor, adapted: Tensor) -> Tensor:
+        return 1 + self.offset
+
+
+class SmallGate(nn.Module):
+    """The mean over positions of σ(w · [x; h'] + c): (B, 1, 1), for each example.
+
+    Args:
+        conditioning: has `token_mask` (B, T), whose positions count; None: all count, padding too.
+    """
+
+    def __init__(self, width: int, device: torch.device, conditioning: Conditioning | None) -> None:
+        super().__init__()
+        self.score = linear(2 * width, 1, device)
+        self.conditioning = conditioning
+
+    def forward(self, x: Tensor, adapted: Tensor) -> Tensor:
+        gates = self.score(torch.cat([x, adapted], dim=-1)).sigmoid()  # (B, T, 1)
+        if self.conditioning is None:
+            return gates.mean(dim=1, keepdim=True)
+        mask = self.conditioning.per_position("token_mask", gates.shape[:2], "token_mask").to(gates.device)
+        return mean_visual_token(gates, mask)  # the masked mean over positions, whatever they hold
+
+
+class GatedBottleneck(nn.Module):
+    """G ∘ h', h' = h + the bottleneck of h."""
+
+    def __init__(self, bottleneck: Bottleneck, gate: nn.Module) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+        self.gate = gate
+
+    def forward(self, hidden_states: Tensor, x: Tensor) -> Tensor:
+        """h and x, (B, T, d) -> (B, T, d)."""
+        adapted = hidden_states + self.bottleneck(hidden_states)
+        return (adapted * self.gate(x, adapted)).to(hidden_states.dtype)
+
+
+def gate_sub_layer(text_model: nn.Module, first: str, last: str, bottleneck: Bottleneck, gate: nn.Module) -> None:
+    """Put a bottleneck and a gate after a sub-layer.
+
+    Args:
+        first: name of the module that reads the sub-layer's input x, (B, T, d).
+        last: name of the module that gives its output h, which then has them as its part `adapter`.
+    """
+    text_model.get_submodule(first).register_forward_pre_hook(_note_input)
+    module = text_model.get_submodule(last)
+    module.adapter = GatedBottleneck(bottleneck, gate)
+    module.register_forward_hook(_gated)
+
+
+def _note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    _INPUT.set(args[0])
+
+
+def _gated(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = _INPUT.get()
+    _INPUT.set(None)  # keep nothing alive until the next call
+    return module.adapter(output, x)
