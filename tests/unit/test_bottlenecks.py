@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartModel,
+    BloomConfig,
+    BloomForCausalLM,
     FNetConfig,
     FNetModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -463,13 +467,23 @@ def test_a_gate_reads_the_input_of_its_sub_layer_and_multiplies_all_that_is_adde
         torch.testing.assert_close(read[reads_sum], x + module.adapter(frozen, x))
 
 
-def test_what_is_added_to_a_sub_layers_output_is_found_in_any_model() -> None:
+def test_what_a_sub_layers_output_is_added_to_is_found_in_any_model() -> None:
     sizes = {"vocab_size": 50, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 4}
     llama = LlamaForCausalLM(LlamaConfig(intermediate_size=64, **sizes))
+    bloom = BloomForCausalLM(BloomConfig(**sizes))  # whose first norm reads what is normalised already
+    opt = OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=D, max_position_embeddings=40, **sizes))  # flattens positions
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=D, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
     assert structure_of(llama).sub_layer_inputs == {
         "model.layers.0.self_attn.o_proj": "model.layers.0.input_layernorm",
         "model.layers.0.mlp.down_proj": "model.layers.0.post_attention_layernorm",
+    }
+    assert structure_of(bloom).sub_layer_inputs == {
+        "transformer.h.0.self_attention.dense": "transformer.h.0.input_layernorm",
+        "transformer.h.0.mlp.dense_4h_to_h": "transformer.h.0.post_attention_layernorm",
+    }
+    assert structure_of(opt).sub_layer_inputs == {
+        "model.decoder.layers.0.self_attn.out_proj": "model.decoder.layers.0.self_attn_layer_norm",
+        "model.decoder.layers.0.fc2": "model.decoder.layers.0.final_layer_norm",
     }
     assert structure_of(t5).sub_layer_inputs == {
         "encoder.block.0.layer.0.SelfAttention.o": "encoder.block.0.layer.0.layer_norm",
@@ -479,8 +493,10 @@ def test_what_is_added_to_a_sub_layers_output_is_found_in_any_model() -> None:
         "decoder.block.0.layer.2.DenseReluDense.wo": "decoder.block.0.layer.2.layer_norm",
     }
     assert structure_of(t5).cross_attention_values == ("decoder.block.0.layer.1.EncDecAttention.v",)
-    model = moved(adapted("vl_pet_middle_y", t5))
-    assert model(**ids_of(model)).logits.isfinite().all()
+    for text_model in (llama, bloom, opt, t5):
+        before = text_model.eval()(**ids_of(text_model)).logits
+        model = moved(adapted("vl_pet_large", text_model))
+        assert not torch.allclose(model(**ids_of(model)).logits, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("base", [roberta, bart])

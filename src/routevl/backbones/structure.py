@@ -156,7 +156,7 @@ class Call(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a module without parts was given, such as a norm or a linear module, and what it gave."""
+    """What a module without parts was given, such as a norm or a linear module, and what it gave: (positions, d) float32."""
 
     name: str
     given: Tensor
@@ -196,9 +196,9 @@ def _run(
         return forward
 
     def note(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            copies = (tensor.detach().to(torch.float32, copy=True) for tensor in (args[0], output))  # the model may change them
-            reads.append(Read(name, *copies))
+        tensors = [tensor for tensor in (*args[:1], output) if isinstance(tensor, Tensor) and tensor.dim() > 1]
+        if len(tensors) == 2:  # copied, since the model may change them in place
+            reads.append(Read(name, *(tensor.detach().to(torch.float32, copy=True).flatten(0, -2) for tensor in tensors)))
 
     simple = linears | {name: module for name, module in model.named_modules() if not [*module.children()]}
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in simple.items()]
@@ -328,10 +328,10 @@ def _sub_layer_inputs(reads: list[Read], outputs: Collection[str]) -> dict[str, 
             continue
         later = (read.given for read in reads[place + 1 :] if read.given.shape == output.shape)
         added_to = next((given for given in later if not given.equal(output)), output) - output  # dropout reads the output alone
-        for read in reversed(reads[:place]):
-            if read.given.shape == output.shape and torch.allclose(read.given, added_to, atol=1e-4):
-                found[name] = read.name
-                break
+        before = [read for read in reversed(reads[:place]) if read.given.shape == output.shape]
+        nearest = min(before, key=lambda read: (read.given - added_to).abs().max(), default=None)  # a norm may change little
+        if nearest and torch.allclose(nearest.given, added_to, atol=1e-4):
+            found[name] = nearest.name
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from routevl.methods.base import Method
 from routevl.options import option
@@ -24,8 +24,6 @@ class BottleneckOptions:
 
 class BottleneckMethod(Method):
     """A method whose bottlenecks stand beside the frozen modules whose outputs they change, which keep their names."""
-
-    Options: ClassVar[type] = BottleneckOptions
 
     def adapt(self, text_model: nn.Module, parts: Structure) -> None:
         """Put the bottlenecks in."""
