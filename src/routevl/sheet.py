@@ -288,8 +288,12 @@ def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
             raise RoutevlError(f"{where}: the seed {config['tuning']['seed']} is that of the trials (tuning.seed): take others")
         settings = settings_of(experiment, max(experiment.seeds), config)
         refuses = method_class(experiment.method).refuses
+        chosen = {
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "freeze_layer_norm=no": not settings.freeze_layer_norm,
+        }
         of = {experiment.task: "task", model_type(config["backbones"]["text"], experiment.text_backbone): "text model"}
-        for what, kind in (of | ({"gradient_checkpointing": "setting"} if settings.gradient_checkpointing else {})).items():
+        for what, kind in (of | {name: "setting" for name, is_so in chosen.items() if is_so}).items():
             if what in refuses:
                 raise RoutevlError(f"{where}: the method {experiment.method} refuses the {kind} {what}: {refuses[what]}")
 

@@ -18,6 +18,7 @@ from routevl.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
 SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "compacter": {"r": 4}, "gradient_norm": {"share": 0.2, "batches": 2}}
+SMALL |= {"lst": {"reduction": 2, "samples": 8, "dropout": 0.0}}
 SMALL |= {name: {"r": 2} for name in ("peft_lora", "lora_bias", "dora")}
 SMALL |= {name: {"num_virtual_tokens": 3} for name in ("prompt_tuning", "prefix_tuning")}
 ROUTED = {"r": 2, "routing": "attn", "visual_scale": "tanh"}
@@ -27,6 +28,8 @@ def method_run(world: SmallWorld, root: Path, task: str, method: str, **changes:
     """A short run of a method, its phase before training included."""
     has_routing = "routing" in method_class(method).Options.__dataclass_fields__
     options = ROUTED if has_routing else SMALL.get(method, {})
+    if "freeze_layer_norm=no" in method_class(method).refuses:
+        changes |= {"freeze_layer_norm": "yes"}
     run = new_run(world, root, task, method=method, epochs=1, log_every=1, checkpoint_every=100, **changes)
     run = Run(root, {**run.options, "options": options})
     if method_class(method).prepares():

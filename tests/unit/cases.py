@@ -21,7 +21,7 @@ SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
     m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
 }
 SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "peft_lora", "lora_bias", "dora")}
-SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}}
+SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
 
 
 def roberta(dropout: float = 0.0) -> RobertaModel:
@@ -71,6 +71,11 @@ def small_options(method: str) -> list[dict[str, Any]]:
     return [{**small, "routing": routing} for routing in ("none", "mul", "attn")] if has_routing else [small]
 
 
+def trains_norms(method: str) -> bool:
+    """Whether the layer norms of the text model can be trained beside a method."""
+    return "freeze_layer_norm=no" not in method_class(method).refuses
+
+
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     method, kind, options = case
     return "-".join([method, *([options["routing"]] if "routing" in options else []), kind])
@@ -109,7 +114,8 @@ def build(
         text_model.gradient_checkpointing_enable()
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     chosen = new_method(method, options, "test")
-    arguments = (text_model, chosen, scores_of(text_model), layer_norms(text_model) if norms else [], visual, prefix)
+    train_also = layer_norms(text_model) if norms and trains_norms(method) else []
+    arguments = (text_model, chosen, scores_of(text_model), train_also, visual, prefix)
     if kind == "roberta":
         return VqaModel(7, *arguments).eval()
     return {"gpt2": CaptionModel, "bart": EncoderDecoderModel}[kind](*arguments).eval()

@@ -27,6 +27,7 @@ from cases import (
     scores_of,
     shaken,
     small_options,
+    trains_norms,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ def test_disabled_it_is_the_base_model(case: tuple[str, str, dict[str, Any]]) ->
     method, kind, options = case
     model = shaken(build(method, kind, options, norms=False))
     if method == "lora_bias" or not hasattr(model.text_model, "disable_adapter"):
-        pytest.skip(f"{method} changes the text model's own parameters or modules")
+        pytest.skip(f"{method} is no adapter of peft, or changes the text model's own parameters")
     if METHODS[method].family == "prompt" and kind == "roberta":
         pytest.skip("peft disables prompts only where the model can generate")
     batch = batch_of(kind)
@@ -252,7 +253,17 @@ BIASES = {kind: ATTENTIONS[kind] * 4 * D + STACKS[kind] * (FFN[kind] + D) for ki
 
 def norms_by_hand(method: str, kind: str) -> int:
     """Parameters of the layer norms that are trained: of VL-PET the encoder's."""
+    if not trains_norms(method):
+        return 0
     return 2 * D * (1 + 2 * LAYERS) if method.startswith("vl_pet") and kind == "bart" else NORMS[kind]
+
+
+def side_network(kind: str, w: int) -> int:
+    """LST's: layers of width w as the text model's, what leads from its layers and embeddings to them, and back."""
+    norms, inner = {"roberta": 2 * LAYERS, "gpt2": 2 * LAYERS + 1, "bart": 5 * LAYERS}[kind], FFN[kind] * w // D
+    down = D * w + w
+    layers = ATTENTIONS[kind] * 4 * (w * w + w) + STACKS[kind] * (2 * w * inner + inner + w) + norms * 2 * w
+    return layers + STACKS[kind] * (down + 1) + (2 if kind == "bart" else 1) * down + w * D + D
 
 
 def counted_by_hand(method: str, kind: str) -> int:
@@ -287,6 +298,7 @@ def counted_by_hand(method: str, kind: str) -> int:
         "bitfit": BIASES[kind],
         "prompt_tuning": 3 * D,
         "prefix_tuning": 3 * LAYERS * 2 * D,
+        "lst": side_network(kind, D // 4),
     }[method]
 
 

@@ -26,6 +26,7 @@ FAMILIES = {
     "scaling": "#CC79A7",
     "selective": "#009E73",
     "prompt": "#E69F00",
+    "side network": "#F0E442",
     "full": "#56B4E9",
 }
 
@@ -74,6 +75,7 @@ METHODS = {
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
     "prompt_tuning": MethodRow("Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning"),
     "prefix_tuning": MethodRow("Prefix tuning", "prompt", "Li and Liang, 2021 (arXiv 2101.00190)", "from_peft:PrefixTuning"),
+    "lst": MethodRow("LST", "side network", "Sung et al., 2022 (arXiv 2206.06522)", "lst:Lst"),
     "full": MethodRow("Full fine-tuning", "full", "all parameters of the text model", "selective:Full"),
 }
 
