@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from routevl.methods import RoutedLoraConfig
-from routevl.routing import ROUTING
+from routevl.routing import without_ablations
 
 REFERENCE = "peft LoRA"
 
@@ -47,7 +47,7 @@ def main() -> None:
 def configurations(rank: int) -> dict[str, PeftConfig]:
     """What is compared: peft's LoRA twice, and routed LoRA with each routing function."""
     same = {"r": rank, "lora_alpha": rank, "target_modules": ["query", "value"], "modules_to_save": ["LayerNorm"]}
-    routed = {f"routed LoRA, {routing}": RoutedLoraConfig(routing=routing, **same) for routing in ROUTING}
+    routed = {f"routed LoRA, {routing}": RoutedLoraConfig(routing=routing, **same) for routing in without_ablations()}
     return {REFERENCE: LoraConfig(**same), f"{REFERENCE} again": LoraConfig(**same), **routed}
 
 

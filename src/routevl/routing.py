@@ -5,8 +5,9 @@ A bottleneck projects text hidden states x_H (B, L_t, d) and visual features x_R
     x_t = x_H W_down      (B, L_t, r)
     x_v = x_R W_down      (B, L_v, r)
 
-and a routing function turns the two into the (B, L_t, r) tensor that the up-projection reads. Every routing function is
-linear in x_t, adds no parameter, and treats each example on its own. To add one: write the function, add its row to ROUTING.
+and a routing function turns the two into the (B, L_t, r) tensor that the up-projection reads. Every routing function adds no
+parameter and treats each text position of each example on its own. The four of the paper are linear in x_t; of the ablations
+`attn_relu` and `self_attn` are not. To add one: write the function, add its row to ROUTING.
 
 Shapes: B examples, L_t text positions, L_v visual tokens, r the rank. dtypes: those of x_t; x_v has the same.
 `mask` (B, L_v), bool, is True where a visual token is real; None means that all are.
@@ -34,6 +35,11 @@ def mean_visual_token(x_v: Tensor, mask: Tensor | None) -> Tensor:
     return (x_v * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp_min(1)
 
 
+def _real(x_v: Tensor, mask: Tensor | None) -> Tensor:
+    """The visual tokens (B, L_v, r), with zeros for those that are not real."""
+    return x_v if mask is None else x_v * mask.unsqueeze(-1).to(x_v.dtype)
+
+
 def mul(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
     """x_t ∘ x'_v: each text position times the image's vector, element by element."""
     return x_t * mean_visual_token(x_v, mask)
@@ -46,14 +52,29 @@ def add(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
 
 def attn(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
     """x_t x_vᵀ x_v: linear cross-attention, no softmax. For L_v = 1 this is (x_t · x_v) x_v."""
-    if mask is not None:
-        x_v = x_v * mask.unsqueeze(-1).to(x_v.dtype)
+    x_v = _real(x_v, mask)
     return (x_t @ x_v.transpose(1, 2)) @ x_v  # (B, L_t, L_v) then (B, L_t, r)
 
 
 def expand(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
     """x_t x''_v, with x''_v the image's vector repeated r times into an r × r matrix: (Σ_i x_t,i) x_v."""
     return x_t.sum(dim=-1, keepdim=True) * mean_visual_token(x_v, mask)
+
+
+def self_attn(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
+    """x_t x_tᵀ x'_v, each text position by itself: |x_t|² x'_v. No position sees another, so no later token and no padding."""
+    return x_t.square().sum(dim=-1, keepdim=True) * mean_visual_token(x_v, mask)
+
+
+def attn_relu(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
+    """relu(x_t) relu(x_v)ᵀ x_v: `attn` whose weights of the visual tokens cannot be negative."""
+    scores = x_t.relu() @ x_v.relu().transpose(1, 2)  # (B, L_t, L_v)
+    return scores @ _real(x_v, mask)
+
+
+def attn_ones(x_t: Tensor, x_v: Tensor, mask: Tensor | None) -> Tensor:
+    """x_t x_vᵀ 1: `attn` with ones (L_v, r) in the place of its values: Σ_j (x_t · x_v,j) in each of the r dimensions."""
+    return (x_t @ _real(x_v, mask).transpose(1, 2)).sum(dim=-1, keepdim=True).expand_as(x_t)
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,7 @@ class Routing:
         function: None reads no visual features: plain LoRA or Adapter, the baseline.
         formula, note: in matplotlib's mathtext.
         shade: how much white (above 0) or black (below 0) is mixed into the colour of its method's family, from -1 to 1.
+        ablation: it is not one of the method, but is compared with it.
     """
 
     function: RoutingFunction | None
@@ -74,6 +96,7 @@ class Routing:
     hatch: str
     line: str
     shade: float
+    ablation: bool = False
 
 
 # name -> row; their order is the order of tables, legends and bars
@@ -86,7 +109,23 @@ ROUTING: dict[str, Routing] = {
         expand, "expand", r"$x_t\, x^{\prime\prime}_v$", r"$x^{\prime\prime}_v$: $r$ copies, $r \times r$",
         "v", "\\\\\\\\", ":", -0.52,
     ),
+    "self_attn": Routing(
+        self_attn, "self attn", r"$x_t\,(x_t)^{\top} x^{\prime}_v$", "each text position by itself",
+        "P", "++++", "--", 0.48, ablation=True,
+    ),
+    "attn_relu": Routing(
+        attn_relu, "attn relu", r"$\mathrm{relu}(x_t)\,\mathrm{relu}(x_v)^{\top} x_v$", "no weight below zero",
+        "X", "xxxx", "-.", -0.14, ablation=True,
+    ),
+    "attn_ones": Routing(
+        attn_ones, "attn ones", r"$x_t\,(x_v)^{\top} \mathbf{1}$", "ones for the values", "*", "oooo", ":", 0.2, ablation=True,
+    ),
 }  # fmt: skip
+
+
+def without_ablations() -> dict[str, Routing]:
+    """The rows of ROUTING that are no ablations: those that describe the method."""
+    return {name: row for name, row in ROUTING.items() if not row.ablation}
 
 
 def routing_function(name: str) -> RoutingFunction | None:

@@ -19,7 +19,7 @@ from conftest import run_stage
 from tiny_project import BIN, PROJECT, copy_project, environment
 from toy_sites import download_from, fill_hub, read_table, served, snakemake, write_table
 
-from routevl.routing import ROUTING
+from routevl.routing import without_ablations
 from routevl.sheet import Experiment, read_sheet
 
 PAPER = yaml.safe_load((PROJECT / "config/paper.yaml").read_text())
@@ -89,11 +89,11 @@ def test_the_grid_is_the_papers() -> None:
             for vision in ("vit-base", "vit-large"):
                 for method in ("lora", "adapter"):
                     rank = "64" if (task, method) == ("vqa", "adapter") else "128"
-                    grid = {routing: found[task, text, vision, method, routing, rank] for routing in ROUTING}
+                    grid = {routing: found[task, text, vision, method, routing, rank] for routing in without_ablations()}
                     assert grid["none"].versus == ""
                     assert all(row.versus == grid["none"].experiment for name, row in grid.items() if name != "none")
         ranks = {(routing_of(row), row.options["r"]) for row in rows if row.task == task and "F3" in row.feeds}
-        assert {(r, k) for r in ROUTING for k in ("16", "32", "64", "128", "256")} <= ranks
+        assert {(r, k) for r in without_ablations() for k in ("16", "32", "64", "128", "256")} <= ranks
     for row in rows:
         assert row.options.get("lora_alpha", row.options["r"]) == row.options["r"], row
         if row.versus and row.prefix:

@@ -19,7 +19,7 @@ import yaml
 from tiny_project import PROJECT, copy_project, environment
 from toy_sites import download_from, fill_hub, read_table, served, snakemake, write_table
 
-from routevl.routing import ROUTING
+from routevl.routing import without_ablations
 from routevl.sheet import read_sheet
 
 SMALL = yaml.safe_load((PROJECT / "config/small.yaml").read_text())
@@ -54,7 +54,7 @@ def test_it_takes_an_afternoon_and_compares_what_the_paper_does(tmp_path: Path) 
         for method in ("lora", "adapter"):
             of = {row.options.get("routing", "none"): row for row in rows if row.experiment.startswith(f"{task}_{method}_")
                   and row.visual_tokens == "pooled"}  # fmt: skip
-            assert set(of) == set(ROUTING) and all("T0" in row.feeds for row in of.values())
+            assert set(of) == set(without_ablations()) and all("T0" in row.feeds for row in of.values())
             assert {row.versus for routing, row in of.items() if routing != "none"} == {of["none"].experiment}
         [blind] = [row for row in rows if row.task == task and not row.prefix]
         assert "routing" not in blind.options

@@ -10,7 +10,7 @@ from matplotlib.patches import Circle, FancyBboxPatch, Polygon
 from routevl.methods.table import FAMILIES, METHODS
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.style import INK, MUTED, TEXT_WIDTH, mixed
-from routevl.routing import ROUTING
+from routevl.routing import without_ablations
 
 # All places and sizes are inches on the page, so that everything lines up at the printed size.
 _HEIGHT = 3.3
@@ -35,7 +35,8 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     _draw_lora(axes, 0.08)
     _draw_adapter(axes, 2.72)
     _draw_formulas(axes, 4.94)
-    return figure, pd.DataFrame([{"routing": name, "formula": row.formula, "note": row.note} for name, row in ROUTING.items()])
+    functions = without_ablations().items()
+    return figure, pd.DataFrame([{"routing": name, "formula": row.formula, "note": row.note} for name, row in functions])
 
 
 def _draw_lora(axes: Axes, left: float) -> None:
@@ -87,8 +88,9 @@ def _draw_bottleneck(axes: Axes, text: float) -> None:
 
 def _draw_formulas(axes: Axes, left: float) -> None:
     _title(axes, left, "c", "Routing functions", "linear, no new parameters")
-    for index, (name, routing) in enumerate(ROUTING.items()):
-        y = 2.72 - 1.775 / len(ROUTING) * index
+    functions = without_ablations()
+    for index, (name, routing) in enumerate(functions.items()):
+        y = 2.72 - 1.775 / len(functions) * index
         for x, method in ((left + 0.05, "lora"), (left + 0.18, "adapter")):
             color = mixed(FAMILIES[METHODS[method].family], routing.shade)
             axes.plot(x, y, routing.marker, color=color, markersize=5.5)
