@@ -48,8 +48,11 @@ def option(
 def read(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
     """An instance of an options dataclass from values by name: typed already, or text as a command line or sheet has it.
 
+    A class may have a method `conflicts`, which yields what is wrong with values that are right each by itself.
+
     Raises:
-        RoutevlError: an unknown or missing option, a value of the wrong type or out of bounds; one line that starts with `where`.
+        RoutevlError: an unknown or missing option, a value of the wrong type or out of bounds, a conflict; one line
+            that starts with `where`.
     """
     names = [f.name for f in fields(cls)]
     for name in values:
@@ -63,7 +66,10 @@ def read(cls: type[Options], values: Mapping[str, Any], where: str) -> Options:
     for f in fields(cls):
         if f.name in typed:
             _check(f.metadata, typed[f.name], f"{where}: {f.name}")
-    return cls(**typed)
+    options = cls(**typed)
+    if hasattr(options, "conflicts") and (conflict := next(options.conflicts(), "")):
+        raise RoutevlError(f"{where}: {conflict}")
+    return options
 
 
 def parse_number(text: str) -> int | float:

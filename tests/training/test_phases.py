@@ -259,6 +259,26 @@ def test_a_control_does_not_hide_that_an_image_is_missing(small_world: SmallWorl
             ask([missing])
 
 
+@pytest.mark.parametrize("kind", ["noise", "shuffled"])
+@pytest.mark.parametrize("task_name", ["vqa", "caption"])
+def test_what_stands_in_for_the_image_in_the_bottleneck_is_its_own_everywhere(
+    small_world: SmallWorld, tmp_path: Path, task_name: str, kind: str
+) -> None:
+    """In training and in prediction an image has one stand-in, and the prefix the image itself."""
+    task = new_run(small_world, tmp_path, task_name, options={"routing": "mul", "routed_features": kind}).trainer().task
+    of_image: dict[int, Tensor] = {}
+    for examples in (list(task.training_examples())[:6], list(task.to_predict("train"))[:6]):
+        batch = task.collate(examples)
+        ids = [example["image_id"] for example in examples]
+        assert torch.equal(batch["image"], task.visual.of(ids)) and not torch.equal(batch["routed_image"], batch["image"])
+        for image_id, routed in zip(ids, batch["routed_image"], strict=True):
+            assert torch.equal(of_image.setdefault(image_id, routed), routed)
+    model, items = task.model.eval(), list(task.to_predict("train"))[:3]
+    batch = task.collate(items)
+    predicted = task.predict(model, dict(batch))
+    assert [entry for item in items for entry in task.predict(model, task.collate([item]))] == predicted
+
+
 @pytest.fixture(scope="module")
 def baseline(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return new_run(small_world, tmp_path_factory.mktemp("baseline"), "vqa").train()

@@ -22,6 +22,12 @@ SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
 }
 SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "peft_lora", "lora_bias", "dora")}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
+# ablations of the routed methods that have modules of their own; the others are in test_ablations.py
+BOTTLENECKS = [
+    {"routing": "mul", "bottleneck": "split"},
+    {"routing": "attn", "bottleneck": "after_up", "up_init": "random"},
+    {"routing": "none", "bottleneck": "cross_attention"},
+]
 
 
 def roberta(dropout: float = 0.0) -> RobertaModel:
@@ -52,8 +58,10 @@ TEXT_MODELS = {"roberta": roberta, "gpt2": gpt2, "bart": bart}
 class EncoderDecoderModel(VisionLanguageModel):
     """An encoder-decoder that reads [visual prefix] text and learns to repeat the text; until there is a task of it."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
-        inputs = self.text_inputs(input_ids, attention_mask, image)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor, routed_image: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        inputs = self.text_inputs(input_ids, attention_mask, image, routed_image)
         logits = self.text_model(**inputs, decoder_input_ids=input_ids).logits
         losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none").sum(-1)
         return {"loss": losses.mean(), "count": losses.new_full((), len(losses)), "losses": losses}
@@ -65,10 +73,10 @@ class EncoderDecoderModel(VisionLanguageModel):
 
 
 def small_options(method: str) -> list[dict[str, Any]]:
-    """The options that a method is tried with: all routing functions where it routes."""
-    small = SMALL.get(method, {})
-    has_routing = "routing" in method_class(method).Options.__dataclass_fields__
-    return [{**small, "routing": routing} for routing in ("none", "mul", "attn")] if has_routing else [small]
+    """The options that a method is tried with: no routing, two routing functions and the other bottlenecks, where it routes."""
+    small, options = SMALL.get(method, {}), method_class(method).Options.__dataclass_fields__
+    chosen = [{"routing": routing} for routing in ("none", "mul", "attn")] if "routing" in options else [{}]
+    return [small | own for own in (*chosen, *(BOTTLENECKS if "bottleneck" in options else ()))]
 
 
 def trains_norms(method: str) -> bool:
@@ -78,7 +86,7 @@ def trains_norms(method: str) -> bool:
 
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     method, kind, options = case
-    return "-".join([method, *([options["routing"]] if "routing" in options else []), kind])
+    return "-".join([method, *(options[name] for name in ("routing", "bottleneck") if name in options), kind])
 
 
 CASES = [

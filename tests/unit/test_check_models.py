@@ -115,6 +115,32 @@ def test_wrong_target_modules_are_refused(tmp_path: Path, folders: dict[str, str
         run_check(tmp_path, folders, row("a", "vqa"), roberta=modules)
 
 
+def test_ablations_that_cannot_be_had_are_refused_in_a_line_each(
+    tmp_path: Path, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each ablation is built for itself, for it may fail for itself."""
+    good = [
+        row("noise", "caption", "routing=mul routed_features=noise"),
+        row("feed_forward", "vqa", "routing=mul places=ffn layers_to_transform=1"),
+    ]
+    assert [entry["experiment"] for entry in run_check(tmp_path, folders, *good)] == ["noise", "feed_forward"]
+    (tmp_path / "checked.json").unlink()
+    rows = [
+        row("norms", "vqa", "routing=mul position=after_norm", method="adapter"),
+        row("causal", "caption", "routing=mul routed_features=text"),
+        row("high", "vqa", "layers_to_transform=0,9"),
+    ]
+    with pytest.raises(RoutevlError) as last:
+        run_check(tmp_path, folders, *good, *rows)
+    assert not (tmp_path / "checked.json").exists()
+    lines = [line.partition("error: ")[2] for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    expected = [("norms", "freeze_layer_norm"), ("causal", "routed_features"), ("high", "layers_to_transform")]
+    for line, (experiment, key) in zip([*lines, str(last.value)], expected, strict=True):
+        assert line.startswith(f"experiment '{experiment}': ") and key in line
+    with pytest.raises(RoutevlError, match="experiment 'split'.*r is 2, and bottleneck=split needs a multiple of 4"):
+        run_check(tmp_path, folders, row("split", "vqa", "routing=mul bottleneck=split"))
+
+
 def test_a_model_that_looks_at_its_numbers_is_run_on_random_ones(
     tmp_path: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

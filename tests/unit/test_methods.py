@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from routevl.errors import RoutevlError
 from routevl.methods.base import layer_norms
 from routevl.methods.table import METHODS, method_class, new_method
+from routevl.routing import ROUTING
 from routevl.tasks.vqa import VqaModel
 
 every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -266,21 +267,24 @@ def side_network(kind: str, w: int) -> int:
     return layers + STACKS[kind] * (down + 1) + (2 if kind == "bart" else 1) * down + w * D + D
 
 
-def counted_by_hand(method: str, kind: str) -> int:
+def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     """Trained parameters of the text model at width D, without the layer norms."""
     attentions, stacks, r = ATTENTIONS[kind], STACKS[kind], 4
     fused = kind == "gpt2"  # peft adapts query, key and value as one module there
     lora = attentions * (r * (D + 3 * D) if fused else 2 * r * (D + D))
     per_module = attentions * (1 if fused else 2)
-    bottleneck, sub_layers = 2 * D * r + r + D, attentions + stacks
-    vl_pet = 2 * LAYERS * bottleneck + (LAYERS * bottleneck if kind == "bart" else 0)  # the encoder's; the decoder's values
+    bottleneck = options.get("bottleneck", "shared")
+    down = {"split": 2 * (D * r // 4 + r // 4 * r), "cross_attention": D * r + 4 * r * r}.get(bottleneck, D * r)
+    biases = 2 * r if bottleneck == "split" else r
+    plain, sub_layers = 2 * D * r + r + D, attentions + stacks
+    vl_pet = 2 * LAYERS * plain + (LAYERS * plain if kind == "bart" else 0)  # the encoder's; the decoder's values
     return {
-        "lora": attentions * 2 * r * (D + D),
-        "adapter": 2 * stacks * (2 * D * r + r + D),  # after self-attention and feed-forward; not after BART's cross-attention
-        "vl_adapter": sub_layers * bottleneck,
+        "lora": attentions * 2 * (down + r * D),
+        "adapter": 2 * stacks * (down + biases + r * D + D),  # not after BART's cross-attention
+        "vl_adapter": sub_layers * plain,
         "phm_adapter": sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
         "compacter": sub_layers * 2 * (D + r) + sub_layers * (r + D) + 4**3,  # factors, biases, one rule
-        "vl_pet_large": vl_pet + 2 * LAYERS * bottleneck,
+        "vl_pet_large": vl_pet + 2 * LAYERS * plain,
         "vl_pet_middle_x": vl_pet + 2 * LAYERS * (D + 1),
         "vl_pet_middle_y": vl_pet + 2 * LAYERS * D,
         "vl_pet_small": vl_pet + 2 * LAYERS * (2 * D + 1),
@@ -312,7 +316,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     elif method == "gradient_norm":  # a budget, filled as far as whole tensors allow
         assert 0 < counts["method"] <= options["share"] * (everything - NORMS[kind])
     else:
-        assert counts["method"] == counted_by_hand(method, kind)
+        assert counts["method"] == counted_by_hand(method, kind, options)
     assert counts["layer_norm"] == norms_by_hand(method, kind)
     without = build(method, kind, options, norms=False).trainable_params_by_part()
     assert without["method"] + without["layer_norm"] - counts["method"] == {
@@ -320,10 +324,11 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     }.get(method, without["method"] - counts["method"])  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "routing" in method_class(name).Options.__dataclass_fields__])
+@pytest.mark.parametrize("method", [name for name in METHODS if "bottleneck" in method_class(name).Options.__dataclass_fields__])
 def test_routing_adds_no_parameter(method: str) -> None:
     for kind in TEXT_MODELS:
-        counts = {str(build(method, kind, options).trainable_params_by_part()) for options in small_options(method)}
+        chosen = [{"routing": routing} for routing in ROUTING] + [{"routing": "mul", "bottleneck": "after_up"}]
+        counts = {str(build(method, kind, SMALL[method] | options).trainable_params_by_part()) for options in chosen}
         assert len(counts) == 1
 
 

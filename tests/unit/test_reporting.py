@@ -94,14 +94,16 @@ def test_options_come_from_the_run_and_not_every_method_has_a_rank(own_copy):
     row = collected(own_copy, "T1")["vqa_lora_mul_r4_e2"]
     assert row["routing"] == "mul"
     assert [run["rank"] for run in results.collect(own_copy / "experiments.tsv", own_copy, "T1").to_dict("records")].count(7) == 1
-    assert collected(own_copy, "T6")["vqa_lora_mul_r4_e2"]["options"].startswith("r=4 routing=mul visual_scale=none lora_alpha=4")
+    options = collected(own_copy, "T6")["vqa_lora_mul_r4_e2"]["options"]
+    assert options.startswith("r=4 routing=mul visual_scale=none bottleneck=shared")
     ia3 = make_table("T6_cost", own_copy, own_copy / "T6_cost.csv")
     assert (rows_of(ia3)["vqa_ia3_e2"]["rank"], rows_of(ia3)["vqa_ia3_e2"]["routing"]) == ("", "none")
 
 
 def test_a_setting_of_the_sheet_is_among_the_options(tmp_path):
     folder = results_of(tmp_path, experiment(feeds="T1", options="learning_rate=0.005"))
-    assert collected(folder, "T1")["vqa_lora_none_r4_e2"]["options"].endswith("lora_dropout=0 learning_rate=0.005")
+    options = collected(folder, "T1")["vqa_lora_none_r4_e2"]["options"]
+    assert options.endswith("lora_dropout=0 places=attention learning_rate=0.005")
 
 
 def test_blind_is_what_reads_no_image(tmp_path):
@@ -243,8 +245,8 @@ def test_a_table_shows_what_differs_and_says_above_it_what_all_rows_share(tmp_pa
     ]
     shared, rows = table_of(make_table("T1_vqa", results_of(tmp_path / "all", *runs), tmp_path / "T1.csv"))
     assert shared.startswith("All rows: backbones roberta_demo + vit_demo, ") and "epochs 2, batch size 8, " in shared
-    assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0.")
-    assert ". All rows, where there is one: rank 4, visual scale none, lora alpha 4, " in shared
+    assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0, places attention.")
+    assert ". All rows, where there is one: rank 4, visual scale none, bottleneck shared, " in shared
     assert [row["Control"] for row in rows] == ["none", "ones", "none"]
     assert [row["Learning rate"] for row in rows] == ["0.001", "0.001", "0.005"]
     assert list(rows[0])[:6] == ["Method", "Routing", "Control", "Learning rate", "Accuracy", "Gain [95% CI]"]

@@ -69,9 +69,10 @@ def test_every_command_of_the_grid_is_complete(commands: str) -> None:
         assert not re.search(r"\{\w|None|<function|wildcards", line), line
         assert " &> " in line, line
     [train] = [line for line in lines if "--model results/paper/models/vqa_roberta-large_vit-large_lora_mul_seed2 " in line]
-    for option in ("--method lora", "--options r=128 routing=mul visual_scale=none lora_alpha=128 lora_dropout=0", "--epochs 20",
-                   "--batch-size 512", "--learning-rate 0.0003", "--warmup 0.05", "--max-text-tokens 20", "--precision bfloat16",
-                   "--control none", "--seed 2", "--text-backbone results/paper/backbones/roberta-large"):  # fmt: skip
+    for option in ("--method lora", "--options r=128 routing=mul visual_scale=none bottleneck=shared",
+                   "lora_alpha=128 lora_dropout=0", "--epochs 20", "--batch-size 512", "--learning-rate 0.0003", "--warmup 0.05",
+                   "--max-text-tokens 20", "--precision bfloat16", "--control none", "--seed 2",
+                   "--text-backbone results/paper/backbones/roberta-large"):  # fmt: skip
         assert f"{option} " in f"{train} ", option
 
 

@@ -63,6 +63,8 @@ class Structure:
         feed_forward_outputs: the last module of each layer's feed-forward part.
         sub_layer_inputs: name of one of these outputs -> the last module before it that has read what the output is added to;
             only where there is one.
+        feed_forward_inputs: the modules that the input of that one depends on and that read hidden states: the first matrix, or
+            two where one is a gate.
         shared: modules that also read what is of no example, such as a table of relative positions.
     """
 
@@ -73,6 +75,7 @@ class Structure:
     cross_attention_values: tuple[str, ...] = ()
     feed_forward_outputs: tuple[str, ...] = ()
     sub_layer_inputs: Mapping[str, str] = field(default_factory=dict)
+    feed_forward_inputs: tuple[str, ...] = ()
     shared: frozenset[str] = frozenset()
 
     def computing(self, *roles: str) -> list[str]:
@@ -84,6 +87,12 @@ class Structure:
         if not self.feed_forward_outputs:
             raise RoutevlError(f"the model has no feed-forward part that ends in a linear module; {NAME_THEM}")
         return self.feed_forward_outputs
+
+    def beginnings_of_feed_forward(self) -> tuple[str, ...]:
+        """`feed_forward_inputs`. Raises RoutevlError where there are none."""
+        if not self.feed_forward_inputs:
+            raise RoutevlError(f"the model has no feed-forward part that begins with a linear module; {NAME_THEM}")
+        return self.feed_forward_inputs
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -125,6 +134,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
         ),
         feed_forward_outputs=feed_forward,
         sub_layer_inputs=_sub_layer_inputs(reads, {*itself, *cross, *feed_forward}),
+        feed_forward_inputs=_feed_forward_inputs(linears, several, feed_forward),
         shared=frozenset(call.name for call in several if call.hidden_states is None),
     )
 
@@ -315,6 +325,16 @@ def _feed_forward_outputs(
                 found += same_width[-1:]
                 break
     return tuple(dict.fromkeys(found))
+
+
+def _feed_forward_inputs(linears: Mapping[str, nn.Module], calls: list[Call], ends: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that read hidden states and that the inputs of the feed-forward parts' ends depend on directly."""
+    found: dict[str, None] = {}
+    for end in ends:
+        place = next(n for n, call in enumerate(calls) if call.name == end)
+        before = [calls[source].name for source in _influences(calls[place], calls[:place])]
+        found |= dict.fromkeys(name for name in before if widths_of(linears[name])[0] == widths_of(linears[end])[1])
+    return tuple(found)
 
 
 # -------------------------------------------------------------------------------- residual addition

@@ -49,6 +49,11 @@ class Method:
         """Whether the method itself reads the image; with neither this nor the visual prefix a run is blind."""
         return False
 
+    @property
+    def stand_in(self) -> str | None:
+        """The kind of `routevl.visual.Control` that the method reads in the image's place, while the prefix keeps it; or None."""
+        return None
+
     @classmethod
     def prepares(cls) -> bool:
         """Whether there is a phase before training: the rule `probe`, whose tensors `build` gets."""
@@ -87,8 +92,8 @@ class Method:
 
         Args:
             inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask.
-            visual: the image's tokens, (B, L_v, d), or as wide as the vision model gives them where the built model projects them
-                itself; None where the run is blind.
+            visual: the tokens of the image, or of its `stand_in`: (B, L_v, d), or as wide as the vision model gives them where
+                the built model projects them itself; None where the run is blind.
         """
         return {}
 
@@ -121,19 +126,22 @@ class Method:
 
 
 def layer_norms(text_model: nn.Module) -> list[str]:
-    """The full names of a model's layer norms, RMSNorm and its like among them: modules with parameters and without parts, of a
-    class whose name ends in Norm.
+    """The full names of a model's layer norms.
 
     Raises:
         RoutevlError: there are none.
     """
-    named = [(name, module) for name, module in text_model.named_modules() if type(module).__name__.endswith("Norm")]
-    names = [name for name, module in named if not [*module.children()] and [*module.parameters()]]
+    names = [name for name, module in text_model.named_modules() if is_layer_norm(module)]
     if not names:
         raise RoutevlError(
             f"{type(text_model).__name__} has no layer norm to train (a class named ...Norm): set freeze_layer_norm"
         )
     return names
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm, RMSNorm or the like: its class is named ...Norm, it has parameters and no parts."""
+    return type(module).__name__.endswith("Norm") and not [*module.children()] and bool([*module.parameters()])
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -27,7 +27,10 @@ class PeftMethod(Method):
     def config_fields(self) -> dict[str, Any]:
         """The options as fields of a peft config."""
         fields = asdict(self.options)
-        return {name: value.split(",") if name.endswith("_modules") and value else value for name, value in fields.items()}
+        fields |= {name: value.split(",") for name, value in fields.items() if name.endswith("_modules") and value}
+        if fields.get("layers_to_transform"):
+            fields["layers_to_transform"] = [int(number) for number in fields["layers_to_transform"].split(",")]
+        return fields
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         """The peft config of the options."""

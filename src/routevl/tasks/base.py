@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from routevl.errors import RoutevlError
 from routevl.methods.base import Method, layer_norms, load_tensors, save_tensors
 from routevl.settings import RunSettings
-from routevl.visual import VisualSource
+from routevl.visual import Control, VisualSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,11 +71,14 @@ class VisionLanguageModel(nn.Module):
         shared = (own.out_features if own else width) == embedding_width
         self.prefix_projection = None if shared or not prefix else _linear(visual.width, embedding_width)
 
-    def text_inputs(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
+    def text_inputs(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor, routed_image: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The text model's arguments: embeddings behind the visual prefix, their mask, and what travels beside the call.
 
         Shapes: input_ids and attention_mask (B, L_t) int64; image as the visual source gives it, features (B, L_v, d_v) or pixels
-        (B, 3, H, W), float32; inputs_embeds (B, P + L_t, d_e) with P = L_v with the prefix, else 0.
+        (B, 3, H, W), float32; routed_image as image, where the method has a `stand_in`, which it reads instead; inputs_embeds
+        (B, P + L_t, d_e) with P = L_v with the prefix, else 0.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
         visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
@@ -88,6 +91,9 @@ class VisionLanguageModel(nn.Module):
             if self.prefix:
                 embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)
                 attention_mask = torch.cat([attention_mask.new_ones(tokens.shape[:2]), attention_mask], dim=1)
+            if self.method.stand_in is not None:
+                routed = self.vision(routed_image)  # (B, L_v, d_v)
+                visual = routed if self.method_projects else self.visual_projection(routed)
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         return inputs | self.method.beside(inputs, visual)
 
@@ -163,6 +169,7 @@ class Task(ABC):
         self.settings = settings
         self.tokenizer = tokenizer
         self.visual = visual
+        self.routed = Control(visual, method.stand_in, settings.seed) if method.stand_in else None
         self.data = data
         self._check_lengths(text_model)
         if settings.gradient_checkpointing:
@@ -225,6 +232,11 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: VisionLanguageModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Predictions for one batch of `to_predict`'s items, as entries of the official results file."""
+
+    def images(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
+        """What a batch carries of its n images: "image", and "routed_image" where the method reads something in its place."""
+        image = {"image": self.visual.of(image_ids)}
+        return image if self.routed is None else image | {"routed_image": self.routed.of(image_ids)}
 
     def text_batch(self, token_ids: list[list[int]]) -> dict[str, Tensor]:
         """Token ids of B texts -> input_ids and attention_mask (B, L), int64, padded on the right."""

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class CaptionModel(VisionLanguageModel):
     """A causal language model that reads [visual prefix] <bos> caption <eos>."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, image: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor, routed_image: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Next-token cross-entropy over every caption token, the first and <eos> included, padding excluded.
 
         Shapes: input_ids, attention_mask (B, L_t); loss a scalar, mean over `count` tokens; losses and tokens (B,), their sum and
         number per example.
         """
-        inputs = self.text_inputs(input_ids, attention_mask, image)
+        inputs = self.text_inputs(input_ids, attention_mask, image, routed_image)
         predicted = attention_mask[:, 1:].bool()  # <bos> predicts the first token
         with self._logits_at(nn.functional.pad(predicted, (0, 1))):
             logits = self.text_model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)
@@ -58,10 +60,10 @@ class CaptionModel(VisionLanguageModel):
             handle.remove()
 
     @torch.inference_mode()
-    def generate(self, bos: int, image: Tensor, **options: Any) -> Tensor:
+    def generate(self, bos: int, image: Tensor, routed_image: Tensor | None = None, **options: Any) -> Tensor:
         """Token ids (B, new tokens) that follow [visual prefix] <bos>; `options` are those of transformers' generate."""
         input_ids = torch.full((image.shape[0], 1), bos, device=image.device)
-        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), image)
+        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), image, routed_image)
         return self.text_model.generate(**inputs, **options)
 
 
@@ -127,10 +129,10 @@ class CaptionTask(Task):
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         image_ids = [example["image_id"] for example in examples]
-        image = self.visual.of(image_ids)
+        images = self.images(image_ids)
         if "token_ids" not in examples[0]:
-            return {"ids": torch.tensor(image_ids), "image": image}
-        return {**self.text_batch([example["token_ids"] for example in examples]), "image": image}
+            return {"ids": torch.tensor(image_ids), **images}
+        return {**self.text_batch([example["token_ids"] for example in examples]), **images}
 
     def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         outputs = list(outputs)
@@ -139,9 +141,10 @@ class CaptionTask(Task):
         return {"val_loss": losses / tokens}
 
     def predict(self, model: CaptionModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        image_ids = batch.pop("ids").tolist()
         sequences = model.generate(
             self.bos,
-            batch["image"],
+            **batch,
             num_beams=self.settings.beams,
             max_new_tokens=self.settings.max_new_tokens,
             do_sample=False,
@@ -149,5 +152,4 @@ class CaptionTask(Task):
             pad_token_id=self.tokenizer.eos_token_id,
         )
         captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        image_ids = batch["ids"].tolist()
         return [{"image_id": i, "caption": caption.strip()} for i, caption in zip(image_ids, captions, strict=True)]

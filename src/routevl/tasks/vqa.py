@@ -34,13 +34,14 @@ class VqaModel(VisionLanguageModel):
         attention_mask: Tensor,
         image: Tensor,
         answer_scores: Tensor | None = None,
+        routed_image: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Logits (B, n_answers); with answer_scores (B, n_answers) in [0, 1] the loss and each answer's score too.
 
         The loss is binary cross-entropy on the soft scores, summed over answers and averaged over examples, whose number is
         `count`.
         """
-        inputs = self.text_inputs(input_ids, attention_mask, image)
+        inputs = self.text_inputs(input_ids, attention_mask, image, routed_image)
         hidden_states = self.text_model(**inputs).last_hidden_state  # (B, ... + L_t, d): a prompt's positions stand first
         logits = self.head(hidden_states[:, -input_ids.shape[1]]).float()
         if answer_scores is None:
@@ -114,7 +115,7 @@ class VqaTask(Task):
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.text_batch([example["token_ids"] for example in examples])
-        batch["image"] = self.visual.of([example["image_id"] for example in examples])
+        batch |= self.images([example["image_id"] for example in examples])
         if "answer_index" not in examples[0]:
             batch["ids"] = torch.tensor([example["question_id"] for example in examples])
         else:

@@ -104,11 +104,14 @@ class Card:
         routing = settings["options"].get("routing", "none")
         trained, total = self.record["trainable_params"], self.record["total_params"]
         parts = ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in counts.items() if count)
-        readers = ["the method"] if RunSettings.from_record(settings, "run.json").new_method().uses_image else []
+        method = RunSettings.from_record(settings, "run.json").new_method()
+        readers = ["the method"] if method.uses_image else []
         readers += ["the prefix before the text's embeddings"] if settings["prefix"] else []
         image = f"the vision model's `{settings['visual_tokens']}` tokens, read by {' and '.join(readers) or 'nothing'}"
         if settings["control"] != "none":
             image += f"; `{settings['control']}` stands in for the image's own"
+        if method.stand_in is not None:
+            image += f"; `{method.stand_in}` stands in for what the method reads"
         return {
             "Task": self._task.label,
             "Method": f"{row.label} ({row.source})",

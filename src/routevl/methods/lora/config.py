@@ -28,6 +28,10 @@ class RoutedLoraConfig(RoutedConfig):
 
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the text hidden states before the down-projection."})
+    places: str = field(
+        default="attention",
+        metadata={"help": "Adapted where target_modules is None: attention (query, value), ffn (its first matrices) or both."},
+    )
     fused_projections: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata={

@@ -17,8 +17,10 @@ class RoutedLoraModel(RoutedTuner):
     tuner_layer_cls = RoutedLoraLayer
     left_to_the_model = ("target_modules", "fused_projections")
 
-    def default_targets(self, structure: Structure) -> list[str]:
-        return structure.computing(QUERY, VALUE)
+    def default_targets(self, structure: Structure, config: RoutedLoraConfig, model: nn.Module) -> list[str]:
+        attention = structure.computing(QUERY, VALUE) if config.places != "ffn" else ()
+        feed_forward = structure.beginnings_of_feed_forward() if config.places != "attention" else ()
+        return [*attention, *feed_forward]
 
     def complete(self, config: RoutedLoraConfig, model: nn.Module) -> Structure:
         structure = super().complete(config, model)

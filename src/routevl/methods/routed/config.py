@@ -9,7 +9,9 @@ from peft import PeftConfig
 
 from routevl.errors import RoutevlError
 from routevl.methods.routed import RoutedOptions
-from routevl.options import check_value
+from routevl.options import read
+
+PEFTS_OWN = ("target_modules", "layers_to_transform")  # options of a run that peft takes, and checks, in more forms
 
 
 class MethodType(str):
@@ -33,7 +35,7 @@ class RoutedConfig(PeftConfig):
     options_class: ClassVar[type] = RoutedOptions  # the fields that a run may set, with their bounds
 
     r: int = field(default=8, metadata={"help": "Rank of the bottleneck."})
-    routing: str = field(default="none", metadata={"help": "Routing function: none, mul, add, attn or expand."})
+    routing: str = field(default="none", metadata={"help": "Routing function, a name of routevl.routing.ROUTING."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -58,12 +60,23 @@ class RoutedConfig(PeftConfig):
         default="none",
         metadata={"help": "Parameter-free scaling of the visual features, projected where need be: none, tanh or layer_norm."},
     )
+    bottleneck: str = field(
+        default="shared",
+        metadata={"help": "How text and image meet: shared, split, after_up or cross_attention (docs/METHODS.md)."},
+    )
+    up_init: str | None = field(default=None, metadata={"help": "How the up-projection starts: zero, random, or None."})
+    routed_features: str = field(
+        default="image",
+        metadata={
+            "help": "What the visual features of a call are: image, text, noise, ones or shuffled. The caller makes them; this "
+            "says which ones the adapter was trained with."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.PEFT_TYPE
-        for f in fields(self.options_class):
-            if f.name != "target_modules":  # which peft checks, in more forms than a run's option has
-                check_value(self.options_class, f.name, getattr(self, f.name), type(self).__name__)
+        options = {f.name: getattr(self, f.name) for f in fields(self.options_class) if f.name not in PEFTS_OWN}
+        read(self.options_class, options, type(self).__name__)
         if self.visual_width is not None and self.visual_width <= 0:
             raise RoutevlError(f"visual_width must be a positive integer or None, not {self.visual_width!r}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from routevl.conditioning import Conditioning
 from routevl.errors import RoutevlError
-
-if TYPE_CHECKING:
-    from routevl.routing import RoutingFunction
+from routevl.methods.routed import routes
+from routevl.methods.routed.bottleneck import Split, new_down, new_mixer
+from routevl.methods.routed.config import RoutedConfig
 
 CANNOT_MERGE = (
     "ROUTED_LORA and ROUTED_ADAPTER depend on the image and cannot be merged into the weights (merge_and_unload, merge_adapter, "
@@ -21,35 +20,69 @@ CANNOT_MERGE = (
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
-    """A frozen module with routed bottlenecks, one per adapter. Subclasses add the projections and the forward pass."""
+    """A frozen module with routed bottlenecks, one per adapter. Subclasses add the forward pass.
+
+    Their three `adapter_layer_names` are those of the down-projections, the up-projections and the mixers, by adapter.
+
+    Attributes:
+        parts: adapter -> how many bottlenecks P it has side by side, each with a stream, an update and a mixer of its own.
+        after_up: adapter -> whether the streams meet after the up-projection.
+    """
 
     def __init__(self, base_layer: nn.Module, conditioning: Conditioning) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.conditioning = conditioning
-        self.route: dict[str, RoutingFunction | None] = {}
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+        self.parts: dict[str, int] = {}
+        self.after_up: dict[str, bool] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True  # peft's `disable_input_dtype_casting` sets it
 
-    def routed(self, adapter: str, down: nn.Module, hidden_states: Tensor, parts: int = 1) -> Tensor:
-        """route(x_H W_down, x_R W_down): (B, ..., d) -> (B, ..., parts * r), each of the `parts` bottlenecks on its own."""
-        route = self.route[adapter]
-        if route is None:
-            return down(hidden_states)
+    @property
+    def down(self) -> nn.ModuleDict:
+        """The down-projections by adapter."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def mixers(self) -> nn.ModuleDict:
+        """Of each adapter that reads features its P mixers."""
+        return getattr(self, self.adapter_layer_names[2])
+
+    def add_down(self, adapter: str, config: RoutedConfig, parts: int, bias: bool) -> None:
+        """Add an adapter's down-projections and mixers."""
+        self.parts[adapter], self.after_up[adapter] = parts, config.bottleneck == "after_up"
+        self.down[adapter] = new_down(config, self.width, parts, bias)
+        if routes(config):
+            self.mixers[adapter] = nn.ModuleList(new_mixer(config) for _ in range(parts))
+
+    def routed(
+        self, adapter: str, hidden_states: Tensor, up: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    ) -> Sequence[Tensor]:
+        """route(x_H W_down, x_R W_down) of each bottleneck: (B, ..., d) -> P times (B, ..., r).
+
+        up: what both streams go through before they meet, P times (B, L, r) -> P times (B, L, d_out).
+        """
+        down, parts = self.down[adapter], self.parts[adapter]
+        if adapter not in self.mixers:
+            return _pieces(down(hidden_states), parts)
+        of_text, of_image = (down.text, down.image) if isinstance(down, Split) else (down, down)
         leading, hidden_states = hidden_states.shape[:-1], self.conditioning.by_text(hidden_states)
-        x_t = down(hidden_states)
-        x_v = self.conditioning.projected(("visual_features", adapter), hidden_states, "visual_features", down)
+        x_t = of_text(hidden_states)
+        x_v = self.conditioning.projected(("visual_features", adapter), hidden_states, "visual_features", of_image)
         mask = self.conditioning.per_example("visual_mask", len(hidden_states), "visual_mask")
         mask = None if mask is None else mask.to(x_v.device)  # layers may be on several devices
-        x_t = x_t.reshape(x_t.shape[0], -1, x_t.shape[-1])  # (B, L_t, parts * r)
-        if parts == 1:
-            return route(x_t, x_v, mask).view(*leading, -1)
-        pieces = zip(x_t.chunk(parts, -1), x_v.chunk(parts, -1), strict=True)
-        return torch.cat([route(text, image, mask) for text, image in pieces], dim=-1).view(*leading, -1)
+        x_t = x_t.reshape(x_t.shape[0], -1, x_t.shape[-1])  # (B, L_t, P r)
+        texts, images = _pieces(x_t, parts), _pieces(x_v, parts)
+        if up is not None:
+            texts, images = up(texts), up(images)
+        streams = zip(self.mixers[adapter], texts, images, strict=True)
+        return [mix(text, image, mask).reshape(*leading, -1) for mix, text, image in streams]
 
     def adapters_in_use(self) -> list[str]:
         """The names of the active adapters that this module has; none while adapters are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.route]
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.down]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """A routed adapter has no fixed weight to merge. Raises RoutevlError always, as `unmerge` does."""
@@ -58,3 +91,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """See `merge`."""
         raise RoutevlError(CANNOT_MERGE)
+
+
+def _pieces(streams: Tensor, parts: int) -> Sequence[Tensor]:
+    """(B, ..., P r) -> P times (B, ..., r). A lone stream stays as it is, and so do the last bits of its gradient."""
+    return (streams,) if parts == 1 else streams.chunk(parts, -1)

@@ -13,11 +13,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
+from routevl.backbones.skeleton import LINEAR
 from routevl.backbones.structure import Structure, structure_of, targets
 from routevl.conditioning import PER_EXAMPLE, Conditioning, refuse_a_second
 from routevl.errors import RoutevlError
+from routevl.methods.routed import routes
 from routevl.methods.routed.config import RoutedConfig
 from routevl.methods.routed.layer import CANNOT_MERGE, RoutedLayer
 
@@ -64,8 +65,8 @@ class RoutedTuner(BaseTuner):
         self.visual_projection = nn.ModuleDict()
         self.routed_width: dict[str, int] = {}
 
-    def default_targets(self, structure: Structure) -> list[str]:
-        """The names of the modules that the method adapts unless others are named. Raises RoutevlError where there are none."""
+    def default_targets(self, structure: Structure, config: RoutedConfig, model: nn.Module) -> list[str]:
+        """The names of the modules that are adapted unless others are named. Raises RoutevlError where there are none."""
         raise NotImplementedError
 
     def complete(self, config: RoutedConfig, model: nn.Module) -> Structure:
@@ -84,9 +85,11 @@ class RoutedTuner(BaseTuner):
                 raise
             return Structure()
         if config.target_modules is None:
-            names = self.default_targets(structure)
+            names = self.default_targets(structure, config, model)
+            if config.layers_to_transform is not None:  # peft would take modules by their full names in every layer
+                names = _in_layers(names, config)
             config.target_modules = targets(model, names)
-            if config.routing != "none" and (shared := structure.shared.intersection(names)):
+            if routes(config) and (shared := structure.shared.intersection(names)):
                 raise RoutevlError(
                     f"{min(shared)} also reads a table of positions, which no image belongs to, and so cannot be routed: take "
                     f"those of {', '.join(config.target_modules)} that read the text alone as target_modules"
@@ -101,6 +104,8 @@ class RoutedTuner(BaseTuner):
             if any(getattr(config, name) is None for name in self.left_to_the_model):
                 self.complete(config, model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.layers_to_transform is not None:
+                _in_layers(self.targeted_module_names, config)
             if config.visual_width is not None:
                 with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
                     self.project_from(config.visual_width, adapter_name)
@@ -113,7 +118,7 @@ class RoutedTuner(BaseTuner):
     def _take_back(self, adapter: str) -> None:
         """Remove what an injection that failed has done."""
         layers = [module for module in self.model.modules() if isinstance(module, RoutedLayer)]
-        if any(layer.route.keys() - {adapter} for layer in layers):
+        if any(layer.down.keys() - {adapter} for layer in layers):
             self.delete_adapter(adapter)
         else:
             self.unload()
@@ -129,7 +134,7 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, RoutedLayer) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config, current_key)
-        if peft_config.routing != "none" and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
+        if routes(peft_config) and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
             raise RoutevlError(
                 f"target module {current_key} works on width {layer.width} but others on {self.routed_width[adapter_name]}: "
                 "routing needs one width, that of the visual features; name modules of one width as target_modules"
@@ -139,9 +144,13 @@ class RoutedTuner(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def can_adapt(self, module: nn.Module) -> bool:
+        """Whether the method has a layer for such a module."""
+        return isinstance(module, LINEAR)
+
     def _new_layer(self, target: nn.Module, name: str) -> RoutedLayer:
         kind = type(target).__name__
-        if not isinstance(target, (nn.Linear, Conv1D)):
+        if not self.can_adapt(target):
             raise RoutevlError(f"target module {name} is a {kind}: routed methods adapt Linear and Conv1D modules")
         if isinstance(target, NonDynamicallyQuantizableLinear):
             raise RoutevlError(f"target module {name} is a {kind}, whose weight nn.MultiheadAttention reads without calling it")
@@ -159,11 +168,11 @@ class RoutedTuner(BaseTuner):
         config = self.peft_config[adapter]
         if self.routed_width.get(adapter, width) == width:
             return None
-        layer = next(module for module in self.model.modules() if isinstance(module, RoutedLayer) and adapter in module.route)
+        layer = next(module for module in self.model.modules() if isinstance(module, RoutedLayer) and adapter in module.down)
         config.visual_width = width
         projection = nn.Linear(width, self.routed_width[adapter])
         if not projection.weight.is_meta:
-            projection.to(next(layer.get_submodule(layer.adapter_layer_names[0])[adapter].parameters()))
+            projection.to(next(layer.down[adapter].parameters()))
         trainable = adapter in self.active_adapters and not config.inference_mode
         self.visual_projection[adapter] = projection.requires_grad_(trainable)
         return projection
@@ -268,3 +277,19 @@ class RoutedTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self.conditioning.detach()
         return model
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a module is in, by the first number in its name; None where it is in none."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _in_layers(names: Sequence[str], config: RoutedConfig) -> list[str]:
+    """The modules in the layers that a config names. Raises RoutevlError where one of these layers has no module to adapt."""
+    chosen = config.layers_to_transform
+    chosen = {chosen} if isinstance(chosen, int) else set(chosen)
+    there = {layer_of(name) for name in names} - {None}
+    if missing := chosen - there:
+        numbers = ", ".join(map(str, sorted(there))) or "none"
+        raise RoutevlError(f"layers_to_transform: layer {min(missing)} has no module to adapt (layers with some: {numbers})")
+    return [name for name in names if layer_of(name) in chosen]
