@@ -26,7 +26,6 @@ from cases import (
     rows,
     scores_of,
     shaken,
-    small_options,
     trains_norms,
 )
 from safetensors.torch import load_file, save_file
