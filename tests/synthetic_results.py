@@ -8,6 +8,7 @@ import json
 import math
 import zlib
 from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,8 @@ def write_run(folder: Path, row: dict, seed: int, test: dict, collapsed: bool = 
     write(folder / "scores" / run / "metrics.json", content)
     write(folder / "scores" / run / "items.json", items)
     write(folder / "predictions" / run / "results.json", predictions)
+    if routing != "none":
+        write(folder / "inside" / f"{run}.json", inside(routing, rank, generator))
 
 
 def write_model(folder: Path, settings: RunSettings, run: str, skill: float, generator, learned: bool) -> None:
@@ -159,6 +162,18 @@ def write_model(folder: Path, settings: RunSettings, run: str, skill: float, gen
         score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if settings.task == "vqa" else 2)
         lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
     folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def inside(routing: str, rank: int, generator) -> dict:
+    """The query's and the value's bottleneck of three layers."""
+    bottlenecks = []
+    for layer, part in product(range(3), ("query", "value")):
+        cosine, cka, share = generator.uniform(0.1, 0.9, 3)
+        measures = {"cosine_before": cosine / 2, "cosine_after": cosine, "cka_before": cka / 2, "cka_after": cka}
+        measures |= {"effective_rank_before": 0.9 * rank, "effective_rank_after": 0.4 * rank}
+        measures["along_image"] = 1.0 if routing in ("attn", "expand") else share
+        bottlenecks.append({"module": f"layer.{layer}.{part}", "layer": layer, "part": 0, **measures})
+    return {"examples": 8, "bottlenecks": bottlenecks}
 
 
 def vqa_scores(test: dict, skill: float, generator) -> tuple[dict, dict, list]:
@@ -204,7 +219,7 @@ def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, lis
 # Two tasks with LoRA and two routing functions; the blind baseline; and methods without a routing function.
 RUNS = [
     experiment(
-        task, "lora", routing, seeds="1,2,3" if routing != "add" else "1", feeds=feeds,
+        task, "lora", routing, seeds="1,2,3" if routing != "add" else "1", feeds=feeds + ("" if routing == "none" else ",F7"),
         versus="" if routing == "none" else f"{task}_lora_none_r4_e2",
     )
     for task, feeds in (("vqa", "T0,T1,T4,T5,T6,F2,F3,F5,F6,F8,F9"), ("caption", "T0,T2,T4,T6,F2,F5,F8,F9"))

@@ -34,6 +34,7 @@ STAGES = {
     "tune": ("routevl.training.tune", "", "choose the learning rate of an experiment by the validation split"),
     "train": ("routevl.training.train", "", "train one run and predict the test split"),
     "predict": ("routevl.training.predict", "", "predict with a trained run"),
+    "inside": ("routevl.training.inside", "", "measure what the routing functions of a trained run do"),
     "score": ("routevl.metrics.score", "", "score a run's predictions"),
     "vqa-score": ("routevl.metrics.vqa", "", "score a VQAv2 results file as the official evaluator does"),
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),

@@ -20,7 +20,7 @@ B, L, D, LAYERS, VOCABULARY = 3, 6, 32, 2, 50
 SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
     m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
 }
-SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "peft_lora", "lora_bias", "dora")}
+SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora")}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [
@@ -74,7 +74,7 @@ class EncoderDecoderModel(VisionLanguageModel):
 
 def small_options(method: str) -> list[dict[str, Any]]:
     """The options that a method is tried with: no routing, two routing functions and the other bottlenecks, where it routes."""
-    small, options = SMALL.get(method, {}), method_class(method).Options.__dataclass_fields__
+    small, options = SMALL.get(method, {}), method_class(method).Options.__dataclass_fields__.keys() - METHODS[method].fixed
     chosen = [{"routing": routing} for routing in ("none", "mul", "attn")] if "routing" in options else [{}]
     return [small | own for own in (*chosen, *(BOTTLENECKS if "bottleneck" in options else ()))]
 

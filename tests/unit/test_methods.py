@@ -280,6 +280,8 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     return {
         "lora": attentions * 2 * (down + r * D),
         "adapter": 2 * stacks * (down + biases + r * D + D),  # not after BART's cross-attention
+        "houlsby": 2 * stacks * plain,
+        "pfeiffer": stacks * plain,
         "vl_adapter": sub_layers * plain,
         "phm_adapter": sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
         "compacter": sub_layers * 2 * (D + r) + sub_layers * (r + D) + 4**3,  # factors, biases, one rule

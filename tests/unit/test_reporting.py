@@ -36,7 +36,7 @@ from routevl.errors import RoutevlError
 from routevl.methods.table import FAMILIES, METHODS, MethodRow
 from routevl.reporting import FIGURES, TABLES, figures, formats, names, results, style
 from routevl.reporting.claims import verdict
-from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types
+from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types, f7_inside
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.published import read_claims, read_published
 from routevl.routing import ROUTING, Routing
@@ -647,7 +647,7 @@ def test_figures_are_the_same_bytes_each_time(scored, tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "F1_method"])
 def test_figures_work_with_a_single_routed_run(tmp_path, name):
-    folder = results_of(tmp_path / "results", experiment(routing="mul", feeds="F2,F3,F4,F5,F6,F8"))
+    folder = results_of(tmp_path / "results", experiment(routing="mul", feeds="F2,F3,F4,F5,F6,F7,F8"))
     assert make_figure(name, folder, tmp_path / f"{name}.svg").stat().st_size > 0
 
 
@@ -749,6 +749,49 @@ def test_methods_are_named_at_their_points_without_overlaps(tmp_path):
     assert not any(box.count_overlaps(boxes[index + 1 :]) for index, box in enumerate(boxes))
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
     assert points == set(zip(data["trainable_params"], data["score"], strict=True))
+
+
+def test_what_is_inside_is_averaged_over_seeds_and_the_bottlenecks_of_a_layer(scored):
+    figure, data = f7_inside.draw(inputs(scored, "F7_inside"))
+    for row in data.itertuples():
+        paths = [scored / "inside" / f"{row.experiment}_seed{seed}.json" for seed in range(1, row.n_seeds + 1)]
+        found = [b for path in paths for b in json.loads(path.read_text())["bottlenecks"] if b["layer"] == row.layer]
+        assert len(found) == 2 * row.n_seeds
+        assert row.cka_after == pytest.approx(sum(b["cka_after"] for b in found) / len(found))
+    assert len(figure.axes) == 2 * 4 and not data["along_image"].isna().any()
+    chosen = data[data["experiment"] == "vqa_lora_mul_r4_e2"]
+    drawn = [line for line in figure.axes[0].lines if line.get_color() == style.look(next(chosen.itertuples())).color]
+    assert [list(line.get_ydata()) for line in drawn] == [list(chosen["cosine_after"]), list(chosen["cosine_before"])]
+
+
+def test_inside_of_what_learned_nothing_is_marked(tmp_path):
+    runs = [experiment(routing=routing, feeds="F7") for routing in ("mul", "attn")]
+    write_results(tmp_path, runs, images=8, collapsed=["vqa_lora_mul_r4_e2_seed1"])
+    write_sheet(tmp_path / "experiments.tsv", runs)
+    figure, _ = f7_inside.draw(inputs(tmp_path, "F7_inside"))
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["†"]] * 4 + [[]] * 4
+
+
+def test_inside_of_patches_no_share_lies_along_the_image(tmp_path):
+    folder = results_of(tmp_path, experiment(routing="mul", feeds="F7"))
+    [path] = (folder / "inside").iterdir()
+    record = json.loads(path.read_text())
+    for bottleneck in record["bottlenecks"]:
+        bottleneck["along_image"] = None
+    path.write_text(json.dumps(record))
+    figure, _ = f7_inside.draw(inputs(folder, "F7_inside"))
+    assert len(figure.axes) == 3
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path):
+    folder = results_of(tmp_path, experiment(feeds="F7"))
+    with pytest.raises(RoutevlError, match="experiment vqa_lora_none_r4_e2 feeds F7, and it has no routing function"):
+        f7_inside.draw(inputs(folder, "F7_inside"))
+    folder = results_of(tmp_path, experiment(routing="mul", feeds="F7"))
+    path = folder / "inside" / "vqa_lora_mul_r4_e2_seed1.json"
+    path.write_text("{}")
+    with pytest.raises(RoutevlError, match=f"{path.name}: not what `routevl inside` writes"):
+        f7_inside.draw(inputs(folder, "F7_inside"))
 
 
 def test_colours_labels_and_formulas_come_from_the_lists(monkeypatch):

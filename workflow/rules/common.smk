@@ -335,7 +335,8 @@ def results_of_runs(wildcards):
     runs = runs_feeding(wildcards.name)
     versus = {RUNS[run][0].versus for run in runs}
     runs += [run for run, (experiment, _) in RUNS.items() if experiment.experiment in versus and run not in runs]
-    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")]
+    inside = [f"{R}/inside/{run}.json" for run in runs_feeding("F7")] if wildcards.name == "F7_inside" else []
+    return [f"{R}/{kind}/{run}" for run in runs for kind in ("models", "predictions", "scores")] + inside
 
 
 def released():

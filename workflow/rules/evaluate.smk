@@ -27,3 +27,31 @@ for runs in scoring_batches():
             recorded("score", job="{params.job:q}")
             + "routevl score --task {params.task} --split-folder {input.data:q}/test --predictions {input.predictions:q} "
             "--output {output:q} &> {log:q}"
+
+
+# Only for figure F7: what the routing functions of a trained run do, on the validation split.
+rule inside:
+    input:
+        unpack(run_inputs),
+        model=f"{R}/models/{{run}}",
+    output:
+        f"{R}/inside/{{run}}.json",
+    log:
+        f"{R}/logs/inside/{{run}}.log",
+    benchmark:
+        f"{R}/benchmarks/inside/{{run}}.tsv"
+    wildcard_constraints:
+        run=one_of(runs_feeding("F7")),
+    threads: config["training"]["threads"]
+    resources:
+        **gpus(min(config["training"]["gpus"], 1)),
+        cpus_per_task=config["training"]["threads"],
+        mem_mb=memory(config["training"]["mem_mb"]),
+        runtime=time_to_restart(RULE_RUNTIME),
+    params:
+        inputs=run_input_options,
+        threads=config["training"]["threads"],
+        workers=config["training"]["workers"],
+    shell:
+        recorded("inside", "run") + "routevl inside {params.inputs} --model {input.model:q} --output {output:q} "
+        "--threads {params.threads} --workers {params.workers} &> {log:q}"

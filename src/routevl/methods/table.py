@@ -54,9 +54,23 @@ _HU, _HAN = "Hu et al., 2022 (arXiv 2106.09685)", "Liu et al., 2024 (arXiv 2402.
 _KARIMI = "Karimi Mahabadi et al., 2021 (arXiv 2106.04647)"
 _VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
 
+# an Adapter that reads no image
+_PLAIN = {
+    "routing": "none", "visual_scale": "none", "bottleneck": "shared", "routed_features": "image", "up_init": "zero",
+    "position": "before_norm", "residual": True, "places": "both",
+}  # fmt: skip
+
 METHODS = {
     "lora": MethodRow("LoRA", "low-rank", "Qu et al., 2024 (arXiv 2403.09377), equation 4", "lora:Lora"),
     "adapter": MethodRow("Adapter", "adapter", "Qu et al., 2024 (arXiv 2403.09377), equation 5", "adapter:Adapter"),
+    "houlsby": MethodRow("Houlsby adapter", "adapter", "Houlsby et al., 2019 (arXiv 1902.00751)", "adapter:Adapter", _PLAIN),
+    "pfeiffer": MethodRow(
+        "Pfeiffer adapter",
+        "adapter",
+        "Pfeiffer et al., 2021 (arXiv 2005.00247)",
+        "adapter:Adapter",
+        _PLAIN | {"places": "ffn", "activation": "relu"},
+    ),
     "vl_adapter": MethodRow("VL-Adapter", "adapter", "Sung et al., 2022 (arXiv 2112.06825)", "vl_adapter:VLAdapter"),
     "phm_adapter": MethodRow("PHM-Adapter", "adapter", _KARIMI, "compacter:PhmAdapter"),
     "compacter": MethodRow("Compacter", "adapter", _KARIMI, "compacter:Compacter"),

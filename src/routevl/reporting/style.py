@@ -76,8 +76,8 @@ class Look:
 
 
 def has_routing(method: str) -> bool:
-    """Whether a method has the option of a routing function."""
-    return "routing" in (f.name for f in fields(method_class(method).Options))
+    """Whether a run of the method can have a routing function."""
+    return "routing" in {f.name for f in fields(method_class(method).Options)} - METHODS[method].fixed.keys()
 
 
 def look(row: Any, color: str | None = None) -> Look:

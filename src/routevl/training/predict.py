@@ -44,9 +44,20 @@ def run(arguments: argparse.Namespace) -> None:
     of the logits change no prediction but where two are equal to these bits.
 
     Raises:
-        RoutevlError: not a trained run, or one of another text or vision model than those given.
+        RoutevlError: as `load_trained`.
     """
     check_replaceable(arguments.predictions, "results.json")
+    task, accelerator = load_trained(arguments)
+    write_predictions(task, accelerator, Path(arguments.predictions), task.to_predict(arguments.split), arguments.workers)
+    accelerator.end_training()
+
+
+def load_trained(arguments: argparse.Namespace) -> tuple[Task, Accelerator]:
+    """The task of a trained run with its weights, on the accelerator's device, from the inputs and the `model` of a command line.
+
+    Raises:
+        RoutevlError: not a trained run, or one of another text or vision model than those given.
+    """
     prepare_torch(arguments.threads)
     folder = Path(arguments.model)
     record = read_json(folder / "run.json")
@@ -67,8 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
     task.model.load(folder)
     task.model.to(accelerator.device)
-    write_predictions(task, accelerator, Path(arguments.predictions), task.to_predict(arguments.split), arguments.workers)
-    accelerator.end_training()
+    return task, accelerator
 
 
 def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items: Any, workers: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from routevl.errors import RoutevlError
 from routevl.methods.bottleneck import BottleneckMethod, BottleneckOptions
 from routevl.options import option
 
@@ -27,16 +26,16 @@ class TaskOptions(BottleneckOptions):
     )  # fmt: skip
     tasks: int = option("tasks with projections of their own; of more than one, `task_id` travels beside each call", 1, least=1)
 
+    def conflicts(self) -> Iterator[str]:
+        """What is wrong with options that are right each by itself."""
+        if self.sharing == "single" and self.tasks > 1:
+            yield f"tasks is {self.tasks}, but with sharing=single all have the same adapters: leave tasks out"
+
 
 class VLAdapter(BottleneckMethod):
     """h + U gelu(D h) in place of the output h of every attention, cross-attention and feed-forward part."""
 
     Options = TaskOptions
-
-    def __init__(self, options: Any) -> None:
-        super().__init__(options)
-        if options.sharing == "single" and options.tasks > 1:
-            raise RoutevlError(f"tasks is {options.tasks}, but with sharing=single all have the same adapters: leave tasks out")
 
     def projections(self, device: torch.device) -> Callable[[int, int], nn.Module]:
         """What makes the model's projections of their two widths."""
