@@ -11,14 +11,14 @@ import math
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file, read_json
-from routevl.methods.table import METHODS, method_class, refuse_fixed
+from routevl.methods.table import METHODS, free_options, method_class, refuse_fixed
 from routevl.options import check_value, parse_number, read_words, words_of
 from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
@@ -188,12 +188,11 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
 def _check_option(method: str, name: str, value: Any, where: str) -> None:
     """Raise RoutevlError where the method has no such option, fixes it, or the value is wrong."""
     refuse_fixed(method, name, where)
-    options = method_class(method).Options
-    known = [f.name for f in fields(options) if f.name not in METHODS[method].fixed]
+    known = free_options(method)
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise RoutevlError(f"{where}: the method {method} has no option {name!r} ({has}), and no setting has that name")
-    check_value(options, name, value, where)
+    check_value(method_class(method).Options, name, value, where)
 
 
 def _check_names(experiments: Sequence[Experiment], path: str | Path) -> None:

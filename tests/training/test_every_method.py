@@ -13,7 +13,7 @@ from conftest import SmallWorld, command_line, run_stage
 from runs import TASKS, Run, assert_same_outcome, new_run, own_signals
 from test_several_processes import exit_statuses, start_processes
 
-from routevl.methods.table import METHODS, method_class
+from routevl.methods.table import METHODS, free_options, method_class
 from routevl.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ ROUTED = {"r": 2, "routing": "attn", "visual_scale": "tanh"}
 
 def method_run(world: SmallWorld, root: Path, task: str, method: str, **changes: Any) -> Run:
     """A short run of a method, its phase before training included."""
-    has_routing = "routing" in method_class(method).Options.__dataclass_fields__
+    has_routing = "routing" in free_options(method)
     options = ROUTED if has_routing else SMALL.get(method, {})
     if "freeze_layer_norm=no" in method_class(method).refuses:
         changes |= {"freeze_layer_norm": "yes"}

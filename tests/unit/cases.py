@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.methods.base import layer_norms
-from routevl.methods.table import METHODS, method_class, new_method
+from routevl.methods.table import METHODS, free_options, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
 from routevl.tasks.vqa import VqaModel
@@ -74,7 +74,7 @@ class EncoderDecoderModel(VisionLanguageModel):
 
 def small_options(method: str) -> list[dict[str, Any]]:
     """The options that a method is tried with: no routing, two routing functions and the other bottlenecks, where it routes."""
-    small, options = SMALL.get(method, {}), method_class(method).Options.__dataclass_fields__.keys() - METHODS[method].fixed
+    small, options = SMALL.get(method, {}), free_options(method)
     chosen = [{"routing": routing} for routing in ("none", "mul", "attn")] if "routing" in options else [{}]
     return [small | own for own in (*chosen, *(BOTTLENECKS if "bottleneck" in options else ()))]
 

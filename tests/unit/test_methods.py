@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from routevl.errors import RoutevlError
 from routevl.methods.base import layer_norms
-from routevl.methods.table import METHODS, method_class, new_method
+from routevl.methods.table import METHODS, free_options, method_class, new_method
 from routevl.routing import ROUTING
 from routevl.tasks.vqa import VqaModel
 
@@ -325,7 +325,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     }.get(method, without["method"] - counts["method"])  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "bottleneck" in method_class(name).Options.__dataclass_fields__])
+@pytest.mark.parametrize("method", [name for name in METHODS if "bottleneck" in free_options(name)])
 def test_routing_adds_no_parameter(method: str) -> None:
     for kind in TEXT_MODELS:
         chosen = [{"routing": routing} for routing in ROUTING] + [{"routing": "mul", "bottleneck": "after_up"}]

@@ -647,7 +647,7 @@ def test_figures_are_the_same_bytes_each_time(scored, tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "F1_method"])
 def test_figures_work_with_a_single_routed_run(tmp_path, name):
-    folder = results_of(tmp_path / "results", experiment(routing="mul", feeds="F2,F3,F4,F5,F6,F7,F8"))
+    folder = results_of(tmp_path / "results", experiment(routing="mul", feeds="F2,F3,F4,F5,F6,F7,F8,F9"))
     assert make_figure(name, folder, tmp_path / f"{name}.svg").stat().st_size > 0
 
 

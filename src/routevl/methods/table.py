@@ -10,7 +10,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
@@ -113,6 +113,11 @@ def new_method(name: str, options: Mapping[str, Any], where: str) -> Method:
     for option in options:
         refuse_fixed(name, option, where)
     return cls(read(cls.Options, {**options, **METHODS[name].fixed}, f"{where}: method {name}"))
+
+
+def free_options(name: str) -> list[str]:
+    """The options of a method that its row does not fix."""
+    return [f.name for f in fields(method_class(name).Options) if f.name not in METHODS[name].fixed]
 
 
 def refuse_fixed(name: str, option: str, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from routevl.files import atomic_file
-from routevl.methods.table import FAMILIES, METHODS, method_class
+from routevl.methods.table import FAMILIES, METHODS, free_options
 from routevl.reporting.names import DAGGER, differing, in_words, plural
 from routevl.reporting.results import INTERNAL
 from routevl.routing import ROUTING
@@ -77,7 +77,7 @@ class Look:
 
 def has_routing(method: str) -> bool:
     """Whether a run of the method can have a routing function."""
-    return "routing" in {f.name for f in fields(method_class(method).Options)} - METHODS[method].fixed.keys()
+    return "routing" in free_options(method)
 
 
 def look(row: Any, color: str | None = None) -> Look:
