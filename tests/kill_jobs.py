@@ -21,7 +21,7 @@ from kill_workflows import MEASUREMENTS
 from tiny_project import BIN, environment, make_project, row
 
 EXPERIMENTS = [
-    row("mul", "vqa", "routing=mul", feeds="T1,F2"),
+    row("mul", "vqa", "routing=mul learning_rate=tuned", feeds="T1,F2,F7"),
     row("chosen", "vqa", "share=0.1 batches=2", method="gradient_norm", text_backbone="pruned", feeds="T7"),
     row("attn", "caption", "routing=attn", method="adapter", visual_tokens="patches", feeds="T2"),
 ]
@@ -66,7 +66,7 @@ def jobs_of(project: Path) -> list[Job]:
         outputs = [output["path"] for output in manifest["outputs"]]
         if stage in ("train", "probe", "score"):
             stage += f" {'caption' if 'caption' in command else 'vqa'}"
-        checkpoint = command[command.index("--checkpoint") + 1] if "--checkpoint" in command else ""
+        checkpoint = command[command.index("--checkpoint") + 1] if stage.startswith("train") else ""
         job = Job(stage, command, outputs, checkpoint)
         if stage == "index_features":
             relative = str(path.relative_to(project))

@@ -18,6 +18,7 @@ import yaml
 from routevl import settings
 from routevl.errors import RoutevlError
 from routevl.methods.lora import Lora
+from routevl.methods.table import METHODS, method_class
 from routevl.options import words_of
 from routevl.settings import RunSettings
 from routevl.sheet import COLUMNS, Experiment, check, read_sheet, runs_of, settings_of, trials_of
@@ -323,3 +324,34 @@ def test_a_tuned_row_needs_trials_of_a_seed_of_their_own(tmp_path: Path, tuning:
         del sections["tuning"]
     with pytest.raises(RoutevlError, match=message):
         check(experiments, sections)
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+
+@pytest.mark.parametrize("sheet", ["full", "comparison"])
+def test_every_method_is_compared_alike(sheet: str) -> None:
+    """Each method in T7 and F4 on both tasks, with trials and three seeds, over plain LoRA of the same budget."""
+    rows = [row for row in read_sheet(PROJECT / f"config/experiments/{sheet}.tsv") if "T7" in row.feeds]
+    by_name = {row.experiment: row for row in rows}
+    for task, kind in (("vqa", "roberta"), ("caption", "gpt2")):
+        of_task = [row for row in rows if row.task == task]
+        expected = {method for method in METHODS if not method_class(method).refuses.keys() & {task, kind}}
+        assert {row.method for row in of_task} == expected
+        [plain] = [row for row in of_task if not row.versus]
+        assert (plain.method, plain.options.get("routing")) == ("lora", None)
+        for row in of_task:
+            assert row.tuned and row.seeds == (1, 2, 3) and "F4" in row.feeds, row.experiment
+            assert (row.epochs, row.prefix, row.visual_tokens) == (plain.epochs, plain.prefix, plain.visual_tokens)
+            assert row is plain or by_name[row.versus] is plain
+
+
+@pytest.mark.parametrize("sheet", ["full", "comparison"])
+def test_cross_attention_has_as_many_parameters_as_what_it_is_compared_with(sheet: str) -> None:
+    """Per adapted module of width d: 2 r d, and 4 r^2 more with cross-attention."""
+    rows = {row.experiment: row for row in read_sheet(PROJECT / f"config/experiments/{sheet}.tsv") if "T5" in row.feeds}
+    crossed = [row for row in rows.values() if row.options.get("bottleneck") == "cross_attention"]
+    assert {row.task for row in crossed} == {"vqa", "caption"}
+    for row in crossed:
+        width, r, of_baseline = {"full": 96, "comparison": 1024}[sheet], int(row.options["r"]), int(rows[row.versus].options["r"])
+        assert 2 * r * width + 4 * r**2 == 2 * of_baseline * width

@@ -350,6 +350,30 @@ def test_the_rehearsal_of_the_paper_at_toy_size(toy: Path, hub: Path) -> None:
         assert "download train2014" in audit.stdout and "unpack val2014: stands" in audit.stdout
 
 
+@pytest.mark.slow
+def test_the_rehearsal_of_the_comparison_at_toy_size(toy: Path, hub: Path) -> None:
+    """A configuration that extends the paper's: trials of learning rates, an ablation, a control, a method with a probe."""
+    names = ("lora_mul", "lora_mul_split", "lora_mul_shuffled", "lora_tuned", "vl_adapter", "gradient_norm")
+    chosen = {f"vqa_{name}" for name in names}
+    sheet = toy / "config/experiments/comparison.tsv"
+    columns, rows = read_table(sheet)
+    rows = [row for row in rows if row["experiment"] in chosen]
+    for row in rows:
+        row["options"] = re.sub(r"(r|lora_alpha)=\d+", r"\1=4", row["options"])
+        row["versus"] *= row["versus"] in chosen
+    write_table(sheet, columns, rows)
+    output = snakemake(toy, hub, "config/comparison.yaml", "--config", "rehearsal=yes")
+    rules = re.findall(r"^(?:local)?rule (\S+):", output, re.MULTILINE)
+    assert (rules.count("tune"), rules.count("probe"), rules.count("inside")) == (3, 2, 1)
+    results = toy / "results/comparison/rehearsal"
+    assert {path.name for path in (results / "tables").glob("*.csv")} == {"T4_ablations.csv", "T6_cost.csv", "T7_methods.csv"}
+    for name, base in (("lora_tuned", 0.0003), ("vl_adapter", 0.001)):
+        record = json.loads((results / f"tuning/vqa_{name}_seed0.json").read_text())
+        assert [trial["learning_rate"] for trial in record["trials"]] == pytest.approx([0.3 * base, base, 3 * base])
+        run = json.loads((results / f"models/vqa_{name}_seed1/run.json").read_text())
+        assert run["settings"]["learning_rate"] == record["learning_rate"]
+
+
 def contents(folder: Path, but: Path | None = None) -> dict[Path, tuple[int, bytes]]:
     """Time of change and bytes of each file, but for those below another folder."""
     files = [path for path in folder.rglob("*") if path.is_file() and (but is None or not path.is_relative_to(but))]
