@@ -31,7 +31,7 @@ class RoutedAdapterModel(RoutedTuner):
 
 
 def _norms_of_layers(structure: Structure, config: RoutedAdapterConfig, model: nn.Module) -> list[str]:
-    """The layer norms of the hidden states in all layers. Raises RoutevlError where there are none, or they are trained too."""
+    """The layer norms in the layers, as wide as the hidden states. Raises RoutevlError: there is none, or they are trained."""
     width = widths_of(model.get_submodule(structure.attention_outputs[0]))[1]
     named = {name.removesuffix(".base_layer"): base_of(module) for name, module in model.named_modules()}
     norms = {name: module for name, module in named.items() if is_layer_norm(module) and layer_of(name) is not None}
