@@ -554,6 +554,13 @@ def test_predict_reproduces_the_predictions(baseline: Run, tmp_path: Path, worke
     assert predict(baseline, baseline.model, tmp_path / "again", workers=workers) == expected
 
 
+def test_ablations_are_predicted_as_they_were_trained(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
+    """Made anew of a run's folder: another image's features in the bottleneck, modules of other places, two W_down."""
+    options = {"r": 4, "routing": "mul", "bottleneck": "split", "places": "both", "routed_features": "shuffled"}
+    run = new_run(small_world, tmp_path, task, options=options).train()
+    assert predict(run, run.model, tmp_path / "again") == (run.predictions / "results.json").read_bytes()
+
+
 def test_predictions_are_one_per_item_of_the_split(small_world: SmallWorld, baseline: Run, task: str) -> None:
     folder = small_world.data / "test"
     if task == "vqa":
