@@ -305,6 +305,7 @@ def test_the_method_reads_a_stand_in_and_the_prefix_the_image(method: str, width
         ({"bottleneck": "cross_attention", "r": "6"}, "r is 6, and bottleneck=cross_attention needs a multiple of 4"),
         ({"routed_features": "noise"}, "routed_features=noise needs a routing function: set routing"),
         ({"layers_to_transform": "0,x"}, "layers_to_transform is '0,x', expected numbers of layers"),
+        ({"layers_to_transform": ""}, "layers_to_transform is '', expected numbers of layers"),
         ({"target_modules": "query", "places": "ffn"}, "target_modules names the modules to adapt: leave places out"),
     ],
 )

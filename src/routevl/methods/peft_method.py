@@ -28,7 +28,7 @@ class PeftMethod(Method):
         """The options as fields of a peft config."""
         fields = asdict(self.options)
         fields |= {name: value.split(",") for name, value in fields.items() if name.endswith("_modules") and value}
-        if fields.get("layers_to_transform"):
+        if fields.get("layers_to_transform") is not None:
             fields["layers_to_transform"] = [int(number) for number in fields["layers_to_transform"].split(",")]
         return fields
 

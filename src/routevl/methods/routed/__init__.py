@@ -56,9 +56,9 @@ class RoutedOptions:
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong with options that are right each by itself."""
-        numbers = (self.layers_to_transform or "0").split(",")
-        if not all(number.isdecimal() for number in numbers):
-            yield f"layers_to_transform is {self.layers_to_transform!r}, expected numbers of layers with commas between them"
+        layers = self.layers_to_transform
+        if layers is not None and not all(number.isdecimal() for number in layers.split(",")):
+            yield f"layers_to_transform is {layers!r}, expected numbers of layers with commas between them"
         if self.bottleneck in ("split", "after_up") and self.routing == "none":
             yield f"bottleneck={self.bottleneck} needs a routing function: set routing"
         if self.bottleneck == "cross_attention" and self.routing != "none":
