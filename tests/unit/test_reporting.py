@@ -586,6 +586,34 @@ def test_a_gain_must_be_everywhere_and_as_large_as_published(judged, tmp_path, m
     assert claims_of(folder, tmp_path / "T0.csv")["vqa_gain", "lora"]["verdict"] == words
 
 
+@pytest.mark.parametrize(("ablated", "words"), [(50.0, "holds"), (80.0, "does not hold")])
+def test_an_ablation_is_judged_by_its_own_claim_and_by_no_other(judged, tmp_path, ablated, words):
+    folder = shutil.copytree(judged, tmp_path / "results")
+    plain = "vqa_lora_none_r4_e2"
+    own = experiment(routing="self_attn", versus=plain, seeds="1,2,3", feeds="T0")
+    for name in ("models", "predictions", "scores"):
+        for seed in (1, 2, 3):
+            shutil.copytree(folder / name / f"vqa_lora_mul_r4_e2_seed{seed}", folder / name / f"{own['experiment']}_seed{seed}")
+    runs = [row | {"seeds": "1,2,3"} for row in RUNS if "T0" in row["feeds"]]
+    before = claims_of(folder, tmp_path / "before.csv")
+    assert before["self_attn_fails", "lora"]["verdict"] == before["after_up_fails", "lora"]["verdict"] == "not tested"
+    write_sheet(folder / "experiments.tsv", [*runs, own])
+    for seed in (1, 2, 3):
+        path = folder / "models" / f"{own['experiment']}_seed{seed}" / "run.json"
+        record = json.loads(path.read_text())
+        write(
+            path,
+            record | {"settings": record["settings"] | {"options": record["settings"]["options"] | {"routing": "self_attn"}}},
+        )
+        set_items(folder, f"{own['experiment']}_seed{seed}", [ablated] * 160)
+        set_items(folder, f"{plain}_seed{seed}", [50.0] * 160)
+    after = claims_of(folder, tmp_path / "after.csv")
+    row = after["self_attn_fails", "lora"]
+    assert (row["comparisons"], row["verdict"]) == ("1", words)
+    assert after["vqa_gain", "lora"]["comparisons"] == before["vqa_gain", "lora"]["comparisons"]
+    assert after["no_parameters", "lora"]["comparisons"] == before["no_parameters", "lora"]["comparisons"]
+
+
 def test_more_parameters_with_routing_are_found(own_copy, tmp_path):
     for seed in (1, 2, 3):
         path = own_copy / "models" / f"vqa_lora_mul_r4_e2_seed{seed}" / "run.json"

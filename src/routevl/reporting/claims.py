@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pandas as pd
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS
+from routevl.options import read_words, text_of
 from routevl.reporting.formats import Table, signed
 from routevl.reporting.names import DAGGER, backbones
 from routevl.reporting.published import read_claims
@@ -64,7 +65,8 @@ def claims_table(arguments: argparse.Namespace) -> Table:
         | {"equal_parameters": _equal_parameters(group, arguments.results)}
         for experiment, group in compared.groupby("experiment", sort=False)
     ]
-    records = [record for claim in claims for record in _records(claim, comparisons)]
+    methods = [method for method in METHODS if any(c["method"] == method for c in comparisons)]
+    records = [record for claim in claims for record in _records(claim, _about(claim, claims, comparisons), methods)]
     notes = [
         _RULE,
         "",
@@ -96,25 +98,40 @@ def verdict(supporting: int, comparisons: int, reaches_figure: bool = True) -> s
     return "holds" if supporting == comparisons and reaches_figure else "holds in part"
 
 
-def _records(claim: Any, comparisons: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for method in METHODS:
-        of_method = [c for c in comparisons if c["method"] == method]
-        found = [c for c in of_method if claim.task in (c["task"], "any") and claim.kind != "untested"]
+def _about(claim: Any, claims: Sequence[Any], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons that have a claim's options; of a claim without options those that have no other claim's."""
+
+    def has_options(of: Any, comparison: dict[str, Any]) -> bool:
+        known = {"routing": comparison["routing"], **comparison["details"]}
+        return all(text_of(known.get(name)) == value for name, value in read_words(of.options.split(), of.claim).items())
+
+    if claim.options:
+        return [c for c in comparisons if has_options(claim, c)]
+    return [c for c in comparisons if not any(other.options and has_options(other, c) for other in claims)]
+
+
+def _records(claim: Any, about: Sequence[dict[str, Any]], methods: Collection[str]) -> Iterator[dict[str, Any]]:
+    """A claim's lines for each of the methods, by the comparisons that it is about; one for each pair of backbones where it has a
+    figure, which is for the paper's."""
+    for method in methods:
+        tested = [c for c in about if c["method"] == method and claim.kind != "untested"]
+        found = [c for c in tested if claim.task in (c["task"], "any")]
         if claim.kind == "gain" and found:
             for name in dict.fromkeys(c["backbones"] for c in found):
                 yield _record(claim, method, [c for c in found if c["backbones"] == name])
-        elif of_method:
+        else:
             yield _record(claim, method, found)
 
 
 def _record(claim: Any, method: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    of_gain = claim.kind == "gain"
+    of_gain, of_none = claim.kind in ("gain", "no gain"), claim.kind == "no gain"
     judged = [c for c in found if not (of_gain and c["gain"].no_verdict)]
     extremes = {"default": {"gain": Gain(), "routing": ""}, "key": lambda c: c["gain"].relative.estimate}
     largest, smallest = (choose(judged if of_gain else [], **extremes) for choose in (max, min))
     verdicts = [c["gain"].verdict for c in judged]
-    supporting = verdicts.count(1) if of_gain else sum(c["equal_parameters"] for c in judged)
-    reaches_figure = not of_gain or largest["gain"].relative.low >= claim.published
+    improving = verdicts.count(1)
+    supporting = len(judged) - improving if of_none else improving if of_gain else sum(c["equal_parameters"] for c in judged)
+    reaches_figure = claim.kind != "gain" or largest["gain"].relative.low >= claim.published
     same_scale = "the paper's backbones" if found and found[0]["backbones"] == claim.setting else "not the paper's"
     counted = of_gain and found
     return {

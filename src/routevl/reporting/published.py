@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 
 from routevl.errors import RoutevlError
+from routevl.options import read_words
 from routevl.reporting.names import backbones
 
 COLUMNS = ("source", "table", "task", "setting", "method", "metric", "value", "std", "note")
-CLAIM_COLUMNS = ("claim", "text", "where", "published", "unit", "task", "setting", "kind")
-CLAIM_KINDS = ("gain", "parameters", "untested")
+CLAIM_COLUMNS = ("claim", "text", "where", "published", "unit", "task", "setting", "kind", "options")
+CLAIM_KINDS = ("gain", "no gain", "parameters", "untested")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -21,13 +22,17 @@ def read_published(path: Path) -> pd.DataFrame:
 
 
 def read_claims(path: Path) -> pd.DataFrame:
-    """Read claims.tsv; `published` is float, NaN where the paper gives no figure, which the claim of a gain must have."""
+    """Read claims.tsv; `published` is float, NaN where the paper gives no figure, which the claim of a gain must have.
+
+    `options`: the claim is about runs with these, key=value; where it names none, about those that no other claim's options name.
+    """
     claims = _read(path, "\t", CLAIM_COLUMNS, numeric=("published",))
     for claim in claims.itertuples():
         if claim.kind not in CLAIM_KINDS:
             raise RoutevlError(f"{path}: kind of {claim.claim} is {claim.kind!r}, expected one of {', '.join(CLAIM_KINDS)}")
         if claim.kind == "gain" and not claim.published > 0:
             raise RoutevlError(f"{path}: {claim.claim} is the claim of a gain and needs its figure in `published`")
+        read_words(claim.options.split(), f"{path}: options of {claim.claim}")
     return claims
 
 
