@@ -218,6 +218,25 @@ def test_the_backbone_reads_the_text_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_without_the_prefix_it_is_blind(kind: str) -> None:
+    model, batch = shaken(build("lst", kind, SMALL, prefix=False)), batch_of(kind)
+    assert not model.sees_image
+    assert torch.equal(model(**batch)["losses"], model(**batch | {"image": -batch["image"]})["losses"])
+
+
+def test_an_encoder_decoder_generates_with_a_cache_what_it_reads_at_once() -> None:
+    """Both halves of the decoder, each with its own half of the encoder's states."""
+    model, image = shaken(build("lst", "bart", SMALL)), batch_of("bart", visual_tokens=2)["image"]
+    generated = model.generate(0, image, max_new_tokens=5, do_sample=False, pad_token_id=49, eos_token_id=None)
+    ids = torch.zeros(B, 1, dtype=torch.int64)
+    inputs = model.text_inputs(ids, torch.ones_like(ids), image)
+    for place in range(1, generated.shape[1]):
+        with torch.no_grad():
+            logits = model.text_model(**inputs, decoder_input_ids=generated[:, :place], use_cache=False).logits
+        assert torch.equal(logits[:, -1].argmax(-1), generated[:, place])
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
 def test_no_gradient_passes_through_the_backbone(kind: str) -> None:
     """No tensor in it has a grad_fn, with a trained visual projection and in training; and the image's tokens do get one."""
     model = build("lst", kind, SMALL, width=20).train()
