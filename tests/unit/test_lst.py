@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import TEXT_MODELS, B, D, batch_of, build, rows, shaken
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from routevl.errors import RoutevlError
 from routevl.methods.lst.cut import cut, layers_of, row_scores, stacks_of
@@ -236,6 +236,32 @@ def test_an_encoder_decoder_generates_with_a_cache_what_it_reads_at_once() -> No
         assert torch.equal(logits[:, -1].argmax(-1), generated[:, place])
 
 
+def test_a_cache_counts_the_positions_of_the_image() -> None:
+    """Continued by hand: the positions behind those in the cache, with a mask of all, as read at once."""
+    model, batch = shaken(build("lst", "gpt2", SMALL)), batch_of("gpt2", visual_tokens=2)
+    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
+    with torch.no_grad():
+        expected = model.text_model(**inputs, use_cache=False).logits[:, -2:]
+        first = {name: tensor[:, :-2] for name, tensor in inputs.items() if name != "visual_tokens"}
+        cache = model.text_model(**first, visual_tokens=inputs["visual_tokens"]).past_key_values
+        assert cache.get_seq_length() == first["inputs_embeds"].shape[1]
+        then = inputs | {"inputs_embeds": inputs["inputs_embeds"][:, -2:]}
+        torch.testing.assert_close(model.text_model(**then, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == inputs["inputs_embeds"].shape[1]
+
+
+def test_padding_between_the_image_and_a_prompt_changes_nothing_that_is_generated() -> None:
+    model, batch = shaken(build("lst", "gpt2", SMALL)), batch_of("gpt2", visual_tokens=2)
+    batch["attention_mask"][0, :3] = 0  # on the left
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 49, "eos_token_id": None}
+    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
+    alone = model.text_inputs(batch["input_ids"][:1, 3:], batch["attention_mask"][:1, 3:], batch["image"][:1])
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    padded, bare = (model.text_model.generate(**given, **options, **scores).scores for given in (inputs, alone))
+    for of_batch, of_one in zip(padded, bare, strict=True):
+        torch.testing.assert_close(of_batch[:1], of_one)
+
+
 @pytest.mark.parametrize("kind", TEXT_MODELS)
 def test_no_gradient_passes_through_the_backbone(kind: str) -> None:
     """No tensor in it has a grad_fn, with a trained visual projection and in training; and the image's tokens do get one."""
@@ -282,6 +308,12 @@ def llama(**sizes: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=0, eos_token_id=49, **config)).eval()
 
 
+def qwen() -> Qwen3ForCausalLM:
+    """Its queries and keys are normalised head by head."""
+    sizes = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=4, **sizes))
+
+
 def test_rotary_positions_and_a_gated_feed_forward_part() -> None:
     """LLaMA: generated with a cache as read at once; positions of the text that do not count the image in the backbone."""
     model = build_of(llama())
@@ -301,12 +333,13 @@ def test_rotary_positions_and_a_gated_feed_forward_part() -> None:
 @pytest.mark.parametrize(
     ("model", "reduction", "message"),
     [
-        (lambda: TEXT_MODELS["roberta"](), 3, "hidden_size 32 does not divide by reduction=3"),
-        (lambda: TEXT_MODELS["gpt2"](), 16, "side network's width 2 does not divide by the text backbone's 4 heads"),
+        (TEXT_MODELS["roberta"], 3, "hidden_size 32 does not divide by reduction=3"),
+        (TEXT_MODELS["gpt2"], 16, "side network's width 2 does not divide by the text backbone's 4 heads"),
         (lambda: llama(num_key_value_heads=2), 4, "have not equally many rows"),
+        (qwen, 4, "layers.0.self_attn.q_norm has width 8, not 32"),
     ],
 )
-def test_models_that_cannot_be_cut_are_refused(model: type, reduction: int, message: str) -> None:
+def test_models_that_cannot_be_cut_are_refused(model: Callable[[], nn.Module], reduction: int, message: str) -> None:
     """Before the examples are looked at."""
     task = SimpleNamespace(model=SimpleNamespace(text_model=model()))
     with pytest.raises(RoutevlError, match=message):
@@ -316,6 +349,12 @@ def test_models_that_cannot_be_cut_are_refused(model: type, reduction: int, mess
 def test_the_norms_of_the_backbone_cannot_be_trained() -> None:
     with pytest.raises(RoutevlError, match="no gradient passes through the backbone.*set freeze_layer_norm"):
         new_method("lst", SMALL, "test").build(TEXT_MODELS["roberta"](), {}, ["embeddings.LayerNorm"])
+
+
+def test_an_image_with_token_ids_is_refused() -> None:
+    model, batch = build("lst", "roberta", SMALL), batch_of("roberta")
+    with pytest.raises(RoutevlError, match="visual_tokens are the first positions of inputs_embeds"):
+        model.text_model(input_ids=batch["input_ids"], visual_tokens=batch["image"])
 
 
 def test_scores_of_another_model_are_refused() -> None:

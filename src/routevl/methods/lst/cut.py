@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from routevl.backbones.skeleton import LINEAR, ready_to_run
+from routevl.backbones.skeleton import LINEAR, ready_to_run, widths_of
 from routevl.backbones.structure import Fused, structure_of
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
@@ -129,10 +129,20 @@ def choose(
     Args:
         first: the scores of the first columns.
         score: a step of matrices and its columns -> the score of each of its rows.
+
+    Raises:
+        RoutevlError: as `structure_of`; a module that does not read what the matrix before it gives, such as a norm of heads.
     """
-    chosen, columns = [], _largest(first, reduction)
+    chosen, columns, width = [], _largest(first, reduction), len(first)
     for step in steps_of(text_model):
-        rows = _largest(score(step, columns), reduction) if step.linear else columns
+        for name, module in zip(step.names, step.modules, strict=True):
+            read = widths_of(module)[0] if step.linear else len(next(module.parameters()))
+            if read != width and (step.linear or type(module).__name__.endswith("Norm")):
+                raise RoutevlError(f"lst: the text backbone's {name} has width {read}, not {width}: take another text backbone")
+        rows = columns
+        if step.linear:
+            scores = score(step, columns)
+            rows, width = _largest(scores, reduction), len(scores)
         chosen.append((step, columns, rows))
         columns = rows
     return chosen
@@ -157,7 +167,7 @@ def row_scores(text_model: PreTrainedModel, importance: Mapping[str, Tensor], re
         that of each column: float64.
 
     Raises:
-        RoutevlError: as `structure_of`; matrices of one step that have not equally many rows, as in grouped-query attention.
+        RoutevlError: as `choose`; matrices of one step that have not equally many rows, as in grouped-query attention.
     """
     names = {parameter: name for name, parameter in text_model.named_parameters()}
     first = names[text_model.get_input_embeddings().weight]
@@ -183,7 +193,7 @@ def cut(text_model: PreTrainedModel, sides: Mapping[str, PreTrainedModel], score
         scores: of `row_scores`; a scalar stands for equal scores.
 
     Raises:
-        RoutevlError: a module whose widths are not those of the model's configuration; scores of another model.
+        RoutevlError: as `choose`; a module whose widths are not those of the model's configuration; scores of another model.
         KeyError: scores of another model.
     """
     names = {parameter: name for name, parameter in text_model.named_parameters()}

@@ -209,20 +209,25 @@ class Ladder(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The stack's own arguments and output; see the class."""
-        image = self.conditioning.call().streams.get("visual_tokens")
-        image = 0 if image is None else image.shape[1]
+        """The stack's own arguments and output; see the class. Raises RoutevlError where the call has an image but token ids."""
+        visual = self.conditioning.call().streams.get("visual_tokens")
+        image = 0 if visual is None else visual.shape[1]
         before, elsewhere = (0, image) if self.crosses else (image, 0)  # the image's positions here, and in the encoder
         cache = self._cache(past_key_values, use_cache)
         now = before if cache is None or cache.get_seq_length() == 0 else 0  # those of them that are not cached
+        if now and inputs_embeds is None:
+            raise RoutevlError("visual_tokens are the first positions of inputs_embeds: pass these in place of input_ids")
         of_side, of_frozen = (None, None) if cache is None else _halves(cache, self.rungs)
-
         states = (None, None) if encoder_hidden_states is None else encoder_hidden_states.split(self.width, dim=-1)
+        text_positions = _behind(now, position_ids)
+        if text_positions is not None:
+            text_positions = (text_positions - before).clamp(min=0)  # transformers gives padding any position
+
         frozen = {
             "input_ids": input_ids,
             "inputs_embeds": _behind(now, inputs_embeds),
             "attention_mask": _behind(before, attention_mask),
-            "position_ids": None if position_ids is None else position_ids[:, now:] - before,
+            "position_ids": text_positions,
             "past_key_values": of_frozen,
             "use_cache": use_cache,
             "encoder_hidden_states": _behind(elsewhere, states[0]),
