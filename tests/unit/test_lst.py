@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +217,20 @@ def test_the_backbone_reads_the_text_alone(kind: str) -> None:
     real = batch["attention_mask"].bool()
     for own, alone in zip(found, expected, strict=True):
         assert torch.equal(own[real], alone[real])
+
+
+def test_two_threads_and_a_copy_use_one_model_each_with_its_own_image() -> None:
+    model = shaken(build("lst", "roberta", SMALL))
+    batches = [batch_of("roberta", seed, visual_tokens=1 + seed) for seed in range(2)]
+    expected = [model(**batch)["losses"] for batch in batches]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: model(**batches[number % 2])["losses"], range(60)))
+    assert all(torch.equal(losses, expected[number % 2]) for number, losses in enumerate(found))
+    copied = copy.deepcopy(model)
+    for tensor in copied.tensors().values():
+        tensor.zero_()
+    assert torch.equal(model(**batches[0])["losses"], expected[0])
+    assert not torch.equal(copied(**batches[0])["losses"], expected[0])
 
 
 @pytest.mark.parametrize("kind", TEXT_MODELS)

@@ -83,7 +83,7 @@ def side_config(config: PretrainedConfig, reduction: int) -> PretrainedConfig:
 
 
 def _new_stack(stack_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A stack without what it would never run: token embeddings and pooler."""
+    """A stack without what it would never run: token embeddings and pooler. Its tables of positions are run, but not read."""
     pooler = "add_pooling_layer" in inspect.signature(stack_class.__init__).parameters
     stack = stack_class(config, **({"add_pooling_layer": False} if pooler else {}))
     stack.set_input_embeddings(nn.Identity())
