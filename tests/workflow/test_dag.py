@@ -37,7 +37,7 @@ EXPERIMENTS = [
     row("caption_attn", "caption", "routing=attn", method="adapter", versus="caption_none", prefix="no", visual_tokens="patches",
         feeds="T2,T6,F2,F5,F8"),
 ]  # fmt: skip
-FED = {"F1", *(name for experiment in EXPERIMENTS for name in experiment["feeds"].split(","))}
+FED = {"F1", *(name for line in EXPERIMENTS for name in line.split("\t")[-1].split(","))}  # by `feeds`, the last column
 MADE = [name for name in (*TABLES, *FIGURES) if name.split("_")[0] in FED]
 TARGETS = len(MADE) * 4  # each in four forms
 
