@@ -26,6 +26,7 @@ from routevl.files import atomic_file
 from routevl.methods.table import METHODS, method_class, method_records
 from routevl.options import describe, text_of, words_of
 from routevl.reporting import FIGURES, TABLES
+from routevl.reporting.published import read_published
 from routevl.settings import shared_setting_records
 from routevl.sheet import COLUMNS
 
@@ -190,8 +191,22 @@ def methods() -> str:
         notes += ["the vision model runs in training."] if "pixels" in cls.needs else []
         notes += [f"refuses {code(thing)}: {reason}." for thing, reason in record["refuses"].items()]
         notes = [note[0].upper() + note[1:] for note in notes]
-        rows.append((code(record["name"]), record["label"], record["family"], what, record["source"], " ".join(notes)))
-    return table(("method", "name", "family", "what is trained", "source", "notes"), rows)
+        differs = METHODS[record["name"]].differs
+        rows.append((code(record["name"]), record["label"], record["family"], what, record["source"], differs, " ".join(notes)))
+    return table(("method", "name", "family", "what is trained", "source", "differs from it in", "notes"), rows)
+
+
+def published() -> str:
+    """The published figures of the methods that have some, a line for each."""
+    figures = read_published(PROJECT / "config/published.csv")
+    names = {row.published: name for name, row in METHODS.items() if row.published}
+    figures = figures[figures["method"].isin(names)]
+    metrics = list(dict.fromkeys(figures["metric"]))
+    rows = []
+    for (source, setting, of), group in figures.groupby(["source", "setting", "method"], sort=False):
+        values = {row.metric: f"{row.value:g}" + (f" ± {row.std:g}" if row.std == row.std else "") for row in group.itertuples()}
+        rows.append((code(names[of]), of, f"{source}, {setting}", *(values.get(metric, "") for metric in metrics)))
+    return table(("method", "there", "source and setting", *(metric.replace("_", " ") for metric in metrics)), rows)
 
 
 def options() -> str:
@@ -249,7 +264,9 @@ PARTS: Parts = {
     "config/README.md": {
         "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
     },
-    "docs/METHODS.md": {"methods": methods, "options": options, "config-fields": config_fields},
+    "docs/METHODS.md": {
+        "methods": methods, "published": published, "options": options, "config-fields": config_fields,
+    },
 }  # fmt: skip
 PARTS_OF_MODELS: Parts = {"docs/COMPATIBILITY.md": {"text-models": text_models, "vision-models": vision_models}}
 

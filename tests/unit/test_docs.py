@@ -23,6 +23,8 @@ from jsonschema import Draft202012Validator
 
 from routevl.cli import STAGES
 from routevl.errors import RoutevlError
+from routevl.methods.table import METHODS
+from routevl.reporting.published import read_published
 from routevl.settings import from_arguments
 from routevl.sheet import check, read_sheet, runs_of, settings_of
 from routevl.training.train import of_each_seed
@@ -112,6 +114,13 @@ def test_every_key_has_a_description() -> None:
     for name, node in schema["properties"].items():
         for path, _, meaning in [(name, "", node["description"]), *script._rows(name, node, schema)]:
             assert meaning.endswith("."), path
+
+
+def test_methods_name_published_figures_that_are_there() -> None:
+    """Else their line would be missing without a word."""
+    named = [row.published for row in METHODS.values() if row.published]
+    there = set(read_published(PROJECT / "config/published.csv")["method"])
+    assert len(set(named)) == len(named) > 5 and set(named) <= there
 
 
 def test_defaults_of_pretraining_are_those_of_the_command_line() -> None:

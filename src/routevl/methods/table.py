@@ -41,6 +41,8 @@ class MethodRow:
         source: the paper that it is from.
         implementation: "<folder>:<class>" under routevl.methods.
         fixed: options of the class that this row sets; a run cannot.
+        published: what config/published.csv calls it; "" where that has no figures of it.
+        differs: in what it is not its source's.
     """
 
     label: str
@@ -48,6 +50,8 @@ class MethodRow:
     source: str
     implementation: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
+    differs: str = ""
 
 
 _HU, _HAN = "Hu et al., 2022 (arXiv 2106.09685)", "Liu et al., 2024 (arXiv 2402.09353)"
@@ -60,38 +64,76 @@ _PLAIN = {
     "position": "before_norm", "residual": True, "places": "both",
 }  # fmt: skip
 
+_OFFICIAL = "the faults of the official code (docs/DIFFERENCES.md)"
+_PEFT = "peft's own code, initialisation and choice of modules"
+_NO_EMBEDDING = "no visual embedding and no prompts of its own, which belong to the task"
+_PORT = "a port to any text model; the original has encoder-decoders alone"
+
 METHODS = {
-    "lora": MethodRow("LoRA", "low-rank", "Qu et al., 2024 (arXiv 2403.09377), equation 4", "lora:Lora"),
-    "adapter": MethodRow("Adapter", "adapter", "Qu et al., 2024 (arXiv 2403.09377), equation 5", "adapter:Adapter"),
-    "houlsby": MethodRow("Houlsby adapter", "adapter", "Houlsby et al., 2019 (arXiv 1902.00751)", "adapter:Adapter", _PLAIN),
-    "pfeiffer": MethodRow(
-        "Pfeiffer adapter",
-        "adapter",
-        "Pfeiffer et al., 2021 (arXiv 2005.00247)",
-        "adapter:Adapter",
-        _PLAIN | {"places": "ffn", "activation": "relu"},
+    "lora": MethodRow(
+        "LoRA", "low-rank", "Qu et al., 2024 (arXiv 2403.09377), equation 4", "lora:Lora", published="LoRA", differs=_OFFICIAL
     ),
-    "vl_adapter": MethodRow("VL-Adapter", "adapter", "Sung et al., 2022 (arXiv 2112.06825)", "vl_adapter:VLAdapter"),
-    "phm_adapter": MethodRow("PHM-Adapter", "adapter", _KARIMI, "compacter:PhmAdapter"),
-    "compacter": MethodRow("Compacter", "adapter", _KARIMI, "compacter:Compacter"),
-    "vl_pet_large": MethodRow("VL-PET large", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "large"}),
-    "vl_pet_middle_x": MethodRow("VL-PET middle-X", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_x"}),
-    "vl_pet_middle_y": MethodRow("VL-PET middle-Y", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_y"}),
-    "vl_pet_small": MethodRow("VL-PET small", "adapter", _VL_PET, "vl_pet:VLPetSmall"),
-    "peft_lora": MethodRow("LoRA (peft)", "low-rank", _HU, "from_peft:Lora"),
-    "lora_bias": MethodRow("LoRA + biases", "low-rank", _HU, "from_peft:Lora", {"bias": "all"}),
-    "dora": MethodRow("DoRA", "low-rank", _HAN, "from_peft:Lora", {"use_dora": True}),
-    "vera": MethodRow("VeRA", "low-rank", "Kopiczko et al., 2024 (arXiv 2310.11454)", "from_peft:Vera"),
-    "fourierft": MethodRow("FourierFT", "low-rank", "Gao et al., 2024 (arXiv 2405.03003)", "from_peft:FourierFT"),
-    "ia3": MethodRow("(IA)³", "scaling", "Liu et al., 2022 (arXiv 2205.05638)", "from_peft:IA3"),
-    "ln_tuning": MethodRow("LN-tuning", "selective", "Zhao et al., 2024 (arXiv 2312.11420)", "from_peft:LNTuning"),
-    "bitfit": MethodRow("BitFit", "selective", "Ben Zaken et al., 2022 (arXiv 2106.10199)", "selective:BitFit"),
+    "adapter": MethodRow(
+        "Adapter", "adapter", "Qu et al., 2024 (arXiv 2403.09377), equation 5", "adapter:Adapter", differs=_OFFICIAL
+    ),
+    "houlsby": MethodRow(
+        "Houlsby adapter", "adapter", "Houlsby et al., 2019 (arXiv 1902.00751)", "adapter:Adapter", _PLAIN,
+        differs="GELU; the bottleneck starts at exactly the identity",
+    ),
+    "pfeiffer": MethodRow(
+        "Pfeiffer adapter", "adapter", "Pfeiffer et al., 2021 (arXiv 2005.00247)", "adapter:Adapter",
+        _PLAIN | {"places": "ffn", "activation": "relu"},
+        differs="it reads the feed-forward part's own output; AdapterHub's also moves the residual connection and the norm",
+    ),
+    "vl_adapter": MethodRow(
+        "VL-Adapter", "adapter", "Sung et al., 2022 (arXiv 2112.06825)", "vl_adapter:VLAdapter",
+        published="VL-Adapter", differs=_NO_EMBEDDING,
+    ),
+    "phm_adapter": MethodRow(
+        "PHM-Adapter", "adapter", _KARIMI, "compacter:PhmAdapter", published="Compacter",
+        differs=f"{_NO_EMBEDDING}; it is what the vision-language literature calls Compacter",
+    ),
+    "compacter": MethodRow("Compacter", "adapter", _KARIMI, "compacter:Compacter", differs=_NO_EMBEDDING),
+    "vl_pet_large": MethodRow(
+        "VL-PET large", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "large"}, published="VL-PET large", differs=_PORT
+    ),
+    "vl_pet_middle_x": MethodRow(
+        "VL-PET middle-X", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_x"}, published="VL-PET middle-X", differs=_PORT
+    ),
+    "vl_pet_middle_y": MethodRow(
+        "VL-PET middle-Y", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "middle_y"}, published="VL-PET middle-Y", differs=_PORT
+    ),
+    "vl_pet_small": MethodRow(
+        "VL-PET small", "adapter", _VL_PET, "vl_pet:VLPetSmall", published="VL-PET small",
+        differs=f"{_PORT}; its mean leaves padding out (`masked_mean=no` is the original)",
+    ),
+    "peft_lora": MethodRow("LoRA (peft)", "low-rank", _HU, "from_peft:Lora", differs=_PEFT),
+    "lora_bias": MethodRow("LoRA + biases", "low-rank", _HU, "from_peft:Lora", {"bias": "all"}, differs=_PEFT),
+    "dora": MethodRow("DoRA", "low-rank", _HAN, "from_peft:Lora", {"use_dora": True}, differs=_PEFT),
+    "vera": MethodRow("VeRA", "low-rank", "Kopiczko et al., 2024 (arXiv 2310.11454)", "from_peft:Vera", differs=_PEFT),
+    "fourierft": MethodRow("FourierFT", "low-rank", "Gao et al., 2024 (arXiv 2405.03003)", "from_peft:FourierFT", differs=_PEFT),
+    "ia3": MethodRow("(IA)³", "scaling", "Liu et al., 2022 (arXiv 2205.05638)", "from_peft:IA3", differs=_PEFT),
+    "ln_tuning": MethodRow("LN-tuning", "selective", "Zhao et al., 2024 (arXiv 2312.11420)", "from_peft:LNTuning", differs=_PEFT),
+    "bitfit": MethodRow(
+        "BitFit", "selective", "Ben Zaken et al., 2022 (arXiv 2106.10199)", "selective:BitFit", published="BitFit",
+        differs="layer norms are trained whole, unless `freeze_layer_norm`",
+    ),
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
-    "prompt_tuning": MethodRow("Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning"),
-    "prefix_tuning": MethodRow("Prefix tuning", "prompt", "Li and Liang, 2021 (arXiv 2101.00190)", "from_peft:PrefixTuning"),
-    "lst": MethodRow("LST", "side network", "Sung et al., 2022 (arXiv 2206.06522)", "lst:Lst"),
-    "full": MethodRow("Full fine-tuning", "full", "all parameters of the text model", "selective:Full"),
-}
+    "prompt_tuning": MethodRow(
+        "Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning",
+        published="Prompt tuning", differs=_PEFT,
+    ),
+    "prefix_tuning": MethodRow(
+        "Prefix tuning", "prompt", "Li and Liang, 2021 (arXiv 2101.00190)", "from_peft:PrefixTuning", differs=_PEFT
+    ),
+    "lst": MethodRow(
+        "LST", "side network", "Sung et al., 2022 (arXiv 2206.06522)", "lst:Lst",
+        differs="the image stands before the text; a port to any text model, the vision-language original is of T5 alone",
+    ),
+    "full": MethodRow(
+        "Full fine-tuning", "full", "all parameters of the text model", "selective:Full", published="Full fine-tuning"
+    ),
+}  # fmt: skip
 
 
 def method_class(name: str) -> type[Method]:
