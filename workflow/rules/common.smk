@@ -231,14 +231,19 @@ def experiment_of(wildcards):
     return next(experiment for experiment in EXPERIMENTS if experiment.experiment == wildcards.experiment)
 
 
-def run_settings(runs):
-    """The settings of runs that differ in the seed alone, as options of the command line; of trials with all learning rates."""
+def run_settings(runs, **several):
+    """The settings of runs that differ in the seed alone, as options of the command line; `several`: values in place of one."""
     experiment, seeds = (RUNS | TRIALS)[runs[0]][0], [(RUNS | TRIALS)[run][1] for run in runs]
     settings = settings_of(experiment, seeds[0], config).as_record()
     words = command_line_options.words_of(settings.pop("options"))
-    if runs[0] in TRIALS:
-        settings["learning_rate"] = [float(f"{factor * settings['learning_rate']:.6g}") for factor in config["tuning"]["factors"]]
-    return options({**settings, "seed": seeds, **({"options": words} if words else {})})
+    return options({**settings, "seed": seeds, **several, **({"options": words} if words else {})})
+
+
+def trial_settings(wildcards):
+    """The same of an experiment's trials, with all learning rates that are tried."""
+    rate = settings_of(*TRIALS[wildcards.run], config).learning_rate
+    rates = [float(f"{factor * rate:.6g}") for factor in config["tuning"]["factors"]]
+    return run_settings([wildcards.run], learning_rate=rates)
 
 
 def probe_of(run):

@@ -51,7 +51,7 @@ rule tune:
         launch=LAUNCH,
         inputs=run_input_options,
         prepared=prepared_option,
-        settings=lambda wildcards: run_settings([wildcards.run]),
+        settings=trial_settings,
         checkpoint=lambda wildcards: f"{R}/checkpoints/{wildcards.run}",
         threads=config["training"]["threads"],
         workers=config["training"]["workers"],
