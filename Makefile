@@ -108,7 +108,7 @@ test: env
 test-slow: env
 	$(PYTEST) -m slow
 
-METHOD_TESTS := $(patsubst %,tests/unit/test_%.py,methods routed conditioning routing)
+METHOD_TESTS := $(patsubst %,tests/unit/test_%.py,methods routed ablations bottlenecks lst conditioning routing)
 test-methods: env
 	$(BIN)/python -m pytest -q -n 2 $(METHOD_TESTS)
 
