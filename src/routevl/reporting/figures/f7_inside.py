@@ -57,8 +57,8 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     after, before = {"color": MUTED, "marker": "o"}, {"color": MUTED, **_BEFORE}
-    handles = [Line2D([], [], label="after", **after), Line2D([], [], label="before", **before)]
-    panels[0][0].legend(handles=handles, fontsize=7, frameon=True, framealpha=0.8, edgecolor="none")
+    handles = [Line2D([], [], label="after routing", **after), Line2D([], [], label="before it", **before)]
+    figure.legend(handles=handles, loc="outside lower right", ncols=2)
     figure_legend(figure, data, "line")
     lower_legend(figure, data)
     return figure, data

@@ -65,7 +65,10 @@ def _draw_task(axes: Axes, task: str, shown: pd.DataFrame, blind: pd.DataFrame) 
     )  # fmt: skip
     for row in blind.itertuples():
         axes.axvline(row.score, **BLIND_LINE)
-        axes.annotate(blind_label(blind), (row.score, -1), ha="center", va="center", fontsize=7.5, color=MUTED)
+        axes.annotate(
+            blind_label(blind), (row.score, -1), (4, 0), textcoords="offset points", fontsize=7.5, verticalalignment="center",
+            color=MUTED,
+        )  # fmt: skip
     axes.set(title=TASKS[task].label, xlabel=TASKS[task].score, ylim=(len(shown) - 0.4, -1.3))
     axes.set_yticks(range(len(shown)), [_name(row, records) for row in records])
     axes.tick_params(axis="y", length=0)
