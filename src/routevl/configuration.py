@@ -48,6 +48,8 @@ def extended(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RoutevlError(f"{path}: no such file") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RoutevlError(f"{path}: not a readable YAML file ({first_line(error)})") from None
     if not isinstance(config, dict):

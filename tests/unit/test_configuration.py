@@ -28,7 +28,7 @@ def test_sections_are_merged_and_own_values_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: nowhere.yaml\n", "nowhere.yaml: not a readable YAML file"),
+        ("extends: nowhere.yaml\n", "nowhere.yaml: no such file"),
         ("a: [\n", "own.yaml: not a readable YAML file"),
         ("- a\n", "own.yaml: not a configuration"),
         ("extends: 3\n", "own.yaml: extends: 3 is no name of a file"),

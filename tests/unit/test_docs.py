@@ -90,6 +90,7 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
     for document in script.PARTS:
         (tmp_path / document).parent.mkdir(exist_ok=True)
         (tmp_path / document).write_text((PROJECT / document).read_text())
+    shutil.copy(PROJECT / "config/published.csv", tmp_path / "config")
     monkeypatch.setattr(script, "PROJECT", tmp_path)
     monkeypatch.setitem(script.PARTS["config/README.md"], "outputs", lambda: "a table")
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
@@ -104,7 +105,7 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
     methods.write_text(methods.read_text().replace("<!-- make docs: options -->", ""))
     assert script.main() == 1
     assert capsys.readouterr().err.endswith(
-        "docs/METHODS.md has the parts methods, config-fields, not methods, options, config-fields\n"
+        "docs/METHODS.md has the parts methods, published, config-fields, not methods, published, options, config-fields\n"
     )
 
 

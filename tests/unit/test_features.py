@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import multiprocessing
 import os
-import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -215,25 +215,24 @@ def test_extraction_resumes_inside_a_shard(
 
 
 def test_memory_that_a_layer_gives_back_is_there_for_the_next_one() -> None:
-    """The kernel would have to clear each page of it again."""
+    """The kernel would have to clear each page of it again. In a new process: another test may have extracted in this one."""
+    program = """
+import resource, torch
+from routevl.features import extract
 
-    def new_pages() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def child(answers: multiprocessing.SimpleQueue) -> None:
-        new_pages()
-        before = new_pages()
-        extract._keep_freed_memory()
-        new_pages()
-        answers.put((before, new_pages()))
-
-    answers = multiprocessing.SimpleQueue()
-    process = multiprocessing.get_context("fork").Process(target=child, args=[answers])
-    process.start()
-    before, kept = answers.get()
-    process.join()
+new_pages()
+before = new_pages()
+extract._keep_freed_memory()
+new_pages()
+print(before, new_pages())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, kept = map(int, ended.stdout.split())
     assert kept < before / 2
 
 

@@ -281,11 +281,11 @@ def test_a_method_on_a_model_or_task_that_it_refuses_is_named(
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_every_configuration_of_the_project_fits_its_sheet_and_needs_no_torch(path: Path) -> None:
     program = """
-import sys, yaml
-from pathlib import Path
+import sys
 from routevl.backbones.derivations import check_backbones
+from routevl.configuration import read_configuration
 from routevl.sheet import check, read_sheet, runs_of, settings_of
-config = yaml.safe_load(Path(sys.argv[1]).read_text())
+config = read_configuration(sys.argv[1])
 experiments = read_sheet(config["experiments"])
 check_backbones(config["backbones"])
 check(experiments, config)

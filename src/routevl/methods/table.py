@@ -69,6 +69,7 @@ _PEFT = "peft's own code, initialisation and choice of modules"
 _NO_EMBEDDING = "no visual embedding and no prompts of its own, which belong to the task"
 _PORT = "a port to any text model; the original has encoder-decoders alone"
 
+BASELINE = "lora"  # what the methods are compared with, without routing
 METHODS = {
     "lora": MethodRow(
         "LoRA", "low-rank", "Qu et al., 2024 (arXiv 2403.09377), equation 4", "lora:Lora", published="LoRA", differs=_OFFICIAL

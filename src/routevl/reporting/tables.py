@@ -16,7 +16,7 @@ import pandas as pd
 
 from routevl.errors import RoutevlError
 from routevl.methods.base import WEIGHTS
-from routevl.methods.table import METHODS
+from routevl.methods.table import BASELINE, METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, signed, without_shared, write_table
@@ -279,13 +279,13 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
     """T4, T5 or T7: what each experiment of all tasks scores, gains over the one that its `versus` names, trains and costs; T7 in
     the order of the list of methods.
 
-    Raises RoutevlError where an experiment feeds T7 whose gain is over something else than plain LoRA.
+    Raises RoutevlError where an experiment feeds T7 whose gain is over something else than the plain BASELINE.
     """
     feeds, of_methods = arguments.name.split("_")[0], arguments.name == "T7_methods"
     runs = collect(arguments.experiments, arguments.results, feeds)
     found = gains(runs, arguments.results)
     if of_methods:
-        _check_against_lora(arguments.experiments, runs)
+        _check_baselines(arguments.experiments, runs)
         order = [*TASKS, *METHODS]
         runs = runs.sort_values(["task", "method"], key=lambda names: names.map(order.index), kind="stable")
     tasks = [TASKS[task] for task in runs["task"].unique()]
@@ -301,7 +301,7 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         record = _identity(group) | {"label": method.label, "family": method.family, "differs": differs}
         record |= {name: first[name] for name in ("learning_rates_tried", "at_edge")}
         record |= {"learning_rate": first["details"]["learning_rate"], **scores}
-        record |= gain.absolute.columns("gain_vs_lora" if of_methods else "gain", "gain_ci")
+        record |= gain.absolute.columns(f"gain_vs_{BASELINE}" if of_methods else "gain", "gain_ci")
         record |= {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
         record |= {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
         record["saved_bytes"] = _saved_bytes(arguments.results, group)
@@ -321,12 +321,13 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
     if not of_methods:  # `Differs in` tells what not all rows share
         readable = readable.drop(columns=[*settings.keys() & without_shared(readable, settings)[1].keys()])
     scaled = [f"{of.word} are shown times {of.scale:g}" for of in tasks if of.scale != 1]
+    versus = f", plain {METHODS[BASELINE].label}" if of_methods else ""
     notes = [
         f"Mean ± standard deviation over seeds{_single_seed_note(runs)}. Gain: in the task's score over the experiment that the "
-        f"run sheet names in its column `versus`{', plain LoRA' if of_methods else ''}. {_INTERVALS} Verdict: at {LEVEL:.0%}, "
-        "after Holm's correction for the number of comparisons of the task in this table. Params: all trainable parameters, with "
-        "the layer norms, task head and visual projection. Saved: the method's own tensors. Timings compare only within one "
-        "device." + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+        f"run sheet names in its column `versus`{versus}. {_INTERVALS} Verdict: at {LEVEL:.0%}, after Holm's correction for the "
+        "number of comparisons of the task in this table. Params: all trainable parameters, with the layer norms, task head and "
+        "visual projection. Saved: the method's own tensors. Timings compare only within one device."
+        + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
         *_tuning_notes(runs),
         *_not_learned_notes(runs),
     ]
@@ -334,12 +335,13 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
     return Table(COMPARISONS[arguments.name], pd.DataFrame(records), readable, notes, details)
 
 
-def _check_against_lora(sheet: Path, runs: pd.DataFrame) -> None:
-    plain = {e.experiment for e in read_sheet(sheet) if e.method == "lora" and e.options.get("routing", "none") == "none"}
+def _check_baselines(sheet: Path, runs: pd.DataFrame) -> None:
+    plain = {e.experiment for e in read_sheet(sheet) if e.method == BASELINE and e.options.get("routing", "none") == "none"}
+    name = METHODS[BASELINE].label
     for experiment, versus in runs[["experiment", "versus"]].drop_duplicates().itertuples(index=False):
         if versus and versus not in plain:
             raise RoutevlError(
-                f"{sheet}: experiment {experiment} feeds T7, whose gains are over plain LoRA: {versus} is not that"
+                f"{sheet}: experiment {experiment} feeds T7, whose gains are over plain {name}: {versus} is not that"
             )
 
 
