@@ -353,7 +353,7 @@ def test_the_rehearsal_of_the_paper_at_toy_size(toy: Path, hub: Path) -> None:
 @pytest.mark.slow
 def test_the_rehearsal_of_the_comparison_at_toy_size(toy: Path, hub: Path) -> None:
     """A configuration that extends the paper's: trials of learning rates, an ablation, a control, a method with a probe."""
-    names = ("lora_mul", "lora_mul_split", "lora_mul_shuffled", "lora_tuned", "vl_adapter", "gradient_norm")
+    names = ("lora_none", "lora_mul", "lora_mul_split", "lora_mul_shuffled", "lora_tuned", "vl_adapter", "gradient_norm")
     chosen = {f"vqa_{name}" for name in names}
     sheet = toy / "config/experiments/comparison.tsv"
     columns, rows = read_table(sheet)
@@ -366,7 +366,8 @@ def test_the_rehearsal_of_the_comparison_at_toy_size(toy: Path, hub: Path) -> No
     rules = re.findall(r"^(?:local)?rule (\S+):", output, re.MULTILINE)
     assert (rules.count("tune"), rules.count("probe"), rules.count("inside")) == (3, 2, 1)
     results = toy / "results/comparison/rehearsal"
-    assert {path.name for path in (results / "tables").glob("*.csv")} == {"T4_ablations.csv", "T6_cost.csv", "T7_methods.csv"}
+    made = {path.stem for path in (results / "tables").glob("*.csv")}
+    assert made == {"T0_claims", "T4_ablations", "T6_cost", "T7_methods"}
     for name, base in (("lora_tuned", 0.0003), ("vl_adapter", 0.001)):
         record = json.loads((results / f"tuning/vqa_{name}_seed0.json").read_text())
         assert [trial["learning_rate"] for trial in record["trials"]] == pytest.approx([0.3 * base, base, 3 * base])

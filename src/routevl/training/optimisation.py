@@ -60,7 +60,9 @@ def prepare_torch(threads: int) -> None:
 def compile_layers(model: nn.Module) -> None:
     """Compile each of a model's repeated layers in place, for texts of any length. What is around them stays as it is: hooks
     that take streams and choose positions."""
-    for module in model.modules():
-        if is_repeated_blocks(module):
-            for layer in module:
-                layer.compile(dynamic=True)
+    if is_repeated_blocks(model):  # what is repeated within a layer is compiled with it
+        for layer in model:
+            layer.compile(dynamic=True)
+        return
+    for part in model.children():
+        compile_layers(part)
