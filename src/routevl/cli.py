@@ -19,7 +19,7 @@ from routevl.startup import importing, log_modules
 STAGES = {
     "methods": ("routevl.methods.table", "", "list the fine-tuning methods with their options"),
     "rehearsal-sheet": ("routevl.rehearsal", "", "write the run sheet of a rehearsal"),
-    "world": ("routevl.data.world", "", "write the demo world in COCO's and VQAv2's file formats"),
+    "world": ("routevl.data.world", "", "write the demo world in the file formats of COCO, VQAv2, GQA and NLVR2"),
     "download": ("routevl.data.download", "_download", "get one file of the official data and verify it"),
     "unpack": ("routevl.data.download", "_unpack", "unpack a downloaded archive"),
     "prepare": ("routevl.data.prepare", "", "check COCO and VQAv2 files, split them, build the answer vocabulary"),
@@ -38,6 +38,8 @@ STAGES = {
     "score": ("routevl.metrics.score", "", "score a run's predictions"),
     "vqa-score": ("routevl.metrics.vqa", "", "score a VQAv2 results file as the official evaluator does"),
     "caption-score": ("routevl.metrics.captions", "", "score a COCO captions results file"),
+    "gqa-score": ("routevl.metrics.gqa", "", "score a GQA results file as the official evaluator does"),
+    "nlvr2-score": ("routevl.metrics.nlvr2", "", "score an NLVR2 results file as the official evaluator does"),
     "table": ("routevl.reporting.tables", "", "make a table from results"),
     "figure": ("routevl.reporting.figures", "", "draw a figure from results"),
     "headline": ("routevl.reporting.headline", "", "say in one screen what came out, from the tables"),

@@ -213,11 +213,29 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, parse_float: Callable[[str], Any] = float) -> Any:
-    """Read a JSON file, plain or gzip-compressed (by its first two bytes, whatever its name).
+def read_text(path: str | Path, kind: str = "text") -> str:
+    """The text of a file, plain or gzip-compressed (by its first two bytes, whatever its name), in UTF-8, UTF-16 or UTF-32.
 
-    Half a surrogate pair, which is no character and cannot be written again, becomes U+FFFD. Of a key that an object has twice
-    the last value counts, as in the official tools.
+    Half a surrogate pair, which is no character and cannot be written again, becomes U+FFFD.
+
+    Args:
+        kind: what messages call such a file.
+
+    Raises:
+        RoutevlError: the file is missing, truncated or no text.
+    """
+    with _reading(path, f"a readable {kind} file"):
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        if not text.isascii() and _SURROGATE.search(text):
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return text
+
+
+def read_json(path: str | Path, parse_float: Callable[[str], Any] = float) -> Any:
+    """Read a JSON file as `read_text`. Of a key that an object has twice the last value counts, as in the official tools.
 
     Args:
         parse_float: makes the value of a number with a fraction or an exponent, as in json.loads.
@@ -225,26 +243,45 @@ def read_json(path: str | Path, parse_float: Callable[[str], Any] = float) -> An
     Raises:
         RoutevlError: the file is missing, truncated, not JSON, or nested too deeply to be read.
     """
+    text = read_text(path, "JSON")
+    with _reading(path, "a readable JSON file"):
+        return json.loads(_whole_escapes(text), parse_float=parse_float)
+
+
+def read_json_lines(path: str | Path, parse_float: Callable[[str], Any] = float) -> Iterator[tuple[str, Any]]:
+    """Read a file of one JSON value a line, each as `read_json`; blank lines are left out.
+
+    Yields:
+        where a value stands, "<path>: line <number>", and the value.
+
+    Raises:
+        RoutevlError: the file is missing or truncated, or a line is not JSON.
+    """
+    for number, line in enumerate(read_text(path, "JSON").split("\n"), start=1):
+        if line.strip():
+            place = f"{path}: line {number}"
+            with _reading(place, "readable JSON"):
+                value = json.loads(_whole_escapes(line), parse_float=parse_float)
+            yield place, value
+
+
+@contextmanager
+def _reading(place: str | Path, what: str) -> Iterator[None]:
+    """Turn the errors of reading into RoutevlErrors that say that `place` is not `what`."""
     try:
-        data = Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-        text = data.decode(json.detect_encoding(data), "surrogatepass")
-        return json.loads(_whole_characters(text), parse_float=parse_float)
+        yield
     except FileNotFoundError:
-        raise RoutevlError(f"{path}: no such file") from None
+        raise RoutevlError(f"{place}: no such file") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise RoutevlError(f"{path}: not a readable JSON file ({error})") from error
+        raise RoutevlError(f"{place}: not {what} ({error})") from error
 
 
 _SURROGATE, _ESCAPED_SURROGATE = re.compile("[\ud800-\udfff]"), re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
 
 
-def _whole_characters(text: str) -> str:
-    """JSON with U+FFFD for each half of a surrogate pair, whether it stands there as it is or as an escape."""
-    if not text.isascii() and _SURROGATE.search(text):
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _whole_escapes(text: str) -> str:
+    """JSON with U+FFFD for each half of a surrogate pair that stands there as an escape."""
     if not _ESCAPED_SURROGATE.search(text):
         return text
     return _ESCAPE.sub(lambda escape: r"\ufffd" if escape[1] else escape[0], text)

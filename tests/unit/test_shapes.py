@@ -11,7 +11,9 @@ import pytest
 
 from routevl.data import shapes_language, world
 from routevl.data.coco import read_captions
+from routevl.data.gqa import read_questions
 from routevl.data.image_files import ImageFolder
+from routevl.data.nlvr2 import read_examples
 from routevl.data.scenes import (
     ATTRIBUTES,
     ATTRIBUTES_PER_CELL,
@@ -26,6 +28,8 @@ from routevl.data.scenes import (
     render,
     sample_scene,
 )
+from routevl.data.shapes_gqa import GqaQuestion, gqa_questions
+from routevl.data.shapes_nlvr2 import statements
 from routevl.data.vqav2 import read_pair
 from routevl.files import sha256_of
 
@@ -238,6 +242,138 @@ def test_sentences_are_reproducible_and_hold_no_answers():
     assert all(sentence.endswith(".") for sentence in first[::2])
 
 
+# GQA-like questions
+
+
+@pytest.fixture(scope="module")
+def gqa_asked() -> list[tuple[Scene, GqaQuestion]]:
+    generator = numpy.random.default_rng(10)
+    scenes = [sample_scene(generator) for _ in range(SCENES)]
+    return [(scene, question) for scene in scenes for question in gqa_questions(scene, generator, QUESTIONS)]
+
+
+NAME = rf"(the (?:(?:{'|'.join(SIZES + COLORS)}) )*(?:thing|{'|'.join(SHAPES)}))"
+RELATION = r"(left of|right of|above|below)"
+
+
+def gqa_answer(scene: Scene, question: str) -> tuple[str, str, str]:
+    """The answer, and structural and semantic type, by the words of the question."""
+    if match := re.fullmatch(rf"what (color|shape|size) is the thing {RELATION} {NAME}\?", question):
+        return getattr(related(scene, match[2], match[3]), match[1]), "query", "rel"
+    if match := re.fullmatch(rf"what (color|shape|size) is {NAME}\?", question):
+        return getattr(the_only(scene, match[2]), match[1]), "query", "attr"
+    if match := re.fullmatch(rf"do {NAME} and {NAME} have the same (color|shape|size)\?", question):
+        first, second = (the_only(scene, match[place]) for place in (1, 2))
+        assert first is not second
+        return whether(getattr(first, match[3]) == getattr(second, match[3])), "compare", "attr"
+    if match := re.fullmatch(r"is there an? ([\w ]+?) (and|or) an? (.+)\?", question):
+        there = [bool(matching(scene, match[place])) for place in (1, 3)]
+        return whether(all(there) if match[2] == "and" else any(there)), "logical", "obj"
+    if match := re.fullmatch(r"is there an? (.+)\?", question):
+        return whether(bool(matching(scene, match[1]))), "verify", "obj"
+    if match := re.fullmatch(rf"is {NAME} {RELATION} or {RELATION} {NAME}\?", question):
+        first, second = the_only(scene, match[1]), the_only(scene, match[4])
+        [true] = [relation for relation in match.group(2, 3) if apart(first, relation, second) and holds(first, relation, second)]
+        return true, "choose", "rel"
+    if match := re.fullmatch(rf"is {NAME} {RELATION} {NAME}\?", question):
+        first, second = the_only(scene, match[1]), the_only(scene, match[3])
+        assert apart(first, match[2], second)
+        return whether(holds(first, match[2], second)), "verify", "rel"
+    match = re.fullmatch(rf"is {NAME} (?:an? )?(\w+)(?: or (?:an? )?(\w+))?\?", question)
+    thing = the_only(scene, match[1])
+    if match[3] is None:
+        return whether(match[2] in (thing.shape, thing.color, thing.size)), "verify", "attr"
+    [true] = {match[2], match[3]} & {thing.shape, thing.color, thing.size}
+    return true, "choose", "attr"
+
+
+def test_every_gqa_question_has_one_answer_and_it_is_the_given_one(gqa_asked):
+    for scene, question in gqa_asked:
+        assert gqa_answer(scene, question.text) == (question.answer, question.structural, question.semantic), (scene, question)
+
+
+def test_the_full_answers_are_true(gqa_asked):
+    """Those about one thing, read as questions again."""
+    for scene, question in gqa_asked:
+        statement = question.full_answer.removeprefix("yes, ").removeprefix("no, ")
+        assert question.full_answer.endswith(".") and statement[0].islower()
+        assert question.full_answer.startswith(f"{question.answer}, ") == (question.answer in ("yes", "no"))
+        if match := re.fullmatch(rf"{NAME} is {RELATION} {NAME}\.", statement):
+            assert holds(the_only(scene, match[1]), match[2], the_only(scene, match[3]))
+        elif match := re.fullmatch(rf"{NAME} is (?:an? )?(\w+)\.", statement):
+            thing = the_only(scene, match[1])
+            assert match[2] in (thing.shape, thing.color, thing.size)
+
+
+def test_gqa_questions_are_of_every_type_and_balanced(gqa_asked):
+    kinds = Counter((question.structural, question.semantic) for _, question in gqa_asked)
+    assert set(kinds) == {
+        *(("query", kind) for kind in ("attr", "rel")),
+        *(("verify", kind) for kind in ("attr", "rel", "obj")),
+        *(("choose", kind) for kind in ("attr", "rel")),
+        ("logical", "obj"),
+        ("compare", "attr"),
+    }
+    for structural in ("verify", "logical"):
+        answers = Counter(question.answer for _, question in gqa_asked if question.structural == structural)
+        assert set(answers) == {"yes", "no"} and 0.42 < answers["yes"] / answers.total() < 0.58
+    offered = [question for _, question in gqa_asked if question.structural == "choose"]
+    first = sum(question.text.index(question.answer) < question.text.index(" or ") for question in offered)
+    assert 0.42 < first / len(offered) < 0.58
+
+
+# NLVR2-like statements
+
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
+
+
+def is_true(statement: str, left: Scene, right: Scene) -> bool:
+    """Whether a statement holds, by its words."""
+    scenes = {"left": left, "right": right}
+
+    def counts(phrase: str) -> list[int]:
+        return [len(matching(scene, phrase)) for scene in scenes.values()]
+
+    if match := re.fullmatch(r"the (left|right) image has an? (.+)\.", statement):
+        return bool(matching(scenes[match[1]], match[2]))
+    if match := re.fullmatch(r"the (left|right) image has more (.+) than the (left|right) image\.", statement):
+        more, less = (len(matching(scenes[match[place]], match[2])) for place in (1, 3))
+        return match[1] != match[3] and more > less
+    if match := re.fullmatch(r"there (?:is|are) (\w+) things? in the (left|right) image\.", statement):
+        return len(scenes[match[2]].things) == NUMBERS.index(match[1])
+    if match := re.fullmatch(r"there (?:is|are) (\w+) (.+) in the two images together\.", statement):
+        return sum(counts(match[2])) == NUMBERS.index(match[1])
+    if match := re.fullmatch(rf"in the (left|right) image an? (.+) is {RELATION} an? (.+)\.", statement):
+        first, second = (matching(scenes[match[1]], match[place]) for place in (2, 4))
+        return any(apart(a, match[3], b) and holds(a, match[3], b) for a in first for b in second)
+    match = re.fullmatch(r"(both images have|(?:only one|at least one|none) of the images has) an? (.+)\.", statement)
+    having = sum(count > 0 for count in counts(match[2]))
+    wanted = {"both images have": {2}, "only one": {1}, "at least one": {1, 2}, "none": {0}}
+    return having in wanted[match[1].removesuffix(" of the images has")]
+
+
+def test_statements_are_true_of_half_of_their_pairs():
+    generator = numpy.random.default_rng(12)
+    opening: Counter[str] = Counter()
+    for _ in range(500):
+        pairs = [(sample_scene(generator), sample_scene(generator)) for _ in range(4)]
+        made = statements(pairs, generator, 2)
+        assert len({statement.text for statement in made}) == 2
+        for statement in made:
+            truths = [is_true(statement.text, *pair) for pair in pairs]
+            assert truths == [statement.holds(*pair) for pair in pairs], statement.text
+            assert sum(truths) == 2
+            opening[" ".join(statement.text.split()[:2])] += 1
+    assert opening.keys() >= {"the left", "the right", "there are", "there is", "in the", "both images", "only one", "none of"}
+    assert max(opening.values()) < 0.4 * opening.total()
+
+
+def test_pairs_that_are_all_alike_have_no_statement():
+    generator = numpy.random.default_rng(13)
+    pair = (sample_scene(generator), sample_scene(generator))
+    assert statements([pair] * 4, generator, 2) == []
+
+
 # The stage
 
 
@@ -292,6 +428,36 @@ def test_world_is_in_the_official_formats(small_world):
         assert len(set(ids)) == len(ids)
 
 
+def test_world_has_questions_in_the_form_of_gqa(small_world):
+    ids: list[str] = []
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        questions = read_questions(small_world / split / "gqa_questions.json")
+        assert len(questions) == world.GQA_QUESTIONS * count and all(name.startswith("0") for name in questions)
+        files = {path.stem for path in (small_world / split / "images").iterdir()}
+        assert {question["imageId"] for question in questions.values()} == files
+        assert all(question["isBalanced"] and question["answer"] and question["types"] for question in questions.values())
+        ids += questions
+    assert len(set(ids)) == len(ids)
+
+
+def test_world_has_sentences_about_pairs_of_its_images_in_the_form_of_nlvr2(small_world):
+    for split, sets in (("train", 1), ("val", 1), ("test", 1)):
+        examples = read_examples(small_world / split / "nlvr2.jsonl")
+        folder = ImageFolder(small_world / split / "images")
+        labels = defaultdict(list)
+        for example in examples:
+            left, right = ({folder.find(-1, name) for name in names} - {None} for names in (example.left, example.right))
+            assert len(left) == len(right) == 1 and left != right
+            labels[example.statement, example.sentence].append(example.label)
+        assert 1 <= len(labels) <= world.NLVR2_SENTENCES * sets
+        assert all(sorted(given) == [False, False, True, True] for given in labels.values())
+
+
+def test_a_world_of_one_image_has_no_pairs(tmp_path):
+    world.run(arguments(tmp_path / "world", **{"test-images": 1}))
+    assert read_examples(tmp_path / "world/test/nlvr2.jsonl") == []
+
+
 def test_annotators_disagree_a_little():
     generator = numpy.random.default_rng(0)
     answers = [a["answer"] for _ in range(500) for a in world.annotators_answers("purple", generator)]
@@ -309,7 +475,7 @@ def test_same_seed_same_bytes(small_world, tmp_path):
 def test_more_train_images_change_nothing_else(small_world, tmp_path):
     world.run(arguments(tmp_path / "larger", **{"train-images": 15}))
     small, large = hashes(small_world), hashes(tmp_path / "larger")
-    grown = {f"train/{name}.json" for name in ("captions", "questions", "annotations")}
+    grown = {f"train/{name}.json" for name in ("captions", "questions", "annotations", "gqa_questions")} | {"train/nlvr2.jsonl"}
     assert {name for name in small if small[name] != large[name]} == grown
     assert len(large) == len(small) + 3
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
-from routevl.files import read_json
+from routevl.files import read_json, read_json_lines
 from routevl.options import parse_number
 
 Record = dict[str, Any]
@@ -59,6 +59,10 @@ class Format:
         """
         return self.check(path, read_json(path, parse_number))
 
+    def read_lines(self, path: str | Path) -> list[Any]:
+        """Read a file of one such value a line as `read_json_lines`; else as `read`. What does not fit is named by its line."""
+        return [self.check(place, value) for place, value in read_json_lines(path, parse_number)]
+
 
 def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> None:
     """Raise RoutevlError where two entries share the value of `field`."""
@@ -71,4 +75,9 @@ def check_unique(place: str | Path, field: str, entries: Iterable[Record]) -> No
 
 def write_records(path: Path, content: Any) -> None:
     """Write JSON on one line, as the official files are, into a folder that is itself written whole or not at all."""
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_lines(path, [content])
+
+
+def write_lines(path: Path, contents: Iterable[Any]) -> None:
+    """Write one JSON value a line; else as `write_records`."""
+    path.write_text("".join(json.dumps(content, ensure_ascii=False) + "\n" for content in contents), encoding="utf-8")

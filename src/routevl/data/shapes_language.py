@@ -169,13 +169,19 @@ def make_question(text: str, answer: str) -> Question:
     return Question(text, answer, answer_type, max(leading, key=len))
 
 
-def _said(thing: Thing, pattern: Pattern) -> Description:
+def said(thing: Thing, pattern: Pattern) -> Description:
+    """What is said of a thing when the attributes of the pattern are named."""
     return Description(**{field: getattr(thing, field) for field in pattern})
 
 
-def _referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator) -> str | None:
+def descriptions(pattern: Pattern) -> list[Description]:
+    """All that name just the attributes of the pattern."""
+    return [Description(**dict(zip(pattern, values, strict=True))) for values in product(*(VALUES[field] for field in pattern))]
+
+
+def referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.random.Generator) -> str | None:
     """Words that are true of `thing` alone and leave out its `hidden` attribute, or None."""
-    descriptions = [_said(thing, pattern) for pattern in PATTERNS if hidden not in pattern]
+    descriptions = [said(thing, pattern) for pattern in PATTERNS if hidden not in pattern]
     unique = [description for description in descriptions if description.count(scene) == 1]
     return "the " + pick(generator, unique).words() if unique else None
 
@@ -183,15 +189,14 @@ def _referring(scene: Scene, thing: Thing, hidden: str | None, generator: numpy.
 def _ask_attribute(scene: Scene, generator: numpy.random.Generator) -> Question | None:
     field = pick(generator, ("color", "color", "shape", "size"))
     thing = pick(generator, scene.things)
-    words = _referring(scene, thing, field, generator)
+    words = referring(scene, thing, field, generator)
     return make_question(f"what {field} is {words}?", getattr(thing, field)) if words else None
 
 
 def _ask_count(scene: Scene, generator: numpy.random.Generator) -> Question:
     pattern = pick(generator, COUNT_PATTERNS)
     by_count: dict[int, list[Description]] = {}
-    for values in product(*(VALUES[field] for field in pattern)):
-        description = Description(**dict(zip(pattern, values, strict=True)))
+    for description in descriptions(pattern):
         by_count.setdefault(description.count(scene), []).append(description)
     count = pick(generator, sorted(by_count))
     words = pick(generator, by_count[count]).words(plural=True)
@@ -201,7 +206,7 @@ def _ask_count(scene: Scene, generator: numpy.random.Generator) -> Question:
 def _ask_existence(scene: Scene, generator: numpy.random.Generator) -> Question:
     """Some descriptions are true of a thing of the scene, the others drawn at random, and true where chance has it."""
     pattern = pick(generator, EXISTENCE_PATTERNS)
-    description = _said(pick(generator, scene.things), pattern)
+    description = said(pick(generator, scene.things), pattern)
     if toss(generator, 0.6):  # so that about half of the answers are yes
         description = Description(**{field: pick(generator, VALUES[field]) for field in pattern})
     return make_question(f"is there {with_article(description.words())}?", "yes" if description.count(scene) else "no")
@@ -230,7 +235,7 @@ def _ask_whether_related(scene: Scene, generator: numpy.random.Generator) -> Que
 def _ask_about_pair(
     scene: Scene, pair: tuple[Thing, Thing], comparison: str, hidden: str | None, answer: str, generator: numpy.random.Generator
 ) -> Question | None:
-    names = [_referring(scene, thing, hidden, generator) for thing in pair]
+    names = [referring(scene, thing, hidden, generator) for thing in pair]
     return make_question(f"is {names[0]} {comparison} {names[1]}?", answer) if all(names) else None
 
 
@@ -238,7 +243,7 @@ def _ask_what_is_related(scene: Scene, generator: numpy.random.Generator) -> Que
     """Asks for the shape or colour of the only thing that stands in some relation to another."""
     reference, relation = pick(generator, scene.things), pick(generator, RELATIONS)
     related = [thing for thing in scene.things if relation in relations_between(thing, reference)]
-    words = _referring(scene, reference, None, generator)
+    words = referring(scene, reference, None, generator)
     if len(related) != 1 or words is None:
         return None
     text, field = pick(generator, (("what is", "shape"), ("what shape is", "shape"), ("what color is the thing", "color")))
@@ -253,7 +258,7 @@ def _ask_which_are_more(scene: Scene, generator: numpy.random.Generator) -> Ques
     """The answer is "no" when there are equally many; at least one of the two kinds is present."""
     field = pick(generator, ("shape", "color"))
     answer = pick(generator, ("yes", "no"))
-    described = [Description(**{field: value}) for value in VALUES[field]]
+    described = descriptions((field,))
     counts = {description: description.count(scene) for description in described}
     pairs = [
         (first, second)

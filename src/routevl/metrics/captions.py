@@ -143,9 +143,10 @@ def score_files(annotations: str | Path, results: Sequence[str | Path], subset: 
     references: dict[int, list[str]] = defaultdict(list)
     for annotation in read_captions(annotations)["annotations"]:
         references[annotation["image_id"]].append(annotation["caption"])
+    expected, optional = ((), references) if subset else (references, ())
     candidates = []
     for path in results:
-        system = read_results(path, "image_id", "caption", references, subset)
+        system = read_results(path, "image_id", "caption", expected, optional)
         if not system:
             raise RoutevlError(f"{path}: holds no captions to score")
         candidates.append(system)

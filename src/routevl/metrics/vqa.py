@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser, Namespace
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from routevl.data.records import Record
 from routevl.data.vqav2 import ANSWERED, read_pair
 from routevl.errors import RoutevlError
-from routevl.metrics.results import read_results, remarked
+from routevl.metrics.results import GroupAccuracy, mean, mean_by_group, read_results, remarked, rounded
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = {
@@ -53,13 +53,6 @@ _CONTRACTIONS = {
     for place, character in enumerate(contraction)
     if character == "'"
 } | {"somebody'd": "somebodyd"}
-
-
-class GroupAccuracy(NamedTuple):
-    """Accuracy of a group of questions in percent, and their number."""
-
-    accuracy: float
-    n: int
 
 
 class Scores(NamedTuple):
@@ -133,29 +126,24 @@ def score(annotations: Sequence[dict[str, Any]], predictions: Mapping[int, str])
 
     What has no `answer_type` or `question_type` is in none of these groups.
     """
-    by_question: dict[int, float] = {}
-    by_type: dict[str, dict[str, list[float]]] = {"answer_type": defaultdict(list), "question_type": defaultdict(list)}
     few = sum(len(annotation["answers"]) < ENOUGH_ANSWERS for annotation in annotations)
+    by_question: dict[int, float] = {}
     for annotation in annotations:
-        question_id = annotation["question_id"]
         answers = [answer["answer"] for answer in annotation["answers"]]
-        accuracy = 100 * question_accuracy(answers, predictions[question_id])
-        by_question[question_id] = accuracy
-        for kind, groups in by_type.items():
-            if kind in annotation:
-                groups[annotation[kind]].append(accuracy)
-    by_answer_type, by_question_type = by_type.values()
+        question_id = annotation["question_id"]
+        by_question[question_id] = 100 * question_accuracy(answers, predictions[question_id])
+
+    def by_type(kind: str) -> dict[str, GroupAccuracy]:
+        typed = [annotation for annotation in annotations if kind in annotation]
+        return mean_by_group((annotation[kind], by_question[annotation["question_id"]]) for annotation in typed)
+
     return Scores(
-        overall=_mean(by_question.values()).accuracy,
-        by_answer_type={name: _mean(by_answer_type[name]) for name in sorted(by_answer_type)},
-        by_question_type={name: _mean(by_question_type[name]) for name in sorted(by_question_type)},
+        overall=mean(by_question.values()).accuracy,
+        by_answer_type=by_type("answer_type"),
+        by_question_type=by_type("question_type"),
         by_question=by_question,
         remarks=[FEW_ANSWERS.format(few=few, n=len(annotations))] if few else [],
     )
-
-
-def _mean(accuracies: Collection[float]) -> GroupAccuracy:
-    return GroupAccuracy(sum(accuracies) / len(accuracies), len(accuracies))
 
 
 def read_answered(questions: str | Path, annotations: str | Path) -> tuple[list[Record], list[Record]]:
@@ -193,8 +181,8 @@ def run(arguments: Namespace) -> None:
     scores = score_files(arguments.questions, arguments.annotations, arguments.results)
     report = {
         "overall": round(scores.overall, 2),
-        "perAnswerType": {name: round(group.accuracy, 2) for name, group in scores.by_answer_type.items()},
-        "perQuestionType": {name: round(group.accuracy, 2) for name, group in scores.by_question_type.items()},
+        "perAnswerType": rounded(scores.by_answer_type),
+        "perQuestionType": rounded(scores.by_question_type),
         "n": len(scores.by_question),
     }
     print(json.dumps(report | remarked(scores.remarks), indent=1, ensure_ascii=False))
