@@ -51,7 +51,7 @@ def code_in(document: Path) -> str:
 def commands_in(document: Path) -> Iterator[list[str]]:
     """The words of each `routevl <stage> --option ...` that is shown with options."""
     for line in code_in(document).splitlines():
-        if match := re.match(r"(?:\.venv/bin/)?routevl ([a-z-]+ .*)$", line):
+        if match := re.match(r"(?:\.venv/bin/)?routevl ([a-z0-9-]+ .*)$", line):
             yield shlex.split(match[1], comments=True)
 
 
@@ -164,7 +164,7 @@ def test_files_that_are_named_are_there(document: Path) -> None:
 @every_document
 def test_stages_and_targets_exist(document: Path) -> None:
     code = code_in(document)
-    assert set(re.findall(r"^(?:\.venv/bin/)?routevl ([a-z][a-z-]*)", code, re.MULTILINE)) <= STAGES.keys()
+    assert set(re.findall(r"^(?:\.venv/bin/)?routevl ([a-z][a-z0-9-]*)", code, re.MULTILINE)) <= STAGES.keys()
     targets = set(" ".join(re.findall(r"^([a-z][a-z -]*):", (PROJECT / "Makefile").read_text(), re.MULTILINE)).split())
     assert set(re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE)) <= targets
 

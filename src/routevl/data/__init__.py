@@ -1,1 +1,1 @@
-"""The data: official COCO caption and VQAv2 files, the demo world of shapes, the preparation of splits."""
+"""The data: official files of COCO captions, VQAv2, GQA and NLVR2, the demo world of shapes, the preparation of splits."""

@@ -1,1 +1,1 @@
-"""The official scores of the two tasks: VQA accuracy and the COCO caption metrics."""
+"""The official scores of VQAv2, COCO captions, GQA and NLVR2."""
