@@ -115,11 +115,10 @@ GOOD = "".join(f"{name},{label}\n" for name, label in LABELS.items())
         GOOD.replace("True", "true").replace("False", "FALSE"),
         GOOD.replace("\n", "\r\n"),
         f"\n{GOOD}\n\n",
-        GOOD.replace("True", '"True"'),
     ],
 )
 def test_results_may_be_written_in_another_way(tmp_path: Path, text: str) -> None:
-    """In any case, as Windows ends lines, with blank lines, in quotation marks, and with the mark of a spreadsheet's UTF-8."""
+    """In any case, as Windows ends lines, with blank lines, and with the mark of a spreadsheet's UTF-8."""
     path = tmp_path / "r.csv"
     path.write_bytes(text.encode("utf-8-sig"))
     assert nlvr2.read_predictions(path, LABELS) == {name: label == "True" for name, label in LABELS.items()}
@@ -137,6 +136,7 @@ def test_results_may_be_written_in_another_way(tmp_path: Path, text: str) -> Non
         (GOOD + "dev-850-0-1,False\n", "the identifier dev-850-0-1 is there twice"),
         (GOOD + "dev-900-0-1,False\n", "1 of 6 results have an unknown identifier, the first dev-900-0-1"),
         (GOOD.replace("dev-850-0-1,True\n", ""), "no result for 1 of 5 items, the first with the identifier dev-850-0-1"),
+        (GOOD.replace("0-1,True", '0-1,"True'), "line 3: 'dev-850-0-1,\"True', expected"),
         ("", "no result for 5 of 5 items"),
     ],
 )

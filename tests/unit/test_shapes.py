@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter, defaultdict
 
@@ -32,6 +33,7 @@ from routevl.data.shapes_gqa import GqaQuestion, gqa_questions
 from routevl.data.shapes_nlvr2 import statements
 from routevl.data.vqav2 import read_pair
 from routevl.files import sha256_of
+from routevl.metrics import gqa
 
 SCENES = 1500
 QUESTIONS = 3
@@ -228,10 +230,11 @@ def test_words_alone_answer_a_third_to_a_half(train_questions):
     assert 0.25 < right / len(test_questions) < 0.5
 
 
-def test_questions_of_a_scene_differ_even_when_many():
+@pytest.mark.parametrize("ask", [shapes_language.questions, gqa_questions])
+def test_questions_of_a_scene_differ_even_when_many(ask):
     generator = numpy.random.default_rng(4)
     for _ in range(50):
-        texts = [q.text for q in shapes_language.questions(sample_scene(generator), generator, 20)]
+        texts = [q.text for q in ask(sample_scene(generator), generator, shapes_language.MOST_QUESTIONS)]
         assert len(set(texts)) == 20
 
 
@@ -428,7 +431,7 @@ def test_world_is_in_the_official_formats(small_world):
         assert len(set(ids)) == len(ids)
 
 
-def test_world_has_questions_in_the_form_of_gqa(small_world):
+def test_world_has_questions_in_the_form_of_gqa(small_world, tmp_path):
     ids: list[str] = []
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         questions = read_questions(small_world / split / "gqa_questions.json")
@@ -437,6 +440,10 @@ def test_world_has_questions_in_the_form_of_gqa(small_world):
         assert {question["imageId"] for question in questions.values()} == files
         assert all(question["isBalanced"] and question["answer"] and question["types"] for question in questions.values())
         ids += questions
+        answers = [{"questionId": name, "prediction": question["answer"]} for name, question in questions.items()]
+        (tmp_path / "results.json").write_text(json.dumps(answers))
+        scores = gqa.score_files(small_world / split / "gqa_questions.json", tmp_path / "results.json")
+        assert scores.overall == 100 and set(scores.by_answer_type) == {"binary", "open"}
     assert len(set(ids)) == len(ids)
 
 
@@ -478,6 +485,17 @@ def test_more_train_images_change_nothing_else(small_world, tmp_path):
     grown = {f"train/{name}.json" for name in ("captions", "questions", "annotations", "gqa_questions")} | {"train/nlvr2.jsonl"}
     assert {name for name in small if small[name] != large[name]} == grown
     assert len(large) == len(small) + 3
+    first, second = (read_questions(folder / "train/gqa_questions.json") for folder in (small_world, tmp_path / "larger"))
+    assert first == {name: second[name] for name in first}
+
+
+def test_what_is_in_the_forms_of_gqa_and_nlvr2_changes_nothing_else(small_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "GQA_QUESTIONS", 5)
+    monkeypatch.setattr(world, "NLVR2_PAIRS", 2)
+    world.run(arguments(tmp_path / "other"))
+    before, after = hashes(small_world), hashes(tmp_path / "other")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"{split}/{name}" for split in ("train", "val", "test") for name in ("gqa_questions.json", "nlvr2.jsonl")}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class GqaQuestion(NamedTuple):
 
 
 def gqa_questions(scene: Scene, generator: numpy.random.Generator, n: int) -> list[GqaQuestion]:
-    """`n` different questions about a scene, up to the 20 or so that every scene surely has."""
+    """`n` different questions about a scene; `n` is 20 at most."""
     asked: dict[str, GqaQuestion] = {}
     while len(asked) < n:
         question = pick(generator, FAMILIES)(scene, generator)
@@ -70,7 +70,7 @@ def _named_attribute(scene: Scene, generator: numpy.random.Generator) -> tuple[s
     """Words for a thing without one of its attributes, the field and value of that, and another value of the field."""
     field, thing = pick(generator, FIELDS), pick(generator, scene.things)
     words, value = referring(scene, thing, field, generator), getattr(thing, field)
-    other = pick(generator, [value_ for value_ in VALUES[field] if value_ != value])
+    other = pick(generator, [option for option in VALUES[field] if option != value])
     return None if words is None else (words, field, value, other)
 
 

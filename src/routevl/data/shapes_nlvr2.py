@@ -1,7 +1,7 @@
 """NLVR2-like statements about pairs of the demo world's scenes, each true of half of the pairs that it is made about.
 
-As in NLVR2 a statement is judged about several pairs, so that its words tell nothing of its label, and consistency is that of one
-who understands it. All randomness comes from the generators that the caller passes.
+As in NLVR2 a statement is judged about several pairs of images: its words tell nothing of its label, and it can be asked whether
+all judgements of it are right. All randomness comes from the generators that the caller passes.
 """
 
 from __future__ import annotations

@@ -45,20 +45,15 @@ def score(questions: Mapping[str, Record], predictions: Mapping[str, str]) -> Sc
     by_question = {name: 100.0 * (predictions[name] == question["answer"]) for name, question in questions.items()}
     wrong = [(predictions[name], questions[name]["answer"]) for name, accuracy in by_question.items() if not accuracy]
     by_writing = sum(_loosely(prediction) == _loosely(answer) for prediction, answer in wrong)
-
-    def by_type(kind: str) -> dict[str, GroupAccuracy]:
-        types = {name: question["types"][kind] for name, question in questions.items() if kind in question.get("types", {})}
-        return mean_by_group((type_, by_question[name]) for name, type_ in types.items())
-
+    typed = [(question.get("types", {}), by_question[name]) for name, question in questions.items()]
+    structural, semantic = (
+        [(types[kind], accuracy) for types, accuracy in typed if kind in types] for kind in ("structural", "semantic")
+    )
     return Scores(
         overall=mean(by_question.values()).accuracy,
-        by_answer_type=mean_by_group(
-            ("open" if question["types"]["structural"] == "query" else "binary", by_question[name])
-            for name, question in questions.items()
-            if "structural" in question.get("types", {})
-        ),
-        by_structural_type=by_type("structural"),
-        by_semantic_type=by_type("semantic"),
+        by_answer_type=mean_by_group(("open" if kind == "query" else "binary", accuracy) for kind, accuracy in structural),
+        by_structural_type=mean_by_group(structural),
+        by_semantic_type=mean_by_group(semantic),
         by_question=by_question,
         remarks=[BY_WRITING_ALONE.format(n=by_writing, wrong=len(wrong))] if by_writing else [],
     )

@@ -54,7 +54,7 @@ def read_predictions(path: str | Path, expected: Collection[str]) -> dict[str, b
     Raises:
         RoutevlError: the file is missing, a line is another one, or an identifier is there twice, unknown or missing.
     """
-    reader = csv.reader(StringIO(read_text(path), newline=""))
+    reader = csv.reader(StringIO(read_text(path), newline=""), quoting=csv.QUOTE_NONE)
     entries = []
     try:
         for row in filter(None, reader):
