@@ -217,6 +217,7 @@ class Plan:
             sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}  # any number has as many
             with no_weights():
                 model = RobertaModel(RobertaConfig(**sizes)) if encoder else GPT2LMHeadModel(GPT2Config(**sizes))
+                model.tie_weights()
                 norms = [] if settings.freeze_layer_norm else layer_norms(model)
                 model = method.build(model.requires_grad_(False), AnyScore(), norms)
                 projects = visual_width != width and method.visual_projection(model, visual_width) is None

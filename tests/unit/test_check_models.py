@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, RobertaConfig, ViTConfig, ViTImageProcessor
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, ViTConfig, ViTImageProcessor
 
+from routevl.backbones.text import text_skeleton
 from routevl.errors import RoutevlError
 from routevl.files import read_json, write_json
 from routevl.sheet import COLUMNS, read_sheet
+from routevl.tasks.table import TASKS
 from routevl.training import check
 
 PROJECT = Path(__file__).parents[2]
@@ -158,6 +160,14 @@ def test_a_model_that_looks_at_its_numbers_is_run_on_random_ones(
     monkeypatch.setattr("routevl.backbones.skeleton.LARGEST", 1)
     with pytest.raises(RoutevlError, match=r"cannot be run \(all are equal\)"):
         run_check(tmp_path, folders, picky)
+
+
+def test_tables_that_a_model_shares_are_counted_once(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=40)
+    config.save_pretrained(tmp_path)
+    tokenizer_of_letters().save_pretrained(tmp_path)
+    skeleton, _ = text_skeleton(tmp_path, TASKS["caption"].text_model)
+    assert sum(p.numel() for p in skeleton.parameters()) == sum(p.numel() for p in GPT2LMHeadModel(config).parameters())
 
 
 @pytest.mark.slow
