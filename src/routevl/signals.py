@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STOPPED = 143  # 128 + SIGTERM, after SIGUSR1 too: a scheduler's word
 EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
+AGAIN = 0.05  # seconds until Stopped is raised again where it was swallowed
 SAME_PRESS = 1.0  # seconds; the terminal sends Ctrl-C to all processes, and `routevl record` passes its own on
 
 
@@ -41,7 +42,8 @@ def ignore_stop_signals() -> None:
 def stop_signals_raise() -> Iterator[None]:
     """In the body a stop signal raises Stopped, so that files that are being written are removed on the way out.
 
-    Libraries in C that are being imported may make an error of their own of it; that is Stopped too in the end.
+    Libraries in C that are being imported may make an error of their own of it; that is Stopped too in the end. What Python calls
+    while it frees a generator or another object swallows it: then it is raised again.
     """
     came, last = 0, -SAME_PRESS
 
@@ -49,20 +51,36 @@ def stop_signals_raise() -> Iterator[None]:
         nonlocal came, last
         came, before, last = number, last, time.monotonic()
         if last - before >= SAME_PRESS:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
             raise Stopped(number)
 
+    def again(number: int, frame: Any) -> None:
+        if not _is_handling_stopped():
+            raise Stopped(came)
+
     before = {number: signal.signal(number, stop) for number in handled()}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, again)
     try:
         yield
     except BaseException as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if came:
             ignore_stop_signals()
             raise Stopped(came) from error
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            if signal.getsignal(number) is stop:
+            if signal.getsignal(number) in (stop, again):
                 signal.signal(number, handler)
+
+
+def _is_handling_stopped() -> bool:
+    """Whether the code that was interrupted is on its way out already, such as one that removes what it has written."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
 
 
 @contextmanager
