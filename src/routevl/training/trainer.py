@@ -120,8 +120,10 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last epoch, from the checkpoint if there is one.
 
-            Raises:
-        XX: with `exit_status`, after a stop signal; the checkpoint is then on disk.
+        Raises:
+            RoutevlError: the checkpoint is damaged or of another run.
+            Diverged: the loss, or a validation score, is no longer a finite number.
+            SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
         """
         self.stop.remember()
         self._resume()
