@@ -72,6 +72,10 @@ class Experiment:
         """Whether its learning rate is chosen before its runs (`routevl tune`)."""
         return self.options.get("learning_rate") == TUNED
 
+    def given_options(self) -> dict[str, str]:
+        """Its options but for a learning rate that is tuned."""
+        return {name: value for name, value in self.options.items() if not (name == "learning_rate" and self.tuned)}
+
     def method_options(self) -> dict[str, str]:
         """Those of its options that are the method's."""
         return {name: value for name, value in self.options.items() if name not in SHARED_SETTINGS}
@@ -175,9 +179,7 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
     )
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise RoutevlError(f"{where}: a seed stands twice in {row['seeds']}")
-    for name, value in experiment.options.items():
-        if name == "learning_rate" and experiment.tuned:
-            continue
+    for name, value in experiment.given_options().items():
         if name in SHARED_SETTINGS:
             check_setting(name, value, f"{where}: options")
         else:
@@ -232,8 +234,7 @@ def settings_of(experiment: Experiment, seed: int, config: Mapping[str, Any]) ->
     sections = [config["runs"], config["tasks"].get(experiment.task, {}), config.get("methods", {}).get(experiment.method, {})]
     modules = target_modules(config["backbones"]["text"], experiment.text_backbone).get(experiment.method)
     of_backbone = {} if modules is None else {"target_modules": ",".join(modules)}
-    of_row = {n: v for n, v in experiment.options.items() if not (n == "learning_rate" and experiment.tuned)}
-    for section in (*sections, of_backbone, of_row):
+    for section in (*sections, of_backbone, experiment.given_options()):
         for name, value in section.items():
             (values if name in SHARED_SETTINGS else options)[name] = value
     columns = {"task": experiment.task, "method": experiment.method, "epochs": experiment.epochs, "prefix": experiment.prefix}

@@ -101,6 +101,7 @@ shell.prefix(f'export PATH={PROGRAMS}:"$PATH"; set -euo pipefail; exec ')
 
 RUNS = runs_of(EXPERIMENTS)  # name -> experiment, seed
 TRIALS = trials_of(EXPERIMENTS, config)  # where a learning rate is tuned: name -> experiment, seed
+TRAINED = RUNS | TRIALS
 
 
 def one_of(names):
@@ -109,7 +110,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    run=one_of([*RUNS, *TRIALS]),
+    run=one_of(TRAINED),
     shard=r"\d{5}",
 
 
@@ -227,13 +228,13 @@ def derivation(entry):
 def experiment_of(wildcards):
     """The row of the sheet that a job is of, by the name of its run or by its own."""
     if "run" in wildcards.keys():
-        return (RUNS | TRIALS)[wildcards.run][0]
+        return TRAINED[wildcards.run][0]
     return next(experiment for experiment in EXPERIMENTS if experiment.experiment == wildcards.experiment)
 
 
 def run_settings(runs, **several):
     """The settings of runs that differ in the seed alone, as options of the command line; `several`: values in place of one."""
-    experiment, seeds = (RUNS | TRIALS)[runs[0]][0], [(RUNS | TRIALS)[run][1] for run in runs]
+    experiment, seeds = TRAINED[runs[0]][0], [TRAINED[run][1] for run in runs]
     settings = settings_of(experiment, seeds[0], config).as_record()
     words = command_line_options.words_of(settings.pop("options"))
     return options({**settings, "seed": seeds, **several, **({"options": words} if words else {})})
@@ -248,7 +249,7 @@ def trial_settings(wildcards):
 
 def probe_of(run):
     """What a run's method finds before training; nothing of a method without such a phase."""
-    return [f"{R}/probes/{run}/prepared.safetensors"] if prepares((RUNS | TRIALS)[run][0]) else []
+    return [f"{R}/probes/{run}/prepared.safetensors"] if prepares(TRAINED[run][0]) else []
 
 
 def tuned_by(experiment):

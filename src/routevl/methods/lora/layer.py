@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from routevl.backbones.skeleton import widths_of
 from routevl.conditioning import Conditioning
 from routevl.errors import RoutevlError
 from routevl.methods.lora.config import RoutedLoraConfig
@@ -44,10 +45,7 @@ class RoutedLoraLayer(RoutedLayer):
 
     def __init__(self, base_layer: nn.Linear | Conv1D, conditioning: Conditioning) -> None:
         super().__init__(base_layer, conditioning)
-        if isinstance(base_layer, Conv1D):
-            self.width, self.out_features = base_layer.nx, base_layer.nf
-        else:
-            self.width, self.out_features = base_layer.in_features, base_layer.out_features
+        self.width, self.out_features = widths_of(base_layer)
         self.lora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.fused: dict[str, Fused | None] = {}  # adapter name -> how the module holds several projections
