@@ -194,15 +194,17 @@ def wrapped(label: str, characters: int) -> str:
     return "\n".join([method, *lines])
 
 
-def draw_interval(axes: Axes, x: float, row: Any, color: str, **style: Any) -> None:
-    """The error bar of a row of `FigureInputs.scores`, its line by what the interval is over; `style`: of `Axes.errorbar`.
+def draw_interval(axes: Axes, place: float, row: Any, color: str, horizontal: bool = False, **style: Any) -> None:
+    """The error bar of a row of `FigureInputs.scores` at its place on the other axis, its line by what the interval is over;
+    `style`: of `Axes.errorbar`.
 
     Where a run learned nothing there is none: how far such a seed is from the others is no width of an interval.
     """
     if row.n_not_learned:
         return
     spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
-    *_, bars = axes.errorbar(x, row.score, spread, fmt="none", ecolor=color, **style)
+    drawn = (row.score, place, None, spread) if horizontal else (place, row.score, spread)
+    *_, bars = axes.errorbar(*drawn, fmt="none", ecolor=color, **style)
     bars[0].set_linestyle(INTERVAL_LINES[row.ci_over])
 
 

@@ -14,7 +14,7 @@ from routevl.reporting.formats import signed
 from routevl.reporting.names import DAGGER, differing, in_words
 from routevl.reporting.results import gains
 from routevl.reporting.statistics import Gain
-from routevl.reporting.style import BLIND_LINE, INTERVAL_LINES, MUTED, TEXT_WIDTH, apart, blind_label, look, lower_legend
+from routevl.reporting.style import BLIND_LINE, MUTED, TEXT_WIDTH, apart, blind_label, draw_interval, look, lower_legend
 from routevl.routing import ROUTING
 from routevl.tasks.table import TASKS
 
@@ -51,10 +51,7 @@ def _draw_task(axes: Axes, task: str, shown: pd.DataFrame, blind: pd.DataFrame) 
     for place, row in enumerate(shown.itertuples()):
         own = look(row)
         axes.plot(row.score, place, markersize=5.5, zorder=3, **own.points())
-        if not row.n_not_learned:
-            spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
-            *_, bars = axes.errorbar(row.score, place, xerr=spread, fmt="none", ecolor=own.color, elinewidth=1.0)
-            bars[0].set_linestyle(INTERVAL_LINES[row.ci_over])
+        draw_interval(axes, place, row, own.color, horizontal=True, elinewidth=1.0)
         axes.annotate(
             row.gain_shown, (1, place), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=7.5,
             verticalalignment="center", annotation_clip=False,
