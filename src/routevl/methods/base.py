@@ -144,6 +144,11 @@ def is_layer_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and not [*module.children()] and bool([*module.parameters()])
 
 
+def is_causal(text_model: nn.Module) -> bool:
+    """Whether a text model has no encoder and predicts each token from those before it."""
+    return text_model.can_generate() and not text_model.config.is_encoder_decoder
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors by name."""
     from safetensors.torch import save_file

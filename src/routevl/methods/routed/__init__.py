@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from routevl.errors import RoutevlError
+from routevl.methods.base import is_causal
 from routevl.methods.peft_method import PeftMethod, modules_option
 from routevl.options import option
 from routevl.routing import ROUTING, mean_visual_token
@@ -91,7 +92,7 @@ class RoutedMethod(PeftMethod):
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         of_text = self.options.routed_features == "text"
-        if of_text and text_model.can_generate() and not text_model.config.is_encoder_decoder:
+        if of_text and is_causal(text_model):
             raise RoutevlError(
                 f"routed_features=text would show {type(text_model).__name__}, which is to predict each token from those before, "
                 "the mean of all: take a task with an encoder, or other routed_features"

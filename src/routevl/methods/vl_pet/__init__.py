@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from routevl.errors import RoutevlError
+from routevl.methods.base import is_causal
 from routevl.methods.bottleneck import BottleneckMethod, BottleneckOptions
 from routevl.options import option
 
@@ -87,7 +88,7 @@ class VLPetSmall(VLPet):
         from routevl.conditioning import PER_POSITION, Conditioning
         from routevl.methods.vl_pet.layer import SmallGate
 
-        if text_model.can_generate() and not text_model.config.is_encoder_decoder:
+        if is_causal(text_model):
             raise RoutevlError(f"VL-PET small refuses {type(text_model).__name__}: {CAUSAL}")
         conditioning = Conditioning(text_model, {"token_mask": PER_POSITION}) if self.options.masked_mean else None
         return lambda width: SmallGate(width, text_model.device, conditioning)
