@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ import pytest
 import torch
 from cases import TEXT_MODELS, D, bart, gpt2, roberta
 from numpy import ndarray
+from recorded import assert_agrees, needs_reference, put, recorded
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -49,10 +48,6 @@ from routevl.methods.vl_pet.layer import GatedBottleneck, LargeGate, MiddleXGate
 VL_PET = ("vl_pet_large", "vl_pet_middle_x", "vl_pet_middle_y", "vl_pet_small")
 OWN = ("vl_adapter", "phm_adapter", "compacter", *VL_PET)
 CPU = torch.device("cpu")
-REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", "."))
-needs_reference = pytest.mark.skipif(
-    "ROUTEVL_REFERENCE" not in os.environ, reason="ROUTEVL_REFERENCE names no folder of reference data"
-)
 
 
 def adapted(method: str, text_model: nn.Module, norms: bool = True, **options: Any) -> nn.Module:
@@ -90,28 +85,11 @@ def ids_of(model: nn.Module, rows: int = 3, length: int = 6) -> dict[str, Tensor
 # ------------------------------------------------------------------------- against the recorded numbers
 
 
-def recorded(system: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The recorded tensors of a system, and their description."""
-    arrays = dict(numpy.load(REFERENCE / f"systems/{system}.npz"))
-    meta = json.loads(str(arrays.pop("meta")))
-    return {name: torch.from_numpy(numpy.asarray(array)) for name, array in arrays.items()}, meta
-
-
-def put(parameter: Tensor, value: Tensor) -> None:
-    assert parameter.shape == value.shape
-    parameter.data.copy_(value)
-
-
 def put_linear(layer: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
     """Set a linear layer to a recorded one, or to recorded heads side by side."""
     layers = [n.removesuffix(".weight") for n in tensors if n.startswith(f"{name}.") and n.endswith(".weight")]
     put(layer.weight, torch.cat([tensors[f"{n}.weight"] for n in layers]))
     put(layer.bias, torch.cat([tensors[f"{n}.bias"] for n in layers]))
-
-
-def assert_agrees(ours: Tensor, recorded: Tensor) -> None:
-    assert ours.shape == recorded.shape
-    assert (ours - recorded).abs().max() <= 1e-5 * recorded.abs().max()
 
 
 @needs_reference

@@ -91,7 +91,8 @@ class Method:
         """What travels beside a call of the text model, by the names of the streams that its layers declare.
 
         Args:
-            inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask.
+            inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask; beside
+                them task_id (B,) int64 where the run's task is of several.
             visual: the tokens of the image, or of its `stand_in`: (B, L_v, d), or as wide as the vision model gives them where
                 the built model projects them itself; None where the run is blind.
         """

@@ -62,23 +62,35 @@ class VisionLanguageModel(nn.Module):
             if not prepared:
                 raise
             raise RoutevlError(f"--prepared was found for another text model: it has no {error}") from error
-        # drawn after the method, so that baselines and routed twins start alike
-        own = method.visual_projection(self.text_model, visual.width) if method.uses_image else None
+        self.add_projections(visual.width)  # drawn after the method, so that baselines and routed twins start alike
+
+    def add_projections(self, visual_width: int) -> None:
+        """Make the layers that bring visual tokens (B, L_v, visual_width) to the widths of the method and of the prefix."""
+        own = self.method.visual_projection(self.text_model, visual_width) if self.method.uses_image else None
         embedding_width = self.text_model.get_input_embeddings().weight.shape[1]
-        width = self.width if method.uses_image else embedding_width
+        width = self.width if self.method.uses_image else embedding_width
         self.method_projects = own is not None
-        self.visual_projection = own or _linear(visual.width, width if self.sees_image else visual.width)
+        self.visual_projection = own or _linear(visual_width, width if self.sees_image else visual_width)
         shared = (own.out_features if own else width) == embedding_width
-        self.prefix_projection = None if shared or not prefix else _linear(visual.width, embedding_width)
+        self.prefix_projection = None if shared or not self.prefix else _linear(visual_width, embedding_width)
+
+    def read_by_method(self, visual: Tensor) -> Tensor:
+        """What the method reads of the image's tokens, (B, L_v, d) -> the same, or fewer of them."""
+        return visual
 
     def text_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor, routed_image: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image: Tensor,
+        routed_image: Tensor | None = None,
+        task_id: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The text model's arguments: embeddings behind the visual prefix, their mask, and what travels beside the call.
 
         Shapes: input_ids and attention_mask (B, L_t) int64; image as the visual source gives it, features (B, L_v, d_v) or pixels
         (B, 3, H, W), float32; routed_image as image, where the method has a `stand_in`, which it reads instead; inputs_embeds
-        (B, P + L_t, d_e) with P = L_v with the prefix, else 0.
+        (B, P + L_t, d_e) with P = L_v with the prefix, else 0; task_id (B,) int64, for methods that have tensors of each task.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
         visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
@@ -95,7 +107,8 @@ class VisionLanguageModel(nn.Module):
                 routed = self.vision(routed_image)  # (B, L_v, d_v)
                 visual = routed if self.method_projects else self.visual_projection(routed)
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
-        return inputs | self.method.beside(inputs, visual)
+        known = inputs if task_id is None else inputs | {"task_id": task_id}
+        return inputs | self.method.beside(known, None if visual is None else self.read_by_method(visual))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the model: the method's tensors and the task's, detached, by their names in the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from routevl.options import option
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from routevl.backbones.structure import Structure
 
@@ -57,3 +57,7 @@ class VLAdapter(BottleneckMethod):
             rank = self.rank(width)
             downs = [new(width, rank)] * tasks if shared else [new(width, rank) for _ in range(tasks)]
             change_output(module, Adapter([Bottleneck(down, new(rank, width)) for down in downs], conditioning))
+
+    def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
+        own = self.options.tasks > 1 and "task_id" in inputs  # a call without it is refused by the first layer that reads it
+        return {"task_id": inputs["task_id"]} if own else {}

@@ -1,0 +1,559 @@
+"""CLIP-BART's model: against recorded numbers and formulas, its methods, what it generates, how many parameters it has."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from cases import CASES, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, trains_norms
+from recorded import assert_agrees, needs_reference, put, recorded
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
+
+from routevl.backbones.skeleton import no_weights
+from routevl.errors import RoutevlError
+from routevl.features.grid import pooled_grid
+from routevl.methods.base import layer_norms
+from routevl.methods.table import new_method
+from routevl.tasks.clip_bart.epoch import sampled_answer, turns
+from routevl.tasks.clip_bart.joint_encoder import embed_text_alone, text_of
+from routevl.tasks.clip_bart.model import ClipBart
+from routevl.tasks.clip_bart.visual_embedding import EXTRA_TOKENS, VisualEmbedding, add_extra_tokens
+
+WIDTH, GRID = 20, 4  # of an image's features, and tokens
+START, BOS, EOS = 0, 0, 49  # of cases.bart
+ALONE = {"do_sample": False, "num_beams": 1}
+
+
+def clip_bart(
+    text_model: nn.Module, method: str, options: Mapping[str, Any], norms: bool = False, width: int = WIDTH, prefix: bool = True
+) -> ClipBart:
+    """A model in evaluation mode."""
+    text_model.requires_grad_(False)
+    visual = SimpleNamespace(width=width, encoder=nn.Identity())
+    train_also = layer_norms(text_model) if norms else []
+    arguments = (new_method(method, options, "test"), scores_of(text_model), train_also, visual, prefix)
+    return ClipBart(text_model, *arguments).eval()
+
+
+def lively_bart() -> BartForConditionalGeneration:
+    """With weights as large as trained ones, so that the encoder matters to the decoder."""
+    model = bart()
+    for parameter in model.parameters():
+        parameter.data *= 10 if parameter.dim() > 1 else 1
+    return model
+
+
+def toy(method: str = "bitfit", norms: bool = False, seed: int = 0, prefix: bool = True, **options: Any) -> ClipBart:
+    torch.manual_seed(seed)
+    return clip_bart(lively_bart(), method, options, norms, prefix=prefix)
+
+
+def batch_of(seed: int = 0, images: int = 1) -> dict[str, Tensor]:
+    """Three texts, the second with padding, with an image or a pair, and answers of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids, labels = (torch.randint(4, 48, (3, length), generator=generator) for length in (6, 4))
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[1, 4:], attention_mask[1, 4:], labels[2, 2:] = 1, 0, -100
+    image = torch.randn(3, images, GRID, WIDTH, generator=generator)
+    image = image[:, 0] if images == 1 else image
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "image": image, "labels": labels}
+
+
+def read(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without its labels."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def seen_by(module: nn.Module) -> list[Any]:
+    """The outputs of a module, as they come."""
+    outputs: list[Any] = []
+    module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    return outputs
+
+
+# ------------------------------------------------------------------------- against the recorded numbers
+
+
+def unpacked(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Parameters that are recorded one behind the other, by name."""
+    shapes = {parameter: shape for parameter, shape in meta[f"{name}.parameters"]}
+    parts = tensors[f"{name}.values"].split([math.prod(shape) for shape in shapes.values()])
+    return {parameter: part.view(shape) for (parameter, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+OFFICIAL = {  # ends of our names, and of the official ones
+    "visual_projection.features": "model.encoder.visual_embedding.feat_embedding",
+    "visual_projection.boxes": "model.encoder.visual_embedding.absolute_vis_pos_embedding",
+    "visual_projection.image_order": "model.encoder.visual_embedding.img_order_embedding.weight",
+    "encoder.S.self_attn.out_proj.adapter.bottlenecks.0": "encoder.S.attn_adapter.adapters.vqa",
+    "decoder.S.self_attn.out_proj.adapter.bottlenecks.0": "decoder.S.self_attn_adapter.adapters.vqa",
+    "S.encoder_attn.out_proj.adapter.bottlenecks.0": "S.enc_attn_adapter.adapters.vqa",
+    "S.fc2.adapter.bottlenecks.0": "S.ff_adapter.adapters.vqa",
+    ".down.": ".down_sampler.",
+    ".up.": ".up_sampler.",
+    "lora_A.default.weight": "lora_As.vqa",
+    "lora_B.default.weight": "lora_Bs.vqa",
+    "text_model.": "",
+    "base_model.model.": "",
+    ".base_layer.": ".",
+}
+
+
+def official_name(name: str) -> str:
+    """What the official code calls one of our parameters."""
+    number = next((part for part in name.split(".") if part.isdigit()), "")
+    for ours, theirs in OFFICIAL.items():
+        ours, theirs = (text.replace("S", f"layers.{number}") for text in (ours, theirs))
+        name = name.replace(ours, theirs)
+    return name
+
+
+def official(method: str, options: Mapping[str, Any], recorded_as: str) -> tuple[ClipBart, dict[str, Tensor], dict[str, Any]]:
+    """The recorded model, with what is recorded of it."""
+    tensors, meta = recorded("clip_bart")
+    sizes = meta["shapes"]
+    sides = {f"{side}_{name}": sizes[of] for side in ("encoder", "decoder") for name, of in
+             {"layers": f"{side}_layers", "attention_heads": "heads", "ffn_dim": "ffn"}.items()}  # fmt: skip
+    vocabulary = sizes["vocabulary"] + sizes["extra_tokens"]
+    config = BartConfig(vocab_size=vocabulary, d_model=sizes["d"], max_position_embeddings=sizes["positions"], **sides)
+    model = clip_bart(BartForConditionalGeneration(config), method, options, width=sizes["feature"])
+    known = unpacked(tensors, meta, "base")
+    if recorded_as != "none":
+        known |= unpacked(tensors, meta, f"{recorded_as}.param")
+    for name, parameter in model.named_parameters():
+        put(parameter, known.pop(official_name(name)))
+    assert not known
+    return model, tensors, meta
+
+
+@needs_reference
+def test_the_visual_embedding_gives_the_recorded_tokens() -> None:
+    model, tensors, _ = official("bitfit", {}, "none")
+    embedding, features = model.visual_projection, tensors["visual.feats"]
+    assert_agrees(embedding(features), tensors["visual.one_image.zero_boxes"])
+    assert_agrees(embedding(features, tensors["visual.boxes"]), tensors["visual.one_image.boxes"])
+    assert_agrees(embedding(pooled_pair(tensors)), tensors["visual.pair.embedded"])
+
+
+def pooled_pair(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The recorded pairs of images, (B, 2, 36, F)."""
+    pairs = tensors["visual.pair"]
+    return pooled_grid(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
+
+
+@needs_reference
+def test_pooling_gives_the_recorded_grids() -> None:
+    tensors, _ = recorded("clip_bart")
+    assert torch.equal(pooled_grid(tensors["visual.feats"]), tensors["downsample.one_image"])
+    assert torch.equal(pooled_pair(tensors).flatten(1, 2), tensors["downsample.pair"])
+
+
+RECORDED = [
+    ("bitfit", {}, "none"),
+    ("vl_adapter", {"r": 4}, "adapter"),
+    ("peft_lora", {"r": 4, "lora_alpha": 32.0}, "lora"),
+    ("lora", {"r": 4, "lora_alpha": 32.0}, "lora"),
+]
+
+
+@needs_reference
+@pytest.mark.parametrize(("method", "options", "name"), RECORDED)
+def test_the_model_gives_the_recorded_states_losses_and_decisions(method: str, options: dict[str, Any], name: str) -> None:
+    model, tensors, _ = official(method, options, name)
+    states, logits = seen_by(model.text_model.get_encoder()), seen_by(model.text_model.get_output_embeddings())
+    batch = {"input_ids": tensors["input_ids"], "attention_mask": (tensors["input_ids"] != 1).long()}
+    one = batch | {"image": tensors["downsample.one_image"]}
+    two = batch | {"image": pooled_pair(tensors)}
+    labels, ones = tensors["labels"], torch.ones(len(tensors["labels"]))
+    losses = {
+        "vqa": model(**one, labels=labels, scores=tensors["scores"]),
+        "gqa": model(**one, labels=labels, scores=ones),
+        "caption": model(**one, labels=labels),
+        "nlvr": model(**two, labels=tensors["nlvr.labels"], scores=ones),
+    }
+    image = one["image"].shape[1]
+    states = states[0].last_hidden_state  # the image's before the text's
+    assert_agrees(torch.cat([states[:, image:], states[:, :image]], dim=1), tensors[f"{name}.encoder"])
+    assert_agrees(logits[0], tensors[f"{name}.logits"])
+    assert_agrees(losses["vqa"]["losses"], tensors[f"{name}.token_losses"].view(labels.shape).sum(-1))
+    for task, output in losses.items():
+        assert_agrees(output["loss"], tensors[f"{name}.loss.{task}"])
+    assert torch.equal(model.decide(50, 51, **two).long(), tensors[f"{name}.nlvr.predicted"])
+
+
+@needs_reference
+def test_data_sets_take_the_recorded_turns() -> None:
+    tensors, _ = recorded("clip_bart")
+    for epoch in range(3):
+        assert turns((5, 6, 2, 4), epoch) == tensors[f"task_order.epoch{epoch}"].tolist()
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+D_BASE, VISUAL = 768, 1_582_848  # of bart-base with features of width 2048
+NORMS, BIASES, ADAPTER, LORA = 32 * 2 * D_BASE, 125_952, 148_320, 2 * 128 * D_BASE
+PHM = 2 * (2 * (D_BASE // 2) * (96 // 2) + 2**3) + 96 + D_BASE
+DOWN, UP = D_BASE * 96 + 96, 96 * D_BASE + D_BASE
+VL_PET = 18 * ADAPTER + 13 * 2 * D_BASE  # twelve places in the encoder, six in the decoder
+FOUR = {"tasks": 4}
+AT_BART_BASE = {  # the reference's name -> method, options, whether norms are trained, and all that is but the visual embedding
+    "bitfit": ("bitfit", {}, False, BIASES),
+    "single_adapter": ("vl_adapter", {}, True, 30 * ADAPTER + NORMS),
+    "multiple_adapters": ("vl_adapter", {"sharing": "multiple", **FOUR}, True, 4 * 30 * ADAPTER + NORMS),
+    "half_shared_down": ("vl_adapter", {"sharing": "half_shared", **FOUR}, True, 30 * (DOWN + 4 * UP) + NORMS),
+    "single_compacter": ("phm_adapter", {}, True, 30 * PHM + NORMS),
+    "multiple_compacters": ("phm_adapter", {"sharing": "multiple", **FOUR}, True, 4 * 30 * PHM + NORMS),
+    "single_lora": ("lora_bias", {"r": 128, "lora_alpha": 32.0}, False, 36 * LORA + BIASES),
+    "small": ("vl_pet_small", {}, True, VL_PET + 12 * (2 * D_BASE + 1)),
+    "middleX": ("vl_pet_middle_x", {}, True, VL_PET + 12 * (D_BASE + 1)),
+    "middleY": ("vl_pet_middle_y", {}, True, VL_PET + 12 * D_BASE),
+    "large": ("vl_pet_large", {}, True, VL_PET + 12 * ADAPTER),
+    "routed_lora": ("lora", {"r": 128, "lora_alpha": 32.0, "routing": "mul"}, False, 36 * LORA),
+    "adapter_without_norms": ("vl_adapter", {}, False, 30 * ADAPTER),
+}
+
+
+def at_bart_base(method: str, options: Mapping[str, Any], norms: bool) -> ClipBart:
+    """A model of bart-base's size without weights."""
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in
+             {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}.items()}  # fmt: skip
+    with no_weights():
+        text_model = BartForConditionalGeneration(BartConfig(vocab_size=50265, d_model=D_BASE, **sides))
+        add_extra_tokens(text_model)
+    text_model.tie_weights()
+    with no_weights():
+        return clip_bart(text_model, method, options, norms, width=2048)
+
+
+def sizes(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters, and all."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("name", AT_BART_BASE)
+def test_parameter_counts_at_bart_base(name: str) -> None:
+    method, options, norms, expected = AT_BART_BASE[name]
+    model = at_bart_base(method, options, norms)
+    assert sizes(model)[0] == expected + VISUAL
+    assert model.trainable_params_by_part()["visual_projection"] == VISUAL
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["full", *AT_BART_BASE][:-2])
+def test_parameter_counts_at_bart_base_are_the_recorded_ones(name: str) -> None:
+    _, meta = recorded("clip_bart")
+    method, options, norms, _ = AT_BART_BASE.get(name, ("full", {}, False, None))
+    counts = meta["bart_base_counts"][name]
+    assert sizes(at_bart_base(method, options, norms)) == (counts["trainable"], counts["total"])
+
+
+def test_extra_tokens_are_frozen_and_the_same_in_every_run() -> None:
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(bart().requires_grad_(False))
+    before = [model.get_input_embeddings().weight.clone() for model in models]
+    for model in models:
+        add_extra_tokens(model)
+    tables = [model.get_input_embeddings().weight for model in models]
+    for table, old, model in zip(tables, before, models, strict=True):
+        assert torch.equal(table[: len(old)], old) and len(table) == len(old) + EXTRA_TOKENS == model.config.vocab_size
+        assert model.get_output_embeddings().weight is table and not table.requires_grad
+    assert torch.equal(tables[0][-EXTRA_TOKENS:], tables[1][-EXTRA_TOKENS:])
+    assert tables[0][-EXTRA_TOKENS:].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------- against formulas
+
+
+def test_pooling_takes_maxima_over_overlapping_windows() -> None:
+    features = numpy.random.default_rng(0).standard_normal((2, 7, 7, 3))
+    expected = numpy.lib.stride_tricks.sliding_window_view(features, (2, 2), axis=(1, 2)).max((-1, -2)).reshape(2, 36, 3)
+    assert numpy.array_equal(pooled_grid(torch.from_numpy(features).flatten(1, 2)).numpy(), expected)
+    with pytest.raises(RoutevlError, match="50 visual tokens are no square grid"):
+        pooled_grid(torch.zeros(1, 50, 3))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("boxed", [True, False])
+def test_the_visual_embedding_equals_the_formula(images: int, boxed: bool) -> None:
+    random = numpy.random.default_rng(0)
+    embedding = VisualEmbedding(WIDTH, nn.Embedding(50, D)).double()
+    for parameter in embedding.parameters():
+        parameter.data = torch.from_numpy(random.standard_normal(parameter.shape))
+    of = {name: parameter.detach().numpy() for name, parameter in embedding.named_parameters()}
+    features, boxes = random.standard_normal((3, images, GRID, WIDTH)), random.random((3, images, GRID, 4))
+    x1, x2, y1, y2 = numpy.moveaxis(boxes, -1, 0)
+    numbers = numpy.stack([x1, x2, y1, y2, (x2 - x1) * (y2 - y1)], -1) * boxed
+    expected = normed(of, "features", features) + normed(of, "boxes", numbers)
+    expected += of["image_order"][:images, None] + of["token_embedding.weight"][::-1][:GRID]
+    given = [torch.from_numpy(array[:, 0] if images == 1 else array) for array in (features, boxes)]
+    found = embedding(*given if boxed else given[:1]).detach().numpy()
+    numpy.testing.assert_allclose(found, expected.reshape(3, images * GRID, D), rtol=0, atol=1e-12)
+
+
+def normed(of: Mapping[str, numpy.ndarray], name: str, x: numpy.ndarray) -> numpy.ndarray:
+    """A layer norm of a linear layer."""
+    y = x @ of[f"{name}.0.weight"].T + of[f"{name}.0.bias"]
+    y = (y - y.mean(-1, keepdims=True)) / numpy.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    return y * of[f"{name}.1.weight"] + of[f"{name}.1.bias"]
+
+
+def test_how_the_visual_embedding_starts() -> None:
+    torch.manual_seed(0)
+    embedding = VisualEmbedding(200, nn.Embedding(300, 400))
+    for weight in (embedding.features[0].weight, embedding.boxes[0].weight, embedding.image_order):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not embedding.features[0].bias.any() and not embedding.boxes[0].bias.any()
+
+
+def test_its_norms_are_in_float32_under_mixed_precision() -> None:
+    model = toy()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.visual_projection(batch_of()["image"]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_the_encoder_reads_the_text_embedded_as_ever_and_the_image_as_it_is(images: int) -> None:
+    """Its states are those of its own layers on [text; image]: the order is not known to them."""
+    model, batch = toy().double(), batch_of(images=images)
+    batch["image"] = batch["image"].double()
+    encoder, states = model.text_model.get_encoder(), seen_by(model.text_model.get_encoder())
+    model(**batch)
+    image = model.visual_projection(batch["image"])
+    text = encoder.embed_tokens(batch["input_ids"]) + encoder.embed_positions.weight[2 : 2 + 6]
+    text = nn.functional.layer_norm(text, (D,), encoder.layernorm_embedding.weight, encoder.layernorm_embedding.bias)
+    hidden_states = torch.cat([text, image], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(image.shape[:2])], dim=1).bool()
+    for layer in encoder.layers:
+        hidden_states = layer(hidden_states, mask[:, None, None].expand(-1, -1, mask.shape[1], -1))
+    expected = torch.cat([hidden_states[:, 6:], hidden_states[:, :6]], dim=1)
+    real = torch.cat([mask[:, 6:], mask[:, :6]], dim=1)
+    torch.testing.assert_close(states[0].last_hidden_state[real], expected[real], rtol=0, atol=1e-12)
+
+
+def test_text_and_image_may_be_longer_than_the_table_of_positions() -> None:
+    model, batch = toy(), batch_of()
+    batch["image"] = torch.randn(3, 2, 36, WIDTH)
+    assert model.text_model.get_encoder().embed_positions.num_embeddings < 72
+    assert model(**batch)["loss"].isfinite()
+
+
+def test_beside_its_calls_the_text_model_is_as_it_was() -> None:
+    model, batch = toy(), batch_of()
+    torch.manual_seed(0)
+    base = lively_bart().eval()
+    text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": batch["input_ids"]}
+    model(**batch)
+    assert torch.equal(model.text_model(**text).logits, base(**text).logits)
+    with pytest.raises(RuntimeError, match="stop"), text_of(3):
+        raise RuntimeError("stop")
+    assert torch.equal(model.text_model(**text).logits, base(**text).logits)
+
+
+def test_only_a_bart_is_taken() -> None:
+    with pytest.raises(RoutevlError, match="a gpt2 model; CLIP-BART needs a bart"):
+        embed_text_alone(TEXT_MODELS["gpt2"]())
+
+
+def test_losses_weigh_items_by_their_scores_and_captions_by_their_tokens() -> None:
+    model, batch = toy(), batch_of()
+    logits = seen_by(model.text_model.get_output_embeddings())
+    scores = torch.tensor([0.9, 0.0, 0.3])
+    weighted, plain = model(**batch, scores=scores), model(**batch)
+    labels = batch["labels"].numpy()
+    probabilities = numpy.exp(logits[0].detach().double().numpy())
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    losses = [
+        [-math.log(probabilities[b, t, token]) for t, token in enumerate(row) if token >= 0] for b, row in enumerate(labels)
+    ]
+    expected = sum(score * numpy.mean(of) for score, of in zip(scores.tolist(), losses, strict=True)) / 3
+    assert weighted["loss"].item() == pytest.approx(expected, rel=1e-5) and weighted["count"] == 3
+    assert plain["loss"].item() == pytest.approx(numpy.mean(sum(losses, [])), rel=1e-5) and plain["count"] == 10
+    for output in (weighted, plain):
+        assert output["losses"].tolist() == pytest.approx([sum(of) for of in losses], rel=1e-5)
+        assert output["tokens"].tolist() == [4, 4, 2]
+
+
+def test_a_decision_compares_two_tokens_after_the_first() -> None:
+    model, batch = toy(), read(batch_of(images=2))
+    start = torch.tensor([[START, BOS]]).expand(3, -1)
+    with text_of(6):
+        logits = model.text_model(**model.text_inputs(**batch), decoder_input_ids=start).logits[:, 1]
+    decided = model.decide(7, 8, **batch)
+    assert torch.equal(decided, logits[:, 7] > logits[:, 8])
+    assert torch.equal(model.decide(8, 7, **batch), ~decided)
+
+
+# ------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("method", ["bitfit", "lora"])
+def test_it_writes_token_by_token_what_it_reads_in_training(method: str, images: int) -> None:
+    """Greedy, with a cache, and the encoder's states made once."""
+    options = {"r": 4, "routing": "mul"} if method == "lora" else {}
+    model, batch = shaken(toy(method, **options)), read(batch_of(images=images))
+    encoded = seen_by(model.text_model.get_encoder())
+    written = model.generate(batch, **ALONE, max_new_tokens=5, eos_token_id=None)
+    assert len(encoded) == 1
+    ids = torch.full((3, 1), START)
+    for _ in range(5):
+        with torch.no_grad(), text_of(6):
+            logits = model.text_model(**model.text_inputs(**batch), decoder_input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(written, ids)
+
+
+@pytest.mark.parametrize("method", ["bitfit", "lora", "vl_pet_small"])
+def test_beams_do_not_depend_on_batch_mates(method: str) -> None:
+    options = {"r": 4, "routing": "attn"} if method == "lora" else {}
+    model, batch = shaken(toy(method, **options)), read(batch_of())
+    encoded = seen_by(model.text_model.get_encoder().layers[0])
+    search = {"num_beams": 4, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    together = model.generate(batch, **search)
+    assert [len(states) for states in encoded] == [3]
+    for place in range(3):
+        assert torch.equal(model.generate(rows(batch, place), **search)[0], together[place])
+
+
+# ---------------------------------------------------------------------------------------------- methods
+
+ON_BART = [case for case in CASES if case[1] == "bart"]
+every_method = pytest.mark.parametrize("case", ON_BART, ids=name_of)
+
+
+@every_method
+def test_it_learns_with_every_method_and_only_what_is_trained_changes(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, _, options = case
+    model, batch = toy(method, trains_norms(method), **options), batch_of()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first = model(**batch)["loss"].item()
+    for _ in range(6):
+        one_step(model, batch)
+    assert model(**batch)["loss"].item() < first
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert changed <= trained == trained & model.tensors().keys()
+    assert any(name.startswith("text_model.") for name in changed)
+    assert {"visual_projection.features.0.weight", "visual_projection.boxes.0.bias", "visual_projection.image_order"} <= changed
+
+
+@every_method
+def test_items_do_not_depend_on_batch_mates_but_on_their_image(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, _, options = case
+    model = shaken(toy(method, **options)).double()
+    batch = {n: t.double() if t.is_floating_point() else t for n, t in batch_of(images=2).items()}
+    together = model(**batch)["losses"]
+    for place, length in enumerate((6, 4, 6)):
+        alone = rows(batch, place)
+        alone |= {name: alone[name][:, :length] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(model(**alone)["losses"], together[place : place + 1], rtol=0, atol=1e-5)
+    others = batch | {"image": torch.cat([-9 * batch["image"][:1], batch["image"][1:]])}
+    torch.testing.assert_close(model(**others)["losses"][1:], together[1:], rtol=0, atol=1e-5)
+    assert (model(**others)["losses"][0] - together[0]).abs() > 1e-4
+
+
+def test_left_and_right_are_told_apart() -> None:
+    model, batch = shaken(toy()), batch_of(images=2)
+    swapped = batch | {"image": batch["image"].flip(1)}
+    assert ((model(**swapped)["losses"] - model(**batch)["losses"]).abs() > 1e-3).all()
+    model.visual_projection.image_order.data[1] = model.visual_projection.image_order[0]
+    torch.testing.assert_close(model(**swapped)["losses"], model(**batch)["losses"])
+
+
+@every_method
+def test_it_is_saved_and_loaded_whole(case: tuple[str, str, dict[str, Any]], tmp_path: Path) -> None:
+    method, _, options = case
+    model = shaken(toy(method, trains_norms(method), **options))
+    model.save(tmp_path)
+    again = shaken(toy(method, trains_norms(method), **options), seed=2)
+    again.load(tmp_path)
+    assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
+
+
+def test_a_routed_method_reads_the_mean_of_the_embedded_tokens() -> None:
+    model, batch = toy("lora", r=4, routing="mul"), read(batch_of(images=2))
+    image = model.visual_projection(batch["image"])
+    read_by_method = model.text_inputs(**batch)["visual_features"]
+    torch.testing.assert_close(read_by_method, image.mean(1, keepdim=True))
+    model.text_model.base_model._prepare({"visual_features": read_by_method})  # of the width that it expects
+
+
+def test_without_an_image_in_the_sequence_the_method_alone_sees_it() -> None:
+    routed, blind = (toy("lora", prefix=False, r=4, routing=routing) for routing in ("mul", "none"))
+    shaken(routed), shaken(blind)
+    batch = batch_of()
+    other = batch | {"image": -batch["image"]}
+    assert not torch.allclose(routed(**batch)["losses"], routed(**other)["losses"])
+    assert torch.equal(blind(**batch)["losses"], blind(**other)["losses"])
+    assert blind.trainable_params_by_part()["visual_projection"] == 0
+
+
+def test_each_item_has_the_adapters_of_its_task() -> None:
+    model, batch = shaken(toy("vl_adapter", sharing="multiple", tasks=3)), batch_of()
+    task_id = torch.tensor([2, 0, 2])
+    mixed = model(**batch, task_id=task_id)["losses"]
+    for task in range(3):
+        alike = model(**batch, task_id=torch.full((3,), task))["losses"]
+        assert torch.isclose(alike, mixed, atol=1e-5).tolist() == (task_id == task).tolist()
+    with pytest.raises(RoutevlError, match="reads task_id, but the call has none"):
+        model(**batch)
+    plain = toy()
+    assert torch.equal(plain(**batch, task_id=task_id)["losses"], plain(**batch)["losses"])  # whose method needs no task
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_reads_images_too(copied: Callable[[ClipBart], ClipBart]) -> None:
+    model = shaken(toy("vl_adapter", norms=True))
+    again = copied(model)
+    assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
+    embedding = again.visual_projection.token_embedding
+    assert embedding is again.text_model.get_input_embeddings() is not model.text_model.get_input_embeddings()
+
+
+def test_threads_that_share_a_model_have_texts_of_their_own_lengths() -> None:
+    model = toy()
+    batches = [batch_of(), {name: tensor[:, :3] if name != "image" else tensor for name, tensor in batch_of(1).items()}]
+    expected = [model(**batch)["losses"] for batch in batches]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: model(**batches[number % 2])["losses"], range(40)))
+    assert all(torch.equal(losses, expected[number % 2]) for number, losses in enumerate(found))
+
+
+# ------------------------------------------------------------------------------------------- the epochs
+
+
+def test_every_batch_has_its_turn_and_each_epoch_an_order_of_its_own() -> None:
+    orders = [turns((5, 6, 2, 4), epoch) for epoch in range(5)]
+    assert all(Counter(order) == {0: 5, 1: 6, 2: 2, 3: 4} for order in orders)
+    assert len({tuple(order) for order in orders}) == 5 and orders[0] == turns((5, 6, 2, 4), 0)
+
+
+def test_answers_are_drawn_in_proportion_to_their_scores() -> None:
+    scores = {"two": 0.3, "2": 0.9, "three": 0.6}
+    drawn = [sampled_answer(scores, 1, epoch, item) for epoch in range(20) for item in range(300)]
+    assert all(scores[answer] == score for answer, score in drawn)
+    counts = Counter(answer for answer, _ in drawn)
+    for answer, score in scores.items():
+        assert counts[answer] / len(drawn) == pytest.approx(score / 1.8, abs=0.02)
+
+
+def test_an_answer_is_a_function_of_seed_epoch_and_item() -> None:
+    scores = {f"answer {number}": 0.3 for number in range(1000)}
+    first = sampled_answer(scores, 1, 2, 3)
+    assert first == sampled_answer(dict(reversed(scores.items())), 1, 2, 3)
+    assert len({first, *(sampled_answer(scores, *other) for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))}) == 4
+    assert sampled_answer({}, 1, 2, 3) == ("", 0.0)
