@@ -484,6 +484,34 @@ def test_it_is_saved_and_loaded_whole(case: tuple[str, str, dict[str, Any]], tmp
     assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
 
 
+@pytest.mark.parametrize("case", [("lora", {"r": 4, "routing": "attn"}), ("vl_adapter", {"sharing": "multiple", "tasks": 3})])
+def test_gradient_checkpointing_gives_the_same_gradients(case: tuple[str, dict[str, Any]]) -> None:
+    """Also of the visual embedding, whose tokens travel beside the call of a routed method too."""
+    method, options = case
+    gradients = []
+    for checkpointing in (False, True):
+        model = shaken(toy(method, norms=True, **options)).train()
+        if checkpointing:
+            model.text_model.gradient_checkpointing_enable()
+        sum(model(**batch_of(seed), task_id=torch.tensor([2, 0, 2]))["loss"] for seed in (0, 1)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@every_method
+def test_bfloat16_autocast(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, _, options = case
+    model, batch = shaken(toy(method, **options)), batch_of()
+    exact = model(**batch)["losses"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(**batch)
+    assert torch.linalg.norm(rough["losses"] - exact) < 0.05 * torch.linalg.norm(exact)
+    rough["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_routed_method_reads_the_mean_of_the_embedded_tokens() -> None:
     model, batch = toy("lora", r=4, routing="mul"), read(batch_of(images=2))
     image = model.visual_projection(batch["image"])

@@ -20,6 +20,7 @@ def sampled_answer(scores: Mapping[str, float], seed: int, epoch: int, item: int
 
     Args:
         scores: answer -> its score, above 0.
+        seed, epoch, item: numbers from 0 on, of which the draw is a function.
     """
     if not scores:
         return "", 0.0
