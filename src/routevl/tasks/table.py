@@ -73,6 +73,20 @@ TASKS = {
         pipeline_tag="image-to-text",
         metric_types={"Bleu_4": "bleu", "METEOR": "meteor", "ROUGE_L": "rouge", "CIDEr": "cider"},
     ),
+    "multitask": TaskRow(
+        label="Multi-task",
+        word="multi-task learning",
+        title="Multi-task learning on the test split",
+        implementation="clip_bart.task:MultitaskTask",
+        text_model="encoder-decoder",
+        metric="average",
+        score="Average of four tasks",
+        scale=1.0,
+        metrics=("average", "vqa", "gqa", "nlvr2", "caption", "nlvr2_consistency", "vqa_yes_no", "vqa_number", "vqa_other"),
+        shown={"average": "Average", "vqa": "VQA", "gqa": "GQA", "nlvr2": "NLVR2", "caption": "CIDEr"},
+        pipeline_tag="image-text-to-text",
+        metric_types={"average": "average", "vqa": "accuracy", "gqa": "accuracy", "nlvr2": "accuracy", "caption": "cider"},
+    ),
 }
 
 
