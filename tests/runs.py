@@ -22,6 +22,7 @@ from routevl.settings import from_arguments
 from routevl.signals import STOP_SIGNALS
 from routevl.training import train
 from routevl.training.distributed import new_accelerator
+from routevl.training.order import epoch_batches, training_batches
 from routevl.training.trainer import Trainer
 
 TASKS = ("vqa", "caption")
@@ -94,6 +95,12 @@ class Run:
 def new_run(world: SmallWorld, root: Path, task: str, **changes: Any) -> Run:
     """A small run of `task`, with some options changed; the captioning runs have a visual projection."""
     return Run(root, run_options(world, task, **{"width": VISION_WIDTH[task], "batch_size": BATCH_SIZE[task], **changes}))
+
+
+def batches_of_epoch(trainer: Trainer, epoch: int = 0) -> Any:
+    """The batches that a trainer's epoch learns from."""
+    batches = epoch_batches(trainer.task, trainer.examples, epoch)
+    return training_batches(trainer.task, trainer.task.of_epoch(trainer.examples, epoch), trainer.accelerator, 0, batches)
 
 
 def start(

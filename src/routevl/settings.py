@@ -36,6 +36,14 @@ class _Settings:
     )  # fmt: skip
     batch_size: int = option("examples per optimiser step, over all processes", least=1)
     group_by_length: bool = option("texts of a training batch are about equally long, which saves padding", True)
+    mixed_batches: bool = option(
+        "multi-task: a training batch is drawn from all data sets together; else each is of one, and they take turns", False
+    )
+    task_prompts: bool = option("multi-task: a text begins with the name of its data set", True)
+    selection: str = option(
+        "which weights are kept and predict: those of the epoch that is `best` in validation, or of the `last` one", "best",
+        choices=("best", "last"),
+    )  # fmt: skip
     prediction_batch_size: int = option("examples per batch in validation and prediction, in each process", least=1)
     learning_rate: float = option("peak learning rate of AdamW; it then falls linearly to zero", above=0)
     warmup: float = option("linear warm-up: a fraction of all steps when below 1, else a number of steps", least=0)

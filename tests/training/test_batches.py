@@ -6,16 +6,17 @@ import gzip
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
-from runs import Run, assert_same_outcome, new_run, own_signals
+from runs import Run, assert_same_outcome, batches_of_epoch, new_run, own_signals
 
 from routevl.errors import RoutevlError
-from routevl.training.order import BATCHES_PER_POOL, grouped_by_length, share_of_padding, training_batches
+from routevl.training.order import BATCHES_PER_POOL, grouped_by_length, share_of_padding, turns
 
 REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", "."))
 needs_reference = pytest.mark.skipif(
@@ -45,8 +46,21 @@ def test_grouped_batches_are_alike_within_and_shuffled_among_themselves() -> Non
 
 def test_share_of_padding_counts_what_batches_pad() -> None:
     lengths = numpy.array([2, 5, 5, 1, 4])
-    order = numpy.array([0, 1, 2, 3, 4])
-    assert share_of_padding(lengths, order, 2) == pytest.approx(1 - 17 / (2 * 5 + 2 * 5 + 4))
+    batches = [numpy.array([0, 1]), numpy.array([2, 3]), numpy.array([4])]
+    assert share_of_padding(lengths, batches) == pytest.approx(1 - 17 / (2 * 5 + 2 * 5 + 4))
+
+
+def test_every_batch_has_its_turn_and_each_epoch_an_order_of_its_own() -> None:
+    orders = [turns((5, 6, 2, 4), epoch) for epoch in range(5)]
+    assert all(Counter(order) == {0: 5, 1: 6, 2: 2, 3: 4} for order in orders)
+    assert len({tuple(order) for order in orders}) == 5 and orders[0] == turns((5, 6, 2, 4), 0)
+
+
+@needs_reference
+def test_data_sets_take_the_recorded_turns() -> None:
+    with numpy.load(REFERENCE / "systems/clip_bart.npz") as tensors:
+        for epoch in range(3):
+            assert turns((5, 6, 2, 4), epoch) == tensors[f"task_order.epoch{epoch}"].tolist()
 
 
 @needs_reference
@@ -61,8 +75,9 @@ def test_real_texts_have_less_than_a_tenth_of_padding(kind: str) -> None:
         texts, batch_size = [entry["question"] for entry in content["questions"]], 512
     lengths = numpy.array([len(text.split()) for text in texts])
     generator = numpy.random.default_rng(0)
-    assert share_of_padding(lengths, generator.permutation(len(lengths)), batch_size) > 0.33
-    assert share_of_padding(lengths, grouped_by_length(lengths, batch_size, generator), batch_size) < 0.1
+    cut = range(batch_size, len(lengths), batch_size)
+    assert share_of_padding(lengths, numpy.split(generator.permutation(len(lengths)), cut)) > 0.33
+    assert share_of_padding(lengths, numpy.split(grouped_by_length(lengths, batch_size, generator), cut)) < 0.1
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
@@ -76,9 +91,7 @@ def test_grouping_is_a_setting_that_changes_the_batches_and_is_recorded(
         padding[grouped] = json.loads((run.model / "timing.json").read_text())["padding"]
         trainer = run.trainer()
         masks = [
-            batch["attention_mask"]
-            for epoch in range(trainer.settings.epochs)
-            for batch in training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=epoch)
+            batch["attention_mask"] for epoch in range(trainer.settings.epochs) for batch in batches_of_epoch(trainer, epoch)
         ]
         of_epochs = numpy.array_split([[mask.numel(), mask.sum().item()] for mask in masks], trainer.settings.epochs)
         counted = [1 - sums[1] / sums[0] for sums in (numpy.sum(of_epoch, axis=0) for of_epoch in of_epochs)]
@@ -95,7 +108,7 @@ def test_grouping_is_a_setting_that_changes_the_batches_and_is_recorded(
 def test_the_head_sees_only_what_is_learned_from(small_world: SmallWorld, tmp_path: Path, prefix: str) -> None:
     """Neither prefix, padding nor the last position: as many hidden states as there are tokens to predict."""
     trainer = new_run(small_world, tmp_path, "caption", prefix=prefix, max_text_tokens=60).trainer()
-    batch = next(iter(training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0)))
+    batch = next(iter(batches_of_epoch(trainer)))
     seen: list[torch.Size] = []
     head = trainer.task.model.text_model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
@@ -117,7 +130,7 @@ def test_compiled_layers_have_the_same_gradients(small_world: SmallWorld, tmp_pa
         layers = [m for m in trainer.task.model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
         assert len(layers) == trainer.settings.compile * trainer.task.model.text_model.config.num_hidden_layers
         trainer.model.eval()  # dropout is drawn differently
-        for batch in training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0):
+        for batch in batches_of_epoch(trainer):
             trainer.model(**batch)["loss"].backward()
         found.append([parameter.grad for parameter in trainer.optimisation.parameters])
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)

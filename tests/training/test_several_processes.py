@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SmallWorld, command_line
-from runs import STEPS, TASKS, Run, assert_same_outcome, exit_status, leftovers, new_run, signal_at_call, start
+from runs import STEPS, TASKS, Run, assert_same_outcome, batches_of_epoch, exit_status, leftovers, new_run, signal_at_call, start
 from torch import nn
 
 from routevl import cli
@@ -29,7 +29,6 @@ from routevl.signals import EXIT_STOPPED
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint
 from routevl.training.distributed import average
-from routevl.training.order import training_batches
 
 PROCESSES = 3  # sums of three depend on their order
 
@@ -128,7 +127,7 @@ def test_every_trainable_parameter_gets_a_gradient(
 ) -> None:
     """What processes average."""
     trainer = new_run(small_world, tmp_path, task, method=method, options={"routing": routing}).trainer()
-    batches = training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0)
+    batches = batches_of_epoch(trainer)
     trainer.model(**next(iter(batches)))["loss"].backward()
     assert all(parameter.grad is not None for parameter in trainer.optimisation.parameters)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
@@ -23,6 +24,7 @@ from runs import (
     TASKS,
     Run,
     assert_same_outcome,
+    batches_of_epoch,
     exit_status,
     leftovers,
     new_run,
@@ -41,7 +43,7 @@ from routevl.signals import EXIT_STOPPED, STOP_SIGNALS
 from routevl.signals import exit_status as stopped_by
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint, save_checkpoint
-from routevl.training.order import training_batches
+from routevl.training.order import epoch_batches
 from routevl.training.predict import write_predictions
 from routevl.training.trainer import Trainer
 
@@ -278,7 +280,7 @@ def test_gradients_are_clipped_over_all_parameters_together(
     small_world: SmallWorld, tmp_path: Path, task: str, norm: float | str, clipped: float | None
 ) -> None:
     trainer = new_run(small_world, tmp_path, task, max_grad_norm=norm).trainer()
-    batch = next(iter(training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=0)))
+    batch = next(iter(batches_of_epoch(trainer)))
     trainer.model.train()
     trainer.model(**batch)["loss"].backward()
     parameters = trainer.optimisation.parameters
@@ -299,8 +301,7 @@ def test_gradients_are_clipped_over_all_parameters_together(
 def test_the_order_of_examples_is_a_function_of_seed_and_epoch(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         trainer = new_run(small_world, tmp_path / f"{seed}-{epoch}", task, seed=seed).trainer()
-        batches = training_batches(trainer.task, trainer.examples, trainer.accelerator, workers=0, epoch=epoch)
-        return batches.batch_sampler.order if hasattr(batches, "batch_sampler") else batches.base_dataloader.batch_sampler.order
+        return numpy.concatenate(epoch_batches(trainer.task, trainer.examples, epoch)).tolist()
 
     orders = [order(seed, epoch) for seed, epoch in ((5, 0), (5, 1), (6, 0), (6, 1), (5, 0))]
     assert orders[0] == orders[4] and all(sorted(o) == list(range(len(o))) for o in orders)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +24,13 @@ from routevl.errors import RoutevlError
 from routevl.features.grid import pooled_grid
 from routevl.methods.base import layer_norms
 from routevl.methods.table import new_method
-from routevl.tasks.clip_bart.epoch import sampled_answer, turns
 from routevl.tasks.clip_bart.joint_encoder import embed_text_alone, text_of
 from routevl.tasks.clip_bart.model import ClipBart
 from routevl.tasks.clip_bart.visual_embedding import EXTRA_TOKENS, VisualEmbedding, add_extra_tokens
 
 WIDTH, GRID = 20, 4  # of an image's features, and tokens
 START, BOS, EOS = 0, 0, 49  # of cases.bart
+CHOICES = (7, 8)  # the tokens of "true" and "false"
 ALONE = {"do_sample": False, "num_beams": 1}
 
 
@@ -43,7 +42,7 @@ def clip_bart(
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     train_also = layer_norms(text_model) if norms else []
     arguments = (new_method(method, options, "test"), scores_of(text_model), train_also, visual, prefix)
-    return ClipBart(text_model, *arguments).eval()
+    return ClipBart(CHOICES, text_model, *arguments).eval()
 
 
 def lively_bart() -> BartForConditionalGeneration:
@@ -189,14 +188,8 @@ def test_the_model_gives_the_recorded_states_losses_and_decisions(method: str, o
     assert_agrees(losses["vqa"]["losses"], tensors[f"{name}.token_losses"].view(labels.shape).sum(-1))
     for task, output in losses.items():
         assert_agrees(output["loss"], tensors[f"{name}.loss.{task}"])
-    assert torch.equal(model.decide(50, 51, **two).long(), tensors[f"{name}.nlvr.predicted"])
-
-
-@needs_reference
-def test_data_sets_take_the_recorded_turns() -> None:
-    tensors, _ = recorded("clip_bart")
-    for epoch in range(3):
-        assert turns((5, 6, 2, 4), epoch) == tensors[f"task_order.epoch{epoch}"].tolist()
+    model.choices = (50, 51)
+    assert torch.equal(model.decide(**two).long(), tensors[f"{name}.nlvr.predicted"])
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -392,9 +385,12 @@ def test_a_decision_compares_two_tokens_after_the_first() -> None:
     start = torch.tensor([[START, BOS]]).expand(3, -1)
     with text_of(6):
         logits = model.text_model(**model.text_inputs(**batch), decoder_input_ids=start).logits[:, 1]
-    decided = model.decide(7, 8, **batch)
+    decided = model.decide(**batch)
     assert torch.equal(decided, logits[:, 7] > logits[:, 8])
-    assert torch.equal(model.decide(8, 7, **batch), ~decided)
+    labels = torch.tensor([[BOS, 7, EOS], [BOS, 8, EOS], [BOS, 7, EOS]])
+    assert torch.equal(model(**batch, labels=labels)["decided"], decided == torch.tensor([True, False, True]))
+    model.choices = (8, 7)
+    assert torch.equal(model.decide(**batch), ~decided)
 
 
 # ------------------------------------------------------------------------------------------- generation
@@ -561,27 +557,15 @@ def test_threads_that_share_a_model_have_texts_of_their_own_lengths() -> None:
     assert all(torch.equal(losses, expected[number % 2]) for number, losses in enumerate(found))
 
 
-# ------------------------------------------------------------------------------------------- the epochs
-
-
-def test_every_batch_has_its_turn_and_each_epoch_an_order_of_its_own() -> None:
-    orders = [turns((5, 6, 2, 4), epoch) for epoch in range(5)]
-    assert all(Counter(order) == {0: 5, 1: 6, 2: 2, 3: 4} for order in orders)
-    assert len({tuple(order) for order in orders}) == 5 and orders[0] == turns((5, 6, 2, 4), 0)
-
-
-def test_answers_are_drawn_in_proportion_to_their_scores() -> None:
-    scores = {"two": 0.3, "2": 0.9, "three": 0.6}
-    drawn = [sampled_answer(scores, 1, epoch, item) for epoch in range(20) for item in range(300)]
-    assert all(scores[answer] == score for answer, score in drawn)
-    counts = Counter(answer for answer, _ in drawn)
-    for answer, score in scores.items():
-        assert counts[answer] / len(drawn) == pytest.approx(score / 1.8, abs=0.02)
-
-
-def test_an_answer_is_a_function_of_seed_epoch_and_item() -> None:
-    scores = {f"answer {number}": 0.3 for number in range(1000)}
-    first = sampled_answer(scores, 1, 2, 3)
-    assert first == sampled_answer(dict(reversed(scores.items())), 1, 2, 3)
-    assert len({first, *(sampled_answer(scores, *other) for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))}) == 4
-    assert sampled_answer({}, 1, 2, 3) == ("", 0.0)
+def test_an_item_does_not_depend_on_a_pair_in_its_batch() -> None:
+    """Where a batch mixes items of one image and of two, those of one are padded by an image that nothing sees."""
+    for method, options in (("bitfit", {}), ("lora", {"r": 4, "routing": "mul"}), ("adapter", {"r": 4, "routing": "attn"})):
+        model = shaken(toy(method, **options))
+        one, two = batch_of(), batch_of(1, images=2)
+        mask = torch.ones(6, 2 * GRID, dtype=torch.int64)
+        mask[:3, GRID:] = 0
+        padded = torch.stack([one["image"], torch.full_like(one["image"], 9.0)], dim=1)
+        mixed = {name: torch.cat([one[name], two[name]]) for name in one if name != "image"}
+        together = model(**mixed, image=torch.cat([padded, two["image"]]), visual_mask=mask)["losses"]
+        alone = torch.cat([model(**one)["losses"], model(**two)["losses"]])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from routevl.errors import RoutevlError
+from routevl.files import write_json
 from routevl.methods.base import Method, layer_norms, load_tensors, save_tensors
 from routevl.settings import RunSettings
 from routevl.visual import Control, VisualSource
@@ -74,8 +76,8 @@ class VisionLanguageModel(nn.Module):
         shared = (own.out_features if own else width) == embedding_width
         self.prefix_projection = None if shared or not self.prefix else _linear(visual_width, embedding_width)
 
-    def read_by_method(self, visual: Tensor) -> Tensor:
-        """What the method reads of the image's tokens, (B, L_v, d) -> the same, or fewer of them."""
+    def read_by_method(self, visual: Tensor, visual_mask: Tensor | None) -> Tensor:
+        """What the method reads of the image's tokens, (B, L_v, d) -> the same, or fewer; the mask as of `text_inputs`."""
         return visual
 
     def text_inputs(
@@ -85,12 +87,14 @@ class VisionLanguageModel(nn.Module):
         image: Tensor,
         routed_image: Tensor | None = None,
         task_id: Tensor | None = None,
+        visual_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The text model's arguments: embeddings behind the visual prefix, their mask, and what travels beside the call.
 
         Shapes: input_ids and attention_mask (B, L_t) int64; image as the visual source gives it, features (B, L_v, d_v) or pixels
         (B, 3, H, W), float32; routed_image as image, where the method has a `stand_in`, which it reads instead; inputs_embeds
-        (B, P + L_t, d_e) with P = L_v with the prefix, else 0; task_id (B,) int64, for methods that have tensors of each task.
+        (B, P + L_t, d_e) with P = L_v with the prefix, else 0; task_id (B,) int64, for methods that have tensors of each task;
+        visual_mask (B, L_v) int64, 0 where a batch that mixes one image and two has none, left out where all have as many.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
         visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
@@ -102,13 +106,14 @@ class VisionLanguageModel(nn.Module):
                 visual = visual if self.method_projects else projected
             if self.prefix:
                 embeddings = torch.cat([tokens.to(embeddings.dtype), embeddings], dim=1)
-                attention_mask = torch.cat([attention_mask.new_ones(tokens.shape[:2]), attention_mask], dim=1)
+                there = attention_mask.new_ones(tokens.shape[:2]) if visual_mask is None else visual_mask
+                attention_mask = torch.cat([there, attention_mask], dim=1)
             if self.method.stand_in is not None:
                 routed = self.vision(routed_image)  # (B, L_v, d_v)
                 visual = routed if self.method_projects else self.visual_projection(routed)
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         known = inputs if task_id is None else inputs | {"task_id": task_id}
-        return inputs | self.method.beside(known, None if visual is None else self.read_by_method(visual))
+        return inputs | self.method.beside(known, None if visual is None else self.read_by_method(visual, visual_mask))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the model: the method's tensors and the task's, detached, by their names in the model."""
@@ -163,11 +168,15 @@ class Task(ABC):
     Attributes:
         files: what it reads of each prepared split, beside the list of images.
         selection: the validation metric that chooses the best epoch, and whether more of it is better.
+        image_takes_positions: whether the tokens of a prefix are counted among the text model's positions.
+        vocabulary: other files that training depends on, beside those of the splits and `inputs`.
         text_model_params: how many parameters the text backbone has.
     """
 
     files: tuple[str, ...]
     selection: tuple[str, bool]
+    image_takes_positions = True
+    vocabulary: tuple[Path, ...] = ()
 
     def __init__(
         self,
@@ -200,7 +209,7 @@ class Task(ABC):
         own = getattr(text_model.config, "max_position_embeddings", None) or math.inf
         positions = min(self.tokenizer.model_max_length, own if own > 0 else math.inf)  # XLNet's is -1
         name, length = self.longest_text()
-        visual = self.visual.length if self.settings.prefix else 0
+        visual = self.visual.length if self.settings.prefix and self.image_takes_positions else 0
         if length + visual > positions:
             raise RoutevlError(
                 f"{name} {getattr(self.settings, name)} is too large: {length} text tokens after {visual} visual tokens, but the "
@@ -226,6 +235,18 @@ class Task(ABC):
         most = self.settings.max_train_examples
         return examples if most is None or most >= len(examples) else examples.select(range(most))
 
+    def parts(self, examples: Dataset) -> list[tuple[numpy.ndarray, int]]:
+        """The parts of n training examples that have batches of their own: which examples, int64 (m,), and the batch size."""
+        return [(numpy.arange(len(examples)), self.settings.batch_size)]
+
+    def of_epoch(self, examples: Dataset, epoch: int) -> Dataset:
+        """The training examples as an epoch learns them."""
+        return examples
+
+    def image_ids(self, items: Dataset) -> Sequence[int]:
+        """The images of examples, or of items to predict."""
+        return items.unique("image_id")
+
     @abstractmethod
     def constant(self, examples: Dataset) -> float:
         """The value of `selection` that the best answer, or distribution of tokens, that knows neither text nor image has."""
@@ -245,6 +266,10 @@ class Task(ABC):
     @abstractmethod
     def predict(self, model: VisionLanguageModel, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Predictions for one batch of `to_predict`'s items, as entries of the official results file."""
+
+    def write_predictions(self, predictions: list[dict[str, Any]], folder: Path) -> None:
+        """Write what `predict` gave for all items: results.json."""
+        write_json(folder / "results.json", predictions)
 
     def images(self, image_ids: Sequence[int]) -> dict[str, Tensor]:
         """What a batch carries of its n images: "image", and "routed_image" where the method reads something in its place."""

@@ -1,9 +1,9 @@
-"""The order of training examples, a function of the seed and the epoch, and the loaders of batches."""
+"""The batches of training examples, a function of the seed and the epoch, and their loaders."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 
-from routevl.settings import RunSettings
 from routevl.signals import ignore_stop_signals_of_others
 from routevl.tasks.base import LENGTH, Task
 
@@ -21,12 +20,31 @@ if TYPE_CHECKING:
 BATCHES_PER_POOL = 50  # as transformers' group_by_length
 
 
-def epoch_order(examples: Dataset, settings: RunSettings, epoch: int) -> numpy.ndarray:
-    """The order in which an epoch takes its n training examples, batch after batch: int64 (n,)."""
-    generator = numpy.random.default_rng([settings.seed, epoch])
-    if settings.group_by_length:
-        return grouped_by_length(lengths_of(examples), settings.batch_size, generator)
-    return generator.permutation(len(examples))
+def epoch_batches(task: Task, examples: Dataset, epoch: int) -> list[numpy.ndarray]:
+    """Which of n training examples each batch of an epoch has, int64 (m,) each; every example is in one of them.
+
+    Those of each part of the task (`Task.parts`) are put into an order, and batches are cut off it, the last one smaller. The
+    batches of several parts take turns.
+    """
+    generator = numpy.random.default_rng([task.settings.seed, epoch])
+    lengths, of_parts = lengths_of(examples), []
+    for part, size in task.parts(examples):
+        if task.settings.group_by_length:
+            order = grouped_by_length(lengths[part], size, generator)
+        else:
+            order = generator.permutation(len(part))
+        of_parts.append(numpy.split(part[order], range(size, len(part), size)))
+    if len(of_parts) == 1:
+        return of_parts[0]
+    taken = [iter(of_part) for of_part in of_parts]
+    return [next(taken[number]) for number in turns([len(of_part) for of_part in of_parts], epoch)]
+
+
+def turns(batches: Sequence[int], epoch: int) -> list[int]:
+    """Which part each batch of an epoch is of, by its number, where part n has `batches[n]`: the same for every seed."""
+    order = [number for number, count in enumerate(batches) for _ in range(count)]
+    random.Random(epoch).shuffle(order)
+    return order[::-1]  # CLIP-BART's original takes them from the end
 
 
 def lengths_of(examples: Dataset) -> numpy.ndarray:
@@ -48,44 +66,40 @@ def grouped_by_length(lengths: numpy.ndarray, batch_size: int, generator: numpy.
     return numpy.concatenate([batches.ravel(), last])
 
 
-def share_of_padding(lengths: numpy.ndarray, order: numpy.ndarray, batch_size: int) -> float:
+def share_of_padding(lengths: numpy.ndarray, batches: Sequence[numpy.ndarray]) -> float:
     """The share of an epoch's text positions that is padding, where each batch is padded to its longest text."""
-    ordered = lengths[order]
-    starts = range(0, len(ordered), batch_size)
-    positions = sum(len(batch) * int(batch.max()) for batch in (ordered[start : start + batch_size] for start in starts))
-    return 1 - int(ordered.sum()) / positions
+    positions = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - sum(int(lengths[batch].sum()) for batch in batches) / positions
 
 
-class EpochBatches:
-    """A batch sampler: one process's share of each batch of `batch_size` examples in a given order, the last batch smaller.
+class ShareOfBatches:
+    """A batch sampler: one process's share of each batch.
 
-    The processes take a batch's examples in turn. One that the last batch has no example for gets the first, so that all have as
-    many batches; it must not count.
+    The processes take a batch's examples in turn. One that a batch has no example for gets the first, so that all have as many
+    batches; it must not count.
     """
 
     drop_last = False
 
-    def __init__(self, order: list[int], batch_size: int, process: int, processes: int) -> None:
-        self.order = order
-        self.batch_size = batch_size
+    def __init__(self, batches: Sequence[numpy.ndarray], process: int, processes: int) -> None:
+        self.batches = batches
         self.process = process
         self.processes = processes
 
     def __len__(self) -> int:
-        return math.ceil(len(self.order) / self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.order), self.batch_size):
-            batch = self.order[start : start + self.batch_size]
-            yield batch[self.process :: self.processes] or batch[:1]
+        for batch in self.batches:
+            yield (batch[self.process :: self.processes] if self.process < len(batch) else batch[:1]).tolist()
 
 
-def training_batches(task: Task, examples: Any, accelerator: Accelerator, workers: int, epoch: int, first: int = 0) -> Any:
-    """One epoch's batches from number `first` on, this process's share of each."""
-    size = task.settings.batch_size
-    order = epoch_order(examples, task.settings, epoch).tolist()
-    batches = EpochBatches(order[first * size :], size, accelerator.process_index, accelerator.num_processes)
-    return data_loader(task, examples, accelerator, workers, batch_sampler=batches)
+def training_batches(
+    task: Task, examples: Dataset, accelerator: Accelerator, workers: int, batches: Sequence[numpy.ndarray]
+) -> Any:
+    """Those of `epoch_batches` that are given, this process's share of each."""
+    own = ShareOfBatches(batches, accelerator.process_index, accelerator.num_processes)
+    return data_loader(task, examples, accelerator, workers, batch_sampler=own)
 
 
 def data_loader(task: Task, examples: Any, accelerator: Accelerator, workers: int, **options: Any) -> Any:

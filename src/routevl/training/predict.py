@@ -82,7 +82,7 @@ def load_trained(arguments: argparse.Namespace) -> tuple[Task, Accelerator]:
 
 
 def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items: Any, workers: int) -> None:
-    """Predict items with the task's model and write results.json in the official format, in the order of the items; and
+    """Predict items with the task's model and write its predictions in the official format, in the order of the items; and
     timing.json, how long it took all processes together."""
     model = task.model.eval()
     with accelerator.split_between_processes(items) as share:  # in their order, which gathering keeps
@@ -96,5 +96,5 @@ def write_predictions(task: Task, accelerator: Accelerator, folder: Path, items:
     timing = {"prediction_seconds": round(time.perf_counter() - started, 3), "predicted": len(results)}
     if accelerator.is_main_process:
         with atomic_folder(folder, "results.json") as temporary:
-            write_json(temporary / "results.json", results)
+            task.write_predictions(results, temporary)
             write_json(temporary / "timing.json", timing | usage_of(accelerator.device))

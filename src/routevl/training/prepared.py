@@ -19,7 +19,7 @@ from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import prepare_torch
-from routevl.training.order import training_batches
+from routevl.training.order import epoch_batches, training_batches
 
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
 
@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
     set_seed(settings.seed)
     task, _ = load_task(settings, bare(method), {}, arguments)
     task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
-    batches = training_batches(task, task.training_examples(), accelerator, arguments.workers, epoch=0)
-    tensors = method.prepare(task, batches)
+    examples = task.training_examples()
+    batches = epoch_batches(task, examples, 0)
+    loaded = training_batches(task, task.of_epoch(examples, 0), accelerator, arguments.workers, batches)
+    tensors = method.prepare(task, loaded)
     with atomic_file(arguments.output) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -43,7 +43,7 @@ from routevl.training.distributed import average, greatest
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import Optimisation, compile_layers, prepare_torch
-from routevl.training.order import data_loader, epoch_order, lengths_of, share_of_padding, training_batches
+from routevl.training.order import data_loader, epoch_batches, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
 
 LEAST_LEARNED = 0.001  # of a constant answer's value
@@ -89,11 +89,11 @@ class Trainer:
         self.validation = self.task.examples("val")
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
         for items in (self.examples, self.validation, self.to_predict):
-            self.task.visual.check(items.unique("image_id"))  # an error where an image is not there
+            self.task.visual.check(self.task.image_ids(items))  # an error where an image is not there
         self.inputs = inputs | of_prepared | {"data": _fingerprint_of_data(self.task)}
         self.execution = {"processes": accelerator.num_processes, "threads": arguments.threads}
         self.identity = settings.as_record() | self.inputs | self.execution
-        self.batches_per_epoch = math.ceil(len(self.examples) / settings.batch_size)
+        self.batches_per_epoch = sum(math.ceil(len(part) / size) for part, size in self.task.parts(self.examples))
         self.total_steps = settings.epochs * self.batches_per_epoch
         if settings.compile:
             compile_layers(self.task.model.text_model)
@@ -146,9 +146,11 @@ class Trainer:
         while self.step < self.total_steps:
             epoch, first_batch = divmod(self.step, self.batches_per_epoch)
             self.model.train()
-            workers = self.arguments.workers
-            for batch in training_batches(self.task, self.examples, self.accelerator, workers, epoch, first_batch):
-                self._train_step(epoch, batch)
+            batches = epoch_batches(self.task, self.examples, epoch)[first_batch:]
+            examples, workers = self.task.of_epoch(self.examples, epoch), self.arguments.workers
+            loaded = training_batches(self.task, examples, self.accelerator, workers, batches)
+            for members, batch in zip(batches, loaded, strict=True):
+                self._train_step(epoch, batch, len(members))
                 if self._validation_is_due():
                     self._save()
                     self._end_epoch(epoch)
@@ -158,9 +160,7 @@ class Trainer:
         """Whether an epoch is over, but the last line of the history is still of training."""
         return self.step % self.batches_per_epoch == 0 and bool(self.history) and "loss" in self.history[-1]
 
-    def _train_step(self, epoch: int, batch: dict[str, Tensor]) -> None:
-        size = self.settings.batch_size
-        examples = min(size, len(self.examples) - self.step % self.batches_per_epoch * size)
+    def _train_step(self, epoch: int, batch: dict[str, Tensor], examples: int) -> None:
         self.clock.start()
         output = self.model(**batch)
         losses = {"loss": output["loss"], **self.method.losses(self.task.model, output, batch)}
@@ -191,7 +191,8 @@ class Trainer:
             line = {"step": self.step, "epoch": epoch + 1, **self._validate()}
         self._check_finite(line)
         self.history.append(line)
-        if not self.best_epoch or self._better_by(line, self.best_epoch[self.task.selection[0]]) > 0:
+        last_counts = self.settings.selection == "last"
+        if last_counts or not self.best_epoch or self._better_by(line, self.best_epoch[self.task.selection[0]]) > 0:
             self.best_epoch = line
             self.best = {name: tensor.cpu().clone() for name, tensor in self.task.model.tensors().items()}
         values = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val_"))
@@ -239,10 +240,9 @@ class Trainer:
 
     def _padding(self) -> float:
         """The share of all text positions trained on that is padding."""
-        orders = (epoch_order(self.examples, self.settings, epoch) for epoch in range(self.settings.epochs))
         lengths = lengths_of(self.examples)
-        shares = [share_of_padding(lengths, order, self.settings.batch_size) for order in orders]
-        return round(statistics.fmean(shares), 4)
+        epochs = (epoch_batches(self.task, self.examples, epoch) for epoch in range(self.settings.epochs))
+        return round(statistics.fmean(share_of_padding(lengths, batches) for batches in epochs), 4)
 
     # -- the state
 
@@ -363,4 +363,4 @@ class Trainer:
 def _fingerprint_of_data(task: Task) -> str:
     """sha256 (hexadecimal) over the texts that are trained on and validated with."""
     paths = [task.data / split / name for split in ("train", "val") for name in task.files]
-    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256_of, [*paths, *task.vocabulary])).encode()).hexdigest()

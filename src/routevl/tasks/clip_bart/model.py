@@ -24,6 +24,7 @@ class ClipBart(VisionLanguageModel):
     reads the image itself gets the mean of its embedded tokens, of both images' where there are two.
 
     Args:
+        choices: the first tokens of the answers "true" and "false", between which `decide` does.
         text_model: a BartForConditionalGeneration whose last rows of token embeddings number the grid (`add_extra_tokens`).
         arguments: the others of VisionLanguageModel.
 
@@ -31,24 +32,31 @@ class ClipBart(VisionLanguageModel):
         RoutevlError: as VisionLanguageModel; the text model is no BART.
     """
 
-    def __init__(self, text_model: PreTrainedModel, *arguments: Any) -> None:
+    def __init__(self, choices: tuple[int, int], text_model: PreTrainedModel, *arguments: Any) -> None:
         embed_text_alone(text_model)
         super().__init__(text_model, *arguments)
+        self.choices = choices
 
     def add_projections(self, visual_width: int) -> None:
         self.method_projects, self.prefix_projection = False, None
         embeddings = self.text_model.get_input_embeddings()
         self.visual_projection = VisualEmbedding(visual_width, embeddings) if self.sees_image else nn.Identity()
 
-    def read_by_method(self, visual: Tensor) -> Tensor:
-        return visual.mean(dim=1, keepdim=True) if self.method.uses_image else visual
+    def read_by_method(self, visual: Tensor, visual_mask: Tensor | None) -> Tensor:
+        if not self.method.uses_image:
+            return visual
+        if visual_mask is None:
+            return visual.mean(dim=1, keepdim=True)
+        weights = visual_mask / visual_mask.sum(dim=1, keepdim=True)  # (B, L_v)
+        return weights[:, None].to(visual.dtype) @ visual
 
     def forward(self, labels: Tensor, scores: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of the labels: `<s> ... </s>`, then -100, (B, T) int64, which the decoder reads after a first `</s>`.
 
         With scores (B,) float32, as of answers, the loss is a mean over items: each one's mean over its tokens, times its score.
-        Without, as of captions, it is the mean over all tokens of the batch. `count` is the number of items, or of tokens; losses
-        and tokens (B,) are the sum and the number of each item's; batch: the arguments of `text_inputs`.
+        Without, as of captions, it is the mean over all tokens of the batch. `count` is the number of items, or of tokens. Of
+        each item, (B,): losses and tokens, their sum and their number; right, how many tokens are the likeliest ones; decided,
+        whether `decide` gives the label; and what the batch has of task_id and scores. batch: the arguments of `text_inputs`.
         """
         config = self.text_model.config
         logits = self._logits(batch, shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id))
@@ -58,16 +66,27 @@ class ClipBart(VisionLanguageModel):
             loss, count = losses.sum() / tokens.sum(), tokens.sum()
         else:
             loss, count = (losses / tokens * scores).mean(), losses.new_full((), len(losses))
-        return {"loss": loss, "count": count, "losses": losses.detach(), "tokens": tokens}
+        of_items = {
+            "losses": losses.detach(),
+            "tokens": tokens,
+            "right": (logits.argmax(-1) == labels).sum(-1),  # no token is the label of padding
+            "decided": self._decided(logits) == (labels[:, 1] == self.choices[0]),
+            "task_id": batch.get("task_id"),
+            "scores": scores,
+        }
+        return {"loss": loss, "count": count} | {name: value for name, value in of_items.items() if value is not None}
 
     @torch.inference_mode()
-    def decide(self, true: int, false: int, **batch: Tensor) -> Tensor:
-        """Whether the token `true` is more likely than the token `false` after `</s> <s>`: (B,) bool; batch: the arguments of
-        `text_inputs`."""
+    def decide(self, **batch: Tensor) -> Tensor:
+        """Whether "true" is more likely than "false" after `</s> <s>`: (B,) bool; batch: the arguments of `text_inputs`."""
         config = self.text_model.config
         start = batch["input_ids"].new_tensor([[config.decoder_start_token_id, config.bos_token_id]])
-        logits = self._logits(batch, start.expand(len(batch["input_ids"]), -1))[:, -1]
-        return logits[:, true] > logits[:, false]
+        return self._decided(self._logits(batch, start.expand(len(batch["input_ids"]), -1)))
+
+    def _decided(self, logits: Tensor) -> Tensor:
+        """The same by all logits, (B, T, vocabulary)."""
+        true, false = self.choices
+        return logits[:, 1, true] > logits[:, 1, false]
 
     @torch.inference_mode()
     def generate(self, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
