@@ -167,11 +167,11 @@ def test_stop_signal_to_the_whole_process_group_leaves_a_checkpoint(
     def sabotage() -> None:
         step = Trainer._train_step
 
-        def wait_then_step(trainer: Trainer, epoch: int, batch: Any) -> None:
+        def wait_then_step(trainer: Trainer, *arguments: Any) -> None:
             if trainer.step == 4:
                 (run.root / "waiting").touch()
                 time.sleep(1)
-            step(trainer, epoch, batch)
+            step(trainer, *arguments)
 
         Trainer._train_step = wait_then_step
 

@@ -22,6 +22,7 @@ from routevl.backbones.structure import NAME_THEM
 from routevl.backbones.text import text_skeleton
 from routevl.backbones.vision import Tokens, vision_tokens
 from routevl.configuration import read_configuration
+from routevl.data.records import write_lines
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.progress import progress
@@ -171,15 +172,19 @@ def write_data(folder: Path) -> None:
     questions = [{"question_id": n, "image_id": n, "question": text} for n, text in texts.items()]
     annotation = {"question_type": "is", "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}]}
     captions = [{"id": n, "image_id": n, "caption": text} for n, text in texts.items()]
+    of_gqa = {str(n): {"imageId": str(n), "image_id": n, "question": text, "isBalanced": True, "answer": "yes"} for n, text in texts.items()}
+    statements = [{"identifier": f"train-0-{n}-0", "sentence": text, "label": "True", "image_ids": IMAGES} for n, text in texts.items()]
     files = {
         "train/images.json": [{"id": n, "file_name": f"{n}.jpg"} for n in texts],
         "train/questions.json": {"questions": questions},
         "train/annotations.json": {"annotations": [{"question_id": n, "image_id": n, **annotation} for n in texts]},
         "train/captions.json": {"annotations": captions},
+        "train/gqa.json": of_gqa,
         "answers.json": ["yes", "no"],
     }
     for name, content in files.items():
         write_json(folder / name, content)
+    write_lines(folder / "train/nlvr2.jsonl", statements)
 
 
 class _Shapes:
