@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import signal
@@ -27,6 +28,10 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 
 REPOSITORY = Path(__file__).parents[2]
+REFERENCE = Path(os.environ.get("ROUTEVL_REFERENCE", "."))
+needs_reference = pytest.mark.skipif(
+    "ROUTEVL_REFERENCE" not in os.environ, reason="ROUTEVL_REFERENCE names no folder of reference data"
+)
 CONTENT = bytes(range(256)) * 1200
 OTHER = CONTENT[::-1]
 SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -323,6 +328,15 @@ def test_two_at_once_download_once(server: Server, get: Download, path: Path, tm
     assert len(server.requests) == 1 and all(read_json(record)["checksum"] == "verified" for record in records)
 
 
+def test_a_file_that_is_given_on_request(get: Download, path: Path) -> None:
+    with pytest.raises(RoutevlError) as error:
+        get(checksum="", bytes="")
+    place = f"Put it at {path} by hand (no checksum is known)"
+    assert str(error.value) == f"data.zip is given on request alone (https://example.org/terms). {place}"
+    path.write_bytes(CONTENT)
+    assert get(checksum="", bytes="")["url"] == "placed by hand"
+
+
 def test_a_full_disk_is_noticed_first(server: Server, get: Download, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = server.add("/data.zip", CONTENT)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
@@ -384,10 +398,20 @@ def test_the_first_file_is_recorded_and_later_ones_must_agree(server: Server, ge
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
-    files = read_datasets(REPOSITORY / "config" / "datasets.tsv")
-    assert {entry.dataset for entry in files.values()} == {"COCO 2014", "COCO 2017", "VQAv2", "Karpathy splits"}
-    assert all(entry.checksum.startswith("sha256:") and entry.bytes and len(entry.urls) >= 2 for entry in files.values())
+def test_the_official_files_of_vqa_and_captioning_all_have_checksums_and_two_addresses() -> None:
+    files = read_datasets(REPOSITORY / "config" / "datasets.tsv").values()
+    known = [entry for entry in files if entry.dataset not in ("GQA 1.2", "NLVR2")]
+    assert {entry.dataset for entry in known} == {"COCO 2014", "COCO 2017", "VQAv2", "Karpathy splits"}
+    assert all(entry.checksum.startswith("sha256:") and entry.bytes and len(entry.urls) >= 2 for entry in known)
+    assert all((entry.checksum == "") == (entry.bytes is None) for entry in files)
+    assert [entry.file for entry in files if not entry.urls] == ["train_img.zip", "dev_img.zip", "test1_img.zip"]
+
+
+@needs_reference
+def test_the_table_knows_nlvr2s_dev_file() -> None:
+    entry = read_datasets(REPOSITORY / "config" / "datasets.tsv")["dev.json"]
+    content = gzip.decompress((REFERENCE / "nlvr2/dev.json.gz").read_bytes())
+    assert (len(content), f"sha256:{hashlib.sha256(content).hexdigest()}") == (entry.bytes, entry.checksum)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +425,7 @@ def test_the_official_files_all_have_checksums_and_two_addresses() -> None:
         ([row(file="../data.zip")], "line 2: .*data.file must match pattern"),
         ([row(file="data.tar.gz")], "line 2: .*data.file must match pattern"),
         ([row(folder="..")], "line 2: .*data.folder must match pattern"),
-        ([row(urls="")], "line 2: .*data.urls must match pattern"),
+        ([row(urls=",")], "line 2: .*data.urls must match pattern"),
         ([row(urls="ftp://example.org/a")], "line 2: .*data.urls must match pattern"),
         ([row(urls="http://a/b, http://c/d")], "line 2: .*data.urls must match pattern"),
         ([row(checksum="sha256:abc")], "line 2: .*data.checksum must match pattern"),
@@ -515,6 +539,15 @@ def test_damaged_archives(unpack: Callable[[], Path], path: Path, spoil: Callabl
         unpack()
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert not (path.parent.parent / "output").exists()
+
+
+def test_a_file_that_is_no_archive_stands_in_its_folder_as_it_is(path: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "table.tsv", row(file="dev.json"))
+    path.with_name("dev.json").write_bytes(CONTENT)
+    where = ("--datasets", table, "--file", "dev.json", "--folder", path.parent, "--output", tmp_path / "output")
+    for _ in range(2):
+        run_stage("unpack", *where)
+        assert [(file.name, file.read_bytes()) for file in (tmp_path / "output").iterdir()] == [("dev.json", CONTENT)]
 
 
 def test_an_archive_that_is_not_there(unpack: Callable[[], Path], path: Path) -> None:

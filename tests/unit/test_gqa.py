@@ -75,6 +75,7 @@ def test_questions_of_the_test_split_have_no_answers(tmp_path: Path) -> None:
         ({"07": QUESTION | {"isBalanced": "yes"}}, r"data\.07\.isBalanced must be boolean"),
         ({"07": answered("yes") | {"answer": 2}}, r"data\.07\.answer must be string"),
         ({"07": answered("yes") | {"types": "query"}}, r"data\.07\.types must be object"),
+        ({"07": QUESTION | {"image_id": "161313"}}, r"data\.07\.image_id must be integer"),
     ],
 )
 def test_a_wrong_question_is_one_clear_error(tmp_path: Path, content: Any, message: str) -> None:

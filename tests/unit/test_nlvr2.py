@@ -85,6 +85,8 @@ def test_files_may_be_compressed_and_have_blank_lines(tmp_path: Path) -> None:
         (json.dumps(record("dev-850-0-0", sentence=None)), r"line 2: .*data\.sentence must be string"),
         (json.dumps({"identifier": "dev-850-0-0", "label": "True"}), r"line 2: .*data must contain .'sentence'. properties"),
         (json.dumps(record("dev-850-0-0", left_url=3)), r"line 2: .*data\.left_url must be string"),
+        (json.dumps(record("dev-850-0-0", image_ids=[1])), r"line 2: .*data\.image_ids must contain at least 2 items"),
+        (json.dumps(record("dev-850-0-0", image_ids=["1", "2"])), r"line 2: .*data\.image_ids\[0\] must be integer"),
         (json.dumps(record("dev-850-1-0")), "the identifier dev-850-1-0 is there twice"),
     ],
 )

@@ -12,9 +12,9 @@ from routevl.errors import RoutevlError
 URL = r"https?://[!-+\--~]+"  # printable ASCII but for the comma, which separates addresses
 PATTERNS = {
     "dataset": ".+",
-    "file": r"\w[\w.-]*\.zip",
+    "file": r"\w[\w.-]*\.(zip|json)",
     "folder": r"\w[\w.-]*",
-    "urls": f"{URL}(,{URL})*",
+    "urls": f"({URL}(,{URL})*)?",
     "checksum": "(sha256:[0-9a-f]{64})?",
     "bytes": "([1-9][0-9]{0,17})?",
     "licence": ".+",
@@ -33,7 +33,8 @@ ROW = Format(
 class DataFile(NamedTuple):
     """One row of the table: a file, the folder that it is unpacked to, and its addresses, tried in their order.
 
-    `checksum` is "sha256:<hexadecimal>", "" where it is not known, and `bytes` is None then.
+    A file without addresses is given on request, as `terms` says. `checksum` is "sha256:<hexadecimal>", "" where it is not known,
+    and `bytes` is None then.
     """
 
     dataset: str
@@ -66,4 +67,4 @@ def read_datasets(path: str | Path) -> dict[str, DataFile]:
 
 def _parse(row: dict[str, str]) -> DataFile:
     length = int(row["bytes"]) if row["bytes"] else None
-    return DataFile(**row | {"urls": tuple(row["urls"].split(",")), "bytes": length})
+    return DataFile(**row | {"urls": tuple(filter(None, row["urls"].split(","))), "bytes": length})

@@ -1,4 +1,4 @@
-"""Stages `download` and `unpack`: archives of official data, listed in a table with addresses and checksums."""
+"""Stages `download` and `unpack`: archives and JSON files of official data, listed in a table with addresses and checksums."""
 
 from __future__ import annotations
 
@@ -71,18 +71,24 @@ def run_download(arguments: argparse.Namespace) -> None:
 def add_arguments_unpack(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `routevl unpack`."""
     _add_file_arguments(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of what is in the archive, replaced as a whole")
+    parser.add_argument("--output", type=Path, required=True, help="folder of what is in the file, replaced as a whole")
 
 
 def run_unpack(arguments: argparse.Namespace) -> None:
-    """Unpack a zip archive as a whole, or nothing.
+    """Unpack a zip archive as a whole, or nothing; a file that is none is the only one in the folder then.
 
     Raises:
-        RoutevlError: the archive is missing, damaged or encrypted, or does not fit on the disk.
+        RoutevlError: the file is missing, an archive is damaged or encrypted, or it does not fit on the disk.
     """
     archive = arguments.folder / _read_entry(arguments).file
     if not archive.is_file():
         raise RoutevlError(f"{archive}: no such file (routevl download gets it)")
+    if archive.suffix != ".zip":
+        with atomic_folder(arguments.output, archive.name) as folder:
+            _check_space(folder, f"copying {archive}", archive.stat().st_size)
+            shutil.copyfile(archive, folder / archive.name)
+        print(f"{archive}: copied to {arguments.output}")
+        return
     try:
         with zipfile.ZipFile(archive) as opened, atomic_folder(arguments.output, _first_name(opened)) as folder:
             members = opened.infolist()
@@ -152,6 +158,9 @@ def _checksum_file(path: Path) -> Path:
 
 def _fetch(entry: DataFile, path: Path, timeout: float) -> tuple[str, str]:
     """Download to `path` from the first address that serves the right file; returns the address, and the sha256."""
+    expected = _expected_checksum(entry, path) or "no checksum is known"
+    if not entry.urls:
+        raise RoutevlError(f"{entry.file} is given on request alone ({entry.terms}). Put it at {path} by hand ({expected})")
     part = path.with_name(f"{path.name}.part")
     if entry.bytes is not None:
         _check_space(path.parent, entry.file, entry.bytes - _size(part))
@@ -165,7 +174,6 @@ def _fetch(entry: DataFile, path: Path, timeout: float) -> tuple[str, str]:
         else:
             os.replace(part, path)
             return url, sha256
-    expected = _expected_checksum(entry, path) or "no checksum is known"
     raise RoutevlError(f"{entry.file} could not be downloaded: {'; '.join(reasons)}. Put it at {path} by hand ({expected})")
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routevl.data.records import STRING, Format, Record, object_of
+from routevl.data.records import INTEGER, STRING, Format, Record, object_of
 
 QUESTION = object_of(
-    "answer", "types",
+    "answer", "types", "image_id",
     imageId=STRING,
     question=STRING,
     isBalanced={"type": "boolean"},
     answer=STRING,
     types=object_of("structural", "semantic", structural=STRING, semantic=STRING),
+    image_id=INTEGER,  # of prepared questions
 )  # fmt: skip
 QUESTIONS = Format("a GQA questions file", {"type": "object", "additionalProperties": QUESTION})
 
@@ -25,7 +26,8 @@ def read_questions(path: str | Path) -> dict[str, Record]:
 
     Returns:
         question id to {"imageId": str, the name of the image's file without its ending, "question": str, "isBalanced": bool, ...}
-        with, where the file has them, "answer" and "types": {"structural": str, "semantic": str}.
+        with, where the file has them, "answer", "types": {"structural": str, "semantic": str}, and, as `routevl prepare` writes
+        it, "image_id": int, the image's id in images.json.
 
     Raises:
         RoutevlError: the file is missing or malformed.

@@ -1,10 +1,11 @@
-"""Finding the file of an image in a folder: by the name that it is given somewhere, else by its id."""
+"""Finding the file of an image in a folder: by the name that it is given somewhere, else by its id; or by several names."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._by_stem: dict[str, dict[str, list[str]]] = {}
         try:
             self.names = frozenset(os.listdir(self.folder))
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -67,6 +69,40 @@ class ImageFolder:
         if len(names) > 1:
             raise RoutevlError(f"{self.folder}: {names[0]} and {names[1]} have the same image id {image_id}")
         return self.folder / names[0] if names else None
+
+    def find_named(self, names: Sequence[str]) -> Path | None:
+        """The file of an image that may have one of these names, paths below the folder; None where there is none.
+
+        The first name counts whose file is there, with the ending of the name or another one of images.
+
+        Raises:
+            RoutevlError: two files differ from the name in their endings alone.
+        """
+        for name in names:
+            below, last = os.path.split(name)
+            files = self._files_by_stem(below).get(os.path.splitext(last)[0], [])
+            if last not in files and len(files) > 1:
+                raise RoutevlError(
+                    f"{self.folder / below}: {files[0]} and {files[1]} may both be the image {name}; move one away"
+                )
+            if files:
+                return self.folder / below / (last if last in files else files[0])
+        return None
+
+    def _files_by_stem(self, below: str) -> dict[str, list[str]]:
+        """The files of images in a folder below this one by their names without the ending; none where it does not exist."""
+        if below not in self._by_stem:
+            found = defaultdict(list)
+            try:
+                names = os.listdir(self.folder / below) if below else self.names
+            except (OSError, ValueError):
+                names = ()
+            for name in sorted(names):
+                stem, ending = os.path.splitext(name)
+                if ending.lower() in image_endings():
+                    found[stem].append(name)
+            self._by_stem[below] = dict(found)
+        return self._by_stem[below]
 
     def looked_for(self, image_id: int, file_name: str | None) -> str:
         """What `find` looks for, for a message that there is no such file."""

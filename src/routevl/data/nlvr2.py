@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from routevl.data.records import STRING, Format, Record, check_unique, object_of
+from routevl.data.records import INTEGER, STRING, Format, Record, check_unique, object_of
 
 LABELS = {"True": True, "False": False}
 EXAMPLE = Format(
     "an NLVR2 example",
     object_of(
-        "directory", "left_url", "right_url",
+        "directory", "left_url", "right_url", "image_ids",
         identifier={"type": "string", "pattern": r"^\w+-\d+-\d+-\d+$"},  # split-set-pair-sentence
         sentence=STRING,
         label={"type": ["string", "boolean"], "enum": [*LABELS, *LABELS.values()]},
         directory={"type": ["string", "integer"]},
         left_url=STRING,
         right_url=STRING,
+        image_ids={"type": "array", "items": INTEGER, "minItems": 2, "maxItems": 2},  # of prepared examples
     ),
 )  # fmt: skip
 
@@ -30,6 +31,7 @@ class Example(NamedTuple):
         label: whether the sentence is true of the images.
         left, right: names that the image's file may have, the likeliest first: `<split>-<set>-<pair>-img0.png` (1 for the right
             one) below the example's directory, as the train images are kept, or without one; and the address that it is from.
+        image_ids: ids in images.json of the left and the right image, where `routevl prepare` has written the example.
     """
 
     identifier: str
@@ -37,6 +39,7 @@ class Example(NamedTuple):
     label: bool
     left: tuple[str, ...]
     right: tuple[str, ...]
+    image_ids: tuple[int, int] | None = None
 
     @property
     def statement(self) -> tuple[str, str, str]:
@@ -60,6 +63,7 @@ def read_examples(path: str | Path) -> list[Example]:
             label=LABELS.get(record["label"], record["label"]),
             left=_names(record, 0, "left_url"),
             right=_names(record, 1, "right_url"),
+            image_ids=tuple(record["image_ids"]) if "image_ids" in record else None,
         )
         for record in records
     ]

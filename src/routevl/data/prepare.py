@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from heapq import nlargest
@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy
 
 from routevl.data.coco import read_karpathy_splits
-from routevl.data.records import INTEGER, SPLITS, STRING, Format, write_records
-from routevl.data.sources import Source, Split, parse_sources, read_source
+from routevl.data.nlvr2 import Example
+from routevl.data.records import INTEGER, SPLITS, STRING, Format, Record, write_lines, write_records
+from routevl.data.sources import Source, Split, identify, parse_sources, read_source
 from routevl.data.vqav2 import usual_answer
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, sha256_of
@@ -23,7 +24,11 @@ from routevl.progress import progress
 
 QUESTION_FIELDS = ("image_id", "question", "question_id")
 ANNOTATION_FIELDS = ("image_id", "question_id", "question_type", "answer_type", "multiple_choice_answer", "answers")
+KINDS = {  # what a split may hold, and what it is in messages
+    "images": "images", "questions": "questions", "captions": "captions", "gqa": "GQA questions", "nlvr2": "NLVR2 examples"
+}  # fmt: skip
 MEND_IDS = "give one of the two sources an id_offset, or leave out what is there twice"
+MEND_NAMES = "leave out what is there twice"  # of GQA and NLVR2, whose texts go by names that must stay
 VOCABULARY = Format(
     "a list of different answers, or an object of answer to index",
     {
@@ -41,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='JSON list of {"images": folder, "split": "train" | "val" | "test" | {"train": fraction, ..., '
         '"seed": n} | {"karpathy": dataset_coco.json}, "questions" and "annotations": VQAv2 files, "captions": COCO file, '
+        '"gqa": GQA questions file, "nlvr2": NLVR2 file, '
         '"image_list": file of {"id", "file_name"}, "missing_images": "error" | "drop", "max_images": n, "id_offset": n}',
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the splits, replaced as a whole")
@@ -64,15 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         metavar="N",
         help="for a rehearsal: when the answers are counted, keep of each split only what is about the images of its first N and "
-        "its N longest questions, and of as many captions",
+        "its N longest questions, and of as many captions, GQA questions and NLVR2 examples",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write {train,val,test}/{images,questions,annotations,captions}.json and answers.json, or nothing.
+    """Write {train,val,test}/{images,questions,annotations,captions,gqa}.json, {train,val,test}/nlvr2.jsonl and answers.json, or
+    nothing.
 
     images.json holds [{"id": int, "file_name": str, "sha256": str, of the file's bytes}]: whatever reads an image later can tell
-    that it is the one that was prepared.
+    that it is the one that was prepared. gqa.json and nlvr2.jsonl are in the official forms, of the fields that are read, with
+    the ids of their images: "image_id": int of a question, "image_ids": [left, right] of an example.
 
     Raises:
         RoutevlError: a source, an official file or the vocabulary is wrong, images are missing, ids clash,
@@ -93,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
             _write_split(folder / name, name, split, hashes)
         write_records(folder / "answers.json", answers)
     for name, split in splits.items():
-        print(f"{name}: {len(split.images)} images, {len(split.questions)} questions, {len(split.captions)} captions")
+        print(f"{name}: {', '.join(f'{len(getattr(split, kind))} {word}' for kind, word in KINDS.items())}")
     print(f"{len(answers)} answers")
 
 
@@ -104,9 +112,14 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
     """Read all sources and put their items into "train", "val" and "test"; errors as of `run`."""
     splits = {name: Split() for name in SPLITS}
     parts: list[tuple[Source, Split]] = []
-    for source in sources:
-        content = read_source(source)
-        split_of = {n + source.id_offset: name for n, name in assign_splits(sorted(content.images), source).items()}
+    contents = [(source, *read_source(source)) for source in sources]
+    known: dict[Path, int] = {}
+    for source, content, _ in contents:
+        for image_id, path in content.images.items():
+            known.setdefault(path.resolve(), image_id + source.id_offset)
+    for source, content, named in contents:
+        identify(source, content, named, known)
+        split_of = {n + source.id_offset: name for n, name in assign_splits(content, source).items()}
         content = content.shifted(source.id_offset)
         for name, split in splits.items():
             part = Split()
@@ -116,10 +129,10 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
     _check_image_ids(parts)
     _check_disjoint(splits)
     _check_text_ids(parts)
-    for kind in ("images", "questions", "captions"):
+    for kind, word in KINDS.items():
         empty = [name for name, split in splits.items() if not getattr(split, kind)]
         if empty and (kind == "images" or len(empty) < len(splits)):
-            raise RoutevlError(f"--sources: the split {empty[0]!r} has no {kind}")
+            raise RoutevlError(f"--sources: the split {empty[0]!r} has no {word}")
     return splits
 
 
@@ -134,36 +147,62 @@ def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
 
 
 def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:
-    """Ids of questions, and of captions, are different in all sources."""
-    for kind, field in (("questions", "question_id"), ("captions", "id")):
-        files: dict[int, str] = {}
-        for source, part in parts:
+    """Ids of questions, and of captions, are different in all sources, as are those of GQA and NLVR2."""
+    files: dict[tuple[str, int | str], str] = {}
+    for source, part in parts:
+        for kind, field, ids, mend in (
+            ("questions", "question_id", (record["question_id"] for record in part.questions), MEND_IDS),
+            ("captions", "id", (record["id"] for record in part.captions), MEND_IDS),
+            ("gqa", "question", part.gqa, MEND_NAMES),
+            ("nlvr2", "identifier", (example.identifier for example in part.nlvr2), MEND_NAMES),
+        ):
             file = getattr(source, kind)
-            for record in getattr(part, kind):
-                number = record[field]
-                if number in files:
+            for text_id in ids:
+                if (kind, text_id) in files:
                     raise RoutevlError(
-                        f"--sources: the {field} {number} is there twice, in {files[number]} and in {file}; {MEND_IDS}"
+                        f"--sources: the {field} {text_id} is there twice, in {files[kind, text_id]} and in {file}; {mend}"
                     )
-                files[number] = file
+                files[kind, text_id] = file
 
 
-def assign_splits(image_ids: list[int], source: Source) -> dict[int, str]:
+def assign_splits(content: Split, source: Source) -> dict[int, str]:
     """The split of each image: all in the one named, as Karpathy's file says, or at random in the given fractions.
 
+    The images of a set of NLVR2's, which its sentences are about, are drawn together.
+
     Raises:
-        RoutevlError: Karpathy's file is wrong, or does not name an image. Where the source drops missing images, such an image
-            is left out.
+        RoutevlError: Karpathy's file is wrong, or does not name an image, or an image is in two sets of NLVR2's. Where the source
+            drops missing images, one that Karpathy's file does not name is left out.
     """
     split = source.split
+    image_ids = sorted(content.images)
     if isinstance(split, str):
         return dict.fromkeys(image_ids, split)
     if "karpathy" in split:
         return _karpathy_splits(image_ids, split["karpathy"], source)
-    order = numpy.random.default_rng(split["seed"]).permutation(len(image_ids))
-    edges = numpy.rint(numpy.cumsum([split.get(name, 0) for name in SPLITS]) * len(image_ids)).astype(int)
+    set_of = _nlvr2_sets(content, source)
+    together: dict[int | tuple[str, str], list[int]] = defaultdict(list)
+    for image_id in image_ids:
+        together[set_of.get(image_id, image_id)].append(image_id)
+    groups = list(together.values())
+    order = numpy.random.default_rng(split["seed"]).permutation(len(groups))
+    edges = numpy.rint(numpy.cumsum([split.get(name, 0) for name in SPLITS]) * len(groups)).astype(int)
     places = numpy.split(order, edges[:2])
-    return {image_ids[place]: name for name, chosen in zip(SPLITS, places, strict=True) for place in chosen}
+    return {n: name for name, chosen in zip(SPLITS, places, strict=True) for place in chosen for n in groups[place]}
+
+
+def _nlvr2_sets(content: Split, source: Source) -> dict[int, tuple[str, str]]:
+    """The set of each image that an example of NLVR2 is about: split and number of the set, as in the identifier."""
+    set_of: dict[int, tuple[str, str]] = {}
+    for example in content.nlvr2:
+        for image_id in example.image_ids:
+            first = set_of.setdefault(image_id, example.statement[:2])
+            if first != example.statement[:2]:
+                raise RoutevlError(
+                    f"{source.nlvr2}: {content.images[image_id]} is in the sets {'-'.join(first)} and "
+                    f"{'-'.join(example.statement[:2])}, which fractions could take apart; give the source one split"
+                )
+    return set_of
 
 
 def _karpathy_splits(image_ids: list[int], path: str, source: Source) -> dict[int, str]:
@@ -234,11 +273,16 @@ def build_vocabulary(splits: dict[str, Split], answer_splits: Collection[str], m
 
 
 def _few_of(split: Split, few: int) -> Split:
-    """What is about the images of the split's first questions and captions, and of its longest ones in characters."""
+    """What is about the images of the split's first texts of each kind, and of its longest ones in characters."""
     kept: set[int] = set()
-    for records, text in ((split.questions, "question"), (split.captions, "caption")):
-        longest = nlargest(few, records, key=lambda record: len(record[text]))
-        kept |= {record["image_id"] for record in [*records[:few], *longest]}
+    for texts in (
+        [(record["question"], (record["image_id"],)) for record in split.questions],
+        [(record["caption"], (record["image_id"],)) for record in split.captions],
+        [(record["question"], (record["image_id"],)) for record in split.gqa.values()],
+        [(example.sentence, example.image_ids) for example in split.nlvr2],
+    ):
+        longest = nlargest(few, texts, key=lambda entry: len(entry[0]))
+        kept.update(image_id for _, image_ids in [*texts[:few], *longest] for image_id in image_ids)
     part = Split()
     part.add(split, kept)
     return part
@@ -269,3 +313,15 @@ def _write_split(folder: Path, name: str, split: Split, hashes: dict[Path, str])
     write_records(folder / "questions.json", header | {"questions": questions})
     write_records(folder / "annotations.json", header | {"annotations": annotations})
     write_records(folder / "captions.json", captions)
+    write_records(folder / "gqa.json", split.gqa)
+    write_lines(folder / "nlvr2.jsonl", map(_nlvr2_record, split.nlvr2))
+
+
+def _nlvr2_record(example: Example) -> Record:
+    """An example in the official form, with the ids of its images in place of their names."""
+    return {
+        "identifier": example.identifier,
+        "sentence": example.sentence,
+        "label": str(example.label),
+        "image_ids": example.image_ids,
+    }
