@@ -63,20 +63,33 @@ def _loosely(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def score_files(questions: str | Path, results: str | Path) -> Scores:
-    """Score a results file, which must answer the balanced questions of an official file, and may answer the others.
+def read_answered(questions: str | Path) -> dict[str, Record]:
+    """The questions of an official file by their ids, the unbalanced ones too.
 
     Raises:
-        RoutevlError: a file is missing or malformed, no question is balanced, one that is has no answer, or as `read_results`.
+        RoutevlError: the file is missing or malformed, no question is balanced, or one that is has no answer.
     """
     known = read_questions(questions)
-    balanced = {name: question for name, question in known.items() if question["isBalanced"]}
-    if not balanced:
+    if not any(question["isBalanced"] for question in known.values()):
         raise RoutevlError(f"{questions}: holds no balanced questions, so none to score")
-    for name, question in balanced.items():
-        if "answer" not in question:
+    for name, question in known.items():
+        if question["isBalanced"] and "answer" not in question:
             raise RoutevlError(f"{questions}: the question {name} has no answer to score against")
-    return score(balanced, read_results(results, "questionId", "prediction", balanced, known, STRING))
+    return known
+
+
+def score_results(questions: Mapping[str, Record], results: str | Path) -> Scores:
+    """Score a results file, which must answer the balanced questions of `read_answered`, and may answer the others.
+
+    Raises RoutevlError as `read_results`.
+    """
+    balanced = {name: question for name, question in questions.items() if question["isBalanced"]}
+    return score(balanced, read_results(results, "questionId", "prediction", balanced, questions, STRING))
+
+
+def score_files(questions: str | Path, results: str | Path) -> Scores:
+    """Score a results file against an official file; errors as of `read_answered` and `score_results`."""
+    return score_results(read_answered(questions), results)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

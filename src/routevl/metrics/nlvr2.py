@@ -70,16 +70,22 @@ def read_predictions(path: str | Path, expected: Collection[str]) -> dict[str, b
     return results_by_id(path, "identifier", "prediction", entries, expected)
 
 
-def score_files(annotations: str | Path, results: str | Path) -> Scores:
-    """Score a results file against an official file of examples.
-
-    Raises:
-        RoutevlError: a file is missing or malformed, there are no examples, or as `read_predictions`.
-    """
+def read_labelled(annotations: str | Path) -> list[Example]:
+    """The examples of an official file. Raises RoutevlError where it is missing or malformed, or has none."""
     examples = read_examples(annotations)
     if not examples:
         raise RoutevlError(f"{annotations}: holds no examples to score")
+    return examples
+
+
+def score_results(examples: Sequence[Example], results: str | Path) -> Scores:
+    """Score a results file, which must have one line for each example. Raises RoutevlError as `read_predictions`."""
     return score(examples, read_predictions(results, [example.identifier for example in examples]))
+
+
+def score_files(annotations: str | Path, results: str | Path) -> Scores:
+    """Score a results file against an official file of examples; errors as of `read_labelled` and `score_results`."""
+    return score_results(read_labelled(annotations), results)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
