@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from routevl.metrics.score import items_of_data_sets
 from routevl.options import read_words
 from routevl.reporting import figures, tables
 from routevl.settings import SHARED_SETTINGS, RunSettings
@@ -24,6 +25,8 @@ SKILL = {"none": 0.0, "mul": 0.10, "add": 0.08, "attn": 0.12, "expand": 0.03}
 TRAINED = {"ia3": 1_100, "bitfit": 2_900, "prompt_tuning": 1_900, "full": 855_000}  # by the method itself; others by their rank
 COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
 CAPTION_METRICS = {"Bleu_1": 0.7, "Bleu_2": 0.55, "Bleu_3": 0.4, "Bleu_4": 0.3, "METEOR": 0.27, "ROUGE_L": 0.52}
+BACKBONES = {"vqa": "roberta_demo", "caption": "gpt2_demo", "multitask": "bart_demo"}
+VALIDATED = {"vqa": "val_accuracy", "caption": "val_CIDEr", "multitask": "val_score"}
 SETTINGS = {
     "freeze_layer_norm": False, "batch_size": 8, "prediction_batch_size": 8, "learning_rate": 1e-3, "warmup": 0.1,
     "weight_decay": 0.0, "max_text_tokens": 20, "beams": 2, "max_new_tokens": 8, "precision": "float32",
@@ -40,7 +43,7 @@ def experiment(task="vqa", method="lora", routing="none", rank=4, epochs=2, pref
     name = "_".join([task, method, *([routing, f"r{rank}"] if routed else []), f"e{epochs}"])
     return {
         "experiment": name + ("" if prefix == "yes" else "_noprefix"), "task": task,
-        "text_backbone": "roberta_demo" if task == "vqa" else "gpt2_demo", "vision_backbone": "vit_demo", "method": method,
+        "text_backbone": BACKBONES[task], "vision_backbone": "vit_demo", "method": method,
         "versus": "", "epochs": str(epochs), "prefix": prefix, "visual_tokens": "pooled", "seeds": seeds, "feeds": feeds,
         **changes, "options": " ".join([*options, *changes.get("options", "").split()]),
     }  # fmt: skip
@@ -123,7 +126,8 @@ def write_run(folder: Path, row: dict, seed: int, test: dict, collapsed: bool = 
     if collapsed:
         skill = 0.1
     write_model(folder / "models" / run, settings, run, skill, generator, learned=not collapsed)
-    metrics, items, predictions = (vqa_scores if row["task"] == "vqa" else caption_scores)(test, skill, generator)
+    scores_of = {"vqa": vqa_scores, "caption": caption_scores, "multitask": multitask_scores}[row["task"]]
+    metrics, items, predictions = scores_of(test, skill, generator)
     content = {"run": run, "task": row["task"], "n": len(items["ids"]), "metrics": metrics}
     if row["task"] == "caption":
         content["missing"] = {"SPICE": "needs Stanford CoreNLP files, which are not installed"}
@@ -143,7 +147,7 @@ def write_model(folder: Path, settings: RunSettings, run: str, skill: float, gen
         folder / "run.json",
         {"run": run, "settings": settings.as_record(), "trainable_params": trainable, "trainable_params_by_part": parts,
          "total_params": 900_000 + trainable, "text_model_params": 900_000, "learned": learned,
-         "constant": {"val_accuracy": 20.0} if settings.task == "vqa" else {"val_loss": 4.0}},
+         "constant": {"val_loss": 4.0} if settings.task == "caption" else {VALIDATED[settings.task]: 20.0}},
     )  # fmt: skip
     write(
         folder / "timing.json",
@@ -152,14 +156,14 @@ def write_model(folder: Path, settings: RunSettings, run: str, skill: float, gen
     )  # fmt: skip
     saved = "method.safetensors" if settings.method in ("bitfit", "full") else "adapter_model.safetensors"
     (folder / saved).write_bytes(b"\0" * (4 * min(own, 5000) + 512))
-    metric = "val_accuracy" if settings.task == "vqa" else "val_CIDEr"
+    metric = VALIDATED[settings.task]
     lines, step = [], 0
     for epoch in range(1, settings.epochs + 1):
         for _ in range(10):
             step += 10
             loss = 0.2 + 0.6 * math.exp(-step / 120) + 0.03 * generator.random()
             lines.append({"step": step, "epoch": epoch, "loss": loss, "learning_rate": 1e-3})
-        score = skill * (1 - 0.5 * math.exp(-epoch)) * (100 if settings.task == "vqa" else 2)
+        score = skill * (1 - 0.5 * math.exp(-epoch)) * (2 if settings.task == "caption" else 100)
         lines.append({"epoch": epoch, "step": step, "val_loss": loss, metric: score})
     folder.joinpath("training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -216,7 +220,29 @@ def caption_scores(test: dict, skill: float, generator) -> tuple[dict, dict, lis
     return metrics | {"CIDEr": float(scores.mean()), "SPICE": None}, items, predictions
 
 
-# Two tasks with LoRA and two routing functions; the blind baseline; and methods without a routing function.
+def multitask_scores(test: dict, skill: float, generator) -> tuple[dict, dict, dict]:
+    """VQA and captions of the images, and three GQA questions and two NLVR2 examples for as many other images."""
+    of_vqa, vqa_items, _ = vqa_scores(test, skill, generator)
+    _, caption_items, _ = caption_scores(test, skill, generator)
+    images = caption_items["images"]
+    by_item = {"vqa": dict(zip(vqa_items["ids"], vqa_items["accuracy"], strict=True))}
+    for name, each in (("gqa", 3), ("nlvr2", 2)):
+        difficulty = np.random.default_rng(9).normal(0, 0.25, each * len(images))
+        right = difficulty + generator.normal(0, 0.15, len(difficulty)) < (skill - 0.4)
+        by_item[name] = {f"{image}-0-{number}": 100.0 * right[each * place + number]
+                         for place, image in enumerate(images) for number in range(each)}  # fmt: skip
+    by_item["caption"] = {image: 100 * cider for image, cider in zip(images, caption_items["CIDEr"], strict=True)}
+    of_item = {item: 1000 + int(item.split("-")[0]) for name in ("gqa", "nlvr2") for item in by_item[name]}
+    of_item |= dict(zip(vqa_items["ids"], vqa_items["images"], strict=True))
+    of_images = {name: of_item for name in ("vqa", "gqa", "nlvr2")} | {"caption": {image: image for image in images}}
+    means = {name: float(np.mean(list(scores.values()))) for name, scores in by_item.items()}
+    metrics = {"average": float(np.mean(list(means.values()))), **means, "nlvr2_consistency": means["nlvr2"] / 2}
+    metrics |= {f"vqa_{name}": of_vqa[name] for name in ("yes_no", "number", "other")}
+    files = {"vqa": "vqa.json", "gqa": "gqa.json", "nlvr2": "nlvr2.csv", "caption": "caption.json"}
+    return metrics, items_of_data_sets(means, by_item, of_images), files
+
+
+# Two tasks with LoRA and two routing functions; the blind baseline; methods without a routing function; and multi-task runs.
 RUNS = [
     experiment(
         task, "lora", routing, seeds="1,2,3" if routing != "add" else "1", feeds=feeds + ("" if routing == "none" else ",F7"),
@@ -230,6 +256,8 @@ RUNS = [
     experiment("vqa", "bitfit", feeds="T7,F4"),
     experiment("vqa", "ia3", feeds="T6,T7,F4", versus="vqa_lora_none_r4_e2"),
     experiment("caption", "prompt_tuning", feeds="T7,F4"),
+    experiment("multitask", seeds="1,2,3", feeds="T3,F10"),
+    experiment("multitask", routing="mul", seeds="1,2,3", feeds="T3,F10", versus="multitask_lora_none_r4_e2"),
 ]  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def score_multitask(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
         means["caption"] = 100 * of_captions.metrics["CIDEr"]
         by_item = {"vqa": of_vqa.by_question, "gqa": of_gqa.by_question, "nlvr2": of_nlvr2.by_example}
         by_item["caption"] = {image: 100 * cider for image, cider in sorted(of_captions.cider_by_image.items())}
-        items = _items_of_data_sets(means, by_item, images | {"caption": {image: image for image in by_item["caption"]}})
+        items = items_of_data_sets(means, by_item, images | {"caption": {image: image for image in by_item["caption"]}})
         metrics = {"average": fmean(means.values()), **means, "nlvr2_consistency": of_nlvr2.consistency}
         metrics |= {f"vqa_{name}": accuracy for name, accuracy in _by_answer_type(of_vqa).items()}
         remarks = {"vqa": of_vqa.remarks, "gqa": of_gqa.remarks, "caption": of_captions.remarks}
@@ -100,7 +100,7 @@ def score_multitask(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
         yield summary | remarked([f"{name}: {remark}" for name, those in remarks.items() for remark in those]), items
 
 
-def _items_of_data_sets(
+def items_of_data_sets(
     means: Mapping[str, float], by_item: Mapping[str, Mapping[Any, float]], images: Mapping[str, Mapping[Any, int]]
 ) -> dict[str, list[Any]]:
     """items.json of several data sets: from each one's mean score, and the scores and images of its items."""

@@ -17,7 +17,7 @@ from routevl.options import read_words, text_of
 from routevl.reporting.formats import Table, signed
 from routevl.reporting.names import DAGGER, backbones
 from routevl.reporting.published import read_claims
-from routevl.reporting.results import collect, gains, not_learned_note
+from routevl.reporting.results import collect, data_set_gains, gains, not_learned_note
 from routevl.reporting.statistics import NOT_LEARNED, Gain, Interval
 
 _RULE = (
@@ -26,7 +26,9 @@ _RULE = (
     "*holds*, for a method and its backbones, if routing improves significantly (at 5%, after Holm's correction for the number "
     "of comparisons of the task that are judged here) in every one of these, and the lower end of the largest gain's interval "
     "reaches the published figure. It *holds in part* if routing improves significantly in some of them, and *does not hold* if "
-    "in none. The claim about parameters *holds* if every experiment with routing has as many trainable parameters as the one "
+    "in none. The claim of gains in several data sets is judged alike, but has no figure, and a comparison supports it only "
+    "where routing improves their average significantly and gains something, significant or not, in each of them. "
+    "The claim about parameters *holds* if every experiment with routing has as many trainable parameters as the one "
     "without at the same setting, *in part* if some have, and *does not hold* if none has. A claim without a comparison that is "
     "judged is *not tested*."
 )
@@ -37,9 +39,9 @@ _SCALE = (
 )
 _DETAILS = ("Scale", "Backbones", "Rank", "Epochs", "Test items")
 _INTERVALS = (
-    "Gains are those of tables T1 (accuracy) and T2 (CIDEr), in percent of the experiment without routing; the paper's figures "
-    "are read as such relative gains. The largest and smallest are of those that are judged; their 95% intervals cover the "
-    "choice of test images, each with all its questions or captions, and of seeds (below tables T1 and T2), and are not "
+    "Gains are those of tables T1 (accuracy), T2 (CIDEr) and T3 (average), in percent of the experiment without routing; the "
+    "paper's figures are read as such relative gains. The largest and smallest are of those that are judged; their 95% intervals "
+    "cover the choice of test images, each with all its questions or captions, and of seeds (below these tables), and are not "
     "corrected for having been chosen among several."
 )
 
@@ -58,11 +60,12 @@ def claims_table(arguments: argparse.Namespace) -> Table:
     compared = runs[(runs["versus"] != "") & (runs["routing"] != "none")]
     if compared.empty:
         raise RoutevlError(f"{arguments.experiments}: no experiment that feeds T0 has a routing function and a `versus`")
-    found = gains(compared, arguments.results)
+    found, of_data_sets = gains(compared, arguments.results), data_set_gains(compared, arguments.results)
     comparisons = [
         group.iloc[0].to_dict()
         | {"backbones": backbones(group.iloc[0]), "seeds": len(group), "gain": found[experiment]}
         | {"equal_parameters": _equal_parameters(group, arguments.results)}
+        | {"data_set_gains": [of[experiment] for of in of_data_sets.values() if experiment in of]}
         for experiment, group in compared.groupby("experiment", sort=False)
     ]
     methods = [method for method in METHODS if any(c["method"] == method for c in comparisons)]
@@ -114,23 +117,34 @@ def _records(claim: Any, about: Sequence[dict[str, Any]], methods: Collection[st
     """A claim's lines for each of the methods, by the comparisons that it is about; one for each pair of backbones where it has a
     figure, which is for the paper's."""
     for method in methods:
-        tested = [c for c in about if c["method"] == method and claim.kind != "untested"]
-        found = [c for c in tested if claim.task in (c["task"], "any")]
-        if claim.kind == "gain" and found:
+        found = [c for c in about if c["method"] == method and claim.task in (c["task"], "any")]
+        if claim.kind in ("gain", "gains") and found:
             for name in dict.fromkeys(c["backbones"] for c in found):
                 yield _record(claim, method, [c for c in found if c["backbones"] == name])
         else:
             yield _record(claim, method, found)
 
 
+def _gains_everywhere(comparison: dict[str, Any]) -> bool:
+    everywhere = all(gain.absolute.estimate > 0 for gain in comparison["data_set_gains"])
+    return comparison["gain"].verdict == 1 and everywhere
+
+
+_SUPPORTS = {  # kind of a claim -> whether a comparison that is judged supports it
+    "gain": lambda comparison: comparison["gain"].verdict == 1,
+    "gains": _gains_everywhere,
+    "no gain": lambda comparison: comparison["gain"].verdict != 1,
+    "parameters": lambda comparison: comparison["equal_parameters"],
+}
+
+
 def _record(claim: Any, method: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    of_gain, of_none = claim.kind in ("gain", "no gain"), claim.kind == "no gain"
+    of_gain = claim.kind != "parameters"
     judged = [c for c in found if not (of_gain and c["gain"].no_verdict)]
     extremes = {"default": {"gain": Gain(), "routing": ""}, "key": lambda c: c["gain"].relative.estimate}
     largest, smallest = (choose(judged if of_gain else [], **extremes) for choose in (max, min))
     verdicts = [c["gain"].verdict for c in judged]
-    improving = verdicts.count(1)
-    supporting = len(judged) - improving if of_none else improving if of_gain else sum(c["equal_parameters"] for c in judged)
+    supporting = sum(map(_SUPPORTS[claim.kind], judged))
     reaches_figure = claim.kind != "gain" or largest["gain"].relative.low >= claim.published
     same_scale = "the paper's backbones" if found and found[0]["backbones"] == claim.setting else "not the paper's"
     counted = of_gain and found

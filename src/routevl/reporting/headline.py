@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the scores, gains and verdicts of T1 and T2, as far as they are there and fit, and where all else is.
+    """Print the scores, gains and verdicts of T1, T2 and T3, as far as they are there and fit, and where all else is.
 
     Raises RoutevlError where a table is not one of this version.
     """

@@ -8,12 +8,13 @@ from pathlib import Path
 import pandas as pd
 
 from routevl.errors import RoutevlError
+from routevl.methods.table import METHODS
 from routevl.options import read_words
 from routevl.reporting.names import backbones
 
 COLUMNS = ("source", "table", "task", "setting", "method", "metric", "value", "std", "note")
 CLAIM_COLUMNS = ("claim", "text", "where", "published", "unit", "task", "setting", "kind", "options")
-CLAIM_KINDS = ("gain", "no gain", "parameters", "untested")
+CLAIM_KINDS = ("gain", "gains", "no gain", "parameters")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -32,6 +33,10 @@ def read_claims(path: Path) -> pd.DataFrame:
             raise RoutevlError(f"{path}: kind of {claim.claim} is {claim.kind!r}, expected one of {', '.join(CLAIM_KINDS)}")
         if claim.kind == "gain" and not claim.published > 0:
             raise RoutevlError(f"{path}: {claim.claim} is the claim of a gain and needs its figure in `published`")
+        if claim.kind == "gains" and claim.task != "multitask":
+            raise RoutevlError(
+                f"{path}: {claim.claim} is the claim of gains, which is about the task multitask, not {claim.task}"
+            )
         read_words(claim.options.split(), f"{path}: options of {claim.claim}")
     return claims
 
@@ -49,8 +54,10 @@ def published_score(published: pd.DataFrame, row: pd.Series, metric: str) -> flo
     """The published figure of an experiment, NaN when none is known.
 
     It counts only for the same backbones: `setting` is "<text_backbone> + <vision_backbone>" with the names of the experiments
-    sheet, and `method` is "<method> <routing>", for example "lora attn".
+    sheet, and `method` is what the list of methods says it is called there, with a routing function behind it: "LoRA attn".
     """
-    sought = {"task": row["task"], "setting": backbones(row), "method": f"{row['method']} {row['routing']}", "metric": metric}
+    method = METHODS[row["method"]].published or METHODS[row["method"]].label
+    method += "" if row["routing"] == "none" else f" {row['routing']}"
+    sought = {"task": row["task"], "setting": backbones(row), "method": method, "metric": metric}
     found = published[(published[list(sought)] == pd.Series(sought)).all(axis=1)]
     return float(found["value"].iloc[0]) if len(found) else float("nan")

@@ -110,8 +110,8 @@ def _choice(run: Mapping[str, Any], settings: RunSettings) -> dict[str, Any]:
 
 
 def has_learned(model: Path) -> bool:
-    """Whether some epoch of a run, given by its folder, was better in validation than the best constant answer (VQA), or than the
-    frequencies of words alone (captioning).
+    """Whether some epoch of a run, given by its folder, was better in validation than the best constant answers (VQA, multi-task
+    learning), or than the frequencies of words alone (captioning).
 
     Raises RoutevlError where run.json does not say it.
     """
@@ -129,9 +129,9 @@ def not_learned_note(runs: pd.DataFrame) -> str:
     which = ", ".join(f"`{row.Index}` ({row.sum} of {plural(row.size, 'run')})" for row in failed)
     return which and (
         f"{DAGGER} Learned nothing: {which}. In no epoch of such a run the validation score is better than that of one answer to "
-        "all questions (VQA), or the validation loss lower than that of the frequencies of words alone (captioning). Such a row "
-        "is left out of gains and verdicts, as a system and as a baseline, with all its seeds: without those that failed it "
-        "would look better than it is."
+        "all questions (VQA; multi-task learning, of each data set), or the validation loss lower than that of the frequencies "
+        "of words alone (captioning). Such a row is left out of gains and verdicts, as a system and as a baseline, with all its "
+        "seeds: without those that failed it would look better than it is."
     )
 
 
@@ -162,8 +162,9 @@ def _with_variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
-    """Gain in the task's main metric over the experiment that `versus` names, by experiment; those without one have none.
+def gains(runs: pd.DataFrame, results: Path, metric: str | None = None) -> dict[str, Gain]:
+    """Gain in a metric, the task's main one where none is given, over the experiment that `versus` names, by experiment; those
+    without one have none.
 
     Holm's correction is for the comparisons of one task among these runs. Where a run of either side learned nothing, none is
     computed: not even from the seeds that did, as without those that failed a method looks better than it is.
@@ -175,7 +176,7 @@ def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
         for _, versus in of_task.groupby("versus", sort=False):  # a baseline's scores are read once for all
             baseline = versus["versus_runs"].iloc[0]
             baseline_learned = all(has_learned(results / "models" / run) for run in baseline)
-            items = read_items(results, [*baseline, *versus["run"]], task.metric)
+            items = read_items(results, [*baseline, *versus["run"]], metric or task.metric)
             images, least = items.index.get_level_values("image"), LEAST_BASELINE / task.scale
             for experiment, group in versus.groupby("experiment", sort=False):
                 if not (baseline_learned and group["learned"].all()):
@@ -185,6 +186,13 @@ def gains(runs: pd.DataFrame, results: Path) -> dict[str, Gain]:
                 of_this_task[experiment] = paired_gain(*systems, images, least)
         found |= with_holm(of_this_task)
     return found
+
+
+def data_set_gains(runs: pd.DataFrame, results: Path) -> dict[str, dict[str, Gain]]:
+    """`gains` of multi-task runs in the score of each data set, by its metric."""
+    task = TASKS["multitask"]
+    of_task = runs[runs["task"] == "multitask"]
+    return {metric: gains(of_task, results, metric) for metric in task.shown if metric != task.metric}
 
 
 def read_items(results: Path, runs: Sequence[str], metric: str) -> pd.DataFrame:
@@ -206,7 +214,8 @@ def read_items(results: Path, runs: Sequence[str], metric: str) -> pd.DataFrame:
 
 
 def read_scores(folder: Path, metric: str) -> pd.Series:
-    """A run's scores in the unit of its items.json, indexed by `item` in ascending order and the `image` of each.
+    """A run's scores in the unit of its items.json, indexed by `item` in ascending order and the `image` of each; of those items
+    that have the metric, which in multi-task learning are one data set's.
 
     Raises RoutevlError where the file does not name the images.
     """
@@ -215,4 +224,4 @@ def read_scores(folder: Path, metric: str) -> pd.Series:
     if "images" not in content:
         raise RoutevlError(f"{path}: an earlier version wrote it, without the items' images: remove {folder} and score again")
     index = pd.MultiIndex.from_arrays([content["ids"], content["images"]], names=["item", "image"])
-    return pd.Series(content[metric], index=index, dtype="float64").sort_index()
+    return pd.Series(content[metric], index=index, dtype="float64").dropna().sort_index()

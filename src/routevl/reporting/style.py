@@ -176,12 +176,16 @@ def blind_label(blind: pd.DataFrame) -> str:
 
 
 def task_panels(data: pd.DataFrame, height: float, stacked: bool = False) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each task of the data, by task: side by side, or each of the text's width and `height`."""
+    """A figure with a panel of `height` for each task of the data, by task: two side by side, or each of the text's width."""
     tasks = list(dict.fromkeys(data["task"]))
-    shape = (len(tasks), 1) if stacked else (1, len(tasks))
-    size = (TEXT_WIDTH if stacked or len(tasks) > 1 else 0.6 * TEXT_WIDTH, height * shape[0])
+    columns = 1 if stacked else min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (TEXT_WIDTH if stacked or columns > 1 else 0.6 * TEXT_WIDTH, height * rows)
     figure = Figure(figsize=size, layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(*shape, squeeze=False).flat, strict=True))
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in places[len(tasks) :]:
+        axes.remove()
+    panels = dict(zip(tasks, places, strict=False))
     for task, axes in panels.items():
         axes.set(title=TASKS[task].label, ylabel=TASKS[task].score)
     return figure, panels
@@ -194,16 +198,20 @@ def wrapped(label: str, characters: int) -> str:
     return "\n".join([method, *lines])
 
 
-def draw_interval(axes: Axes, place: float, row: Any, color: str, horizontal: bool = False, **style: Any) -> None:
-    """The error bar of a row of `FigureInputs.scores` at its place on the other axis, its line by what the interval is over;
-    `style`: of `Axes.errorbar`.
+def draw_interval(
+    axes: Axes, place: float, row: Any, color: str, of: str = "score", horizontal: bool = False, **style: Any
+) -> None:
+    """The error bar of a row of `FigureInputs.scores` at its place on the other axis, its line by what the interval is over.
+
+    `of`: the column of what the interval is of; `style`: of `Axes.errorbar`.
 
     Where a run learned nothing there is none: how far such a seed is from the others is no width of an interval.
     """
     if row.n_not_learned:
         return
-    spread = [[row.score - row.ci_low], [row.ci_high - row.score]]
-    drawn = (row.score, place, None, spread) if horizontal else (place, row.score, spread)
+    estimate = getattr(row, of)
+    spread = [[estimate - row.ci_low], [row.ci_high - estimate]]
+    drawn = (estimate, place, None, spread) if horizontal else (place, estimate, spread)
     *_, bars = axes.errorbar(*drawn, fmt="none", ecolor=color, **style)
     bars[0].set_linestyle(INTERVAL_LINES[row.ci_over])
 

@@ -1,6 +1,6 @@
 """Stage `table`: the result tables as .csv (every column), .md, .tex and .html (what a reader needs).
 
-The csv keeps the units of scores/<run>/metrics.json: percent for VQA, fractions for captioning. The other
+The csv keeps the units of scores/<run>/metrics.json: fractions for captioning, percent for the other tasks. The other
 forms show captioning metrics times 100, as papers print them.
 """
 
@@ -123,7 +123,7 @@ def _single_seed_note(runs: pd.DataFrame) -> str:
 
 
 def score_table(arguments: argparse.Namespace) -> Table:
-    """T1 or T2: one row per experiment, with its gain over the experiment that its `versus` names."""
+    """T1, T2 or T3: one row per experiment, with its gain over the experiment that its `versus` names."""
     feeds, task = arguments.name.split("_")
     published, claims = read_published(arguments.published), read_claims(arguments.claims)
     runs = collect(arguments.experiments, arguments.results, feeds)
@@ -155,7 +155,7 @@ def score_table(arguments: argparse.Namespace) -> Table:
         if experiment in found:
             sentences.append(f"- {_sentence(record, gain, group['variant'].iloc[0])}")
     notes = [
-        *_summary(list(found.values()), claims[(claims["task"] == task) & (claims["kind"] == "gain")]),
+        *_summary(list(found.values()), claims[(claims["task"] == task) & claims["kind"].isin(["gain", "gains"])]),
         *sentences,
         "",
         *_score_notes(runs, task),

@@ -1,4 +1,4 @@
-"""Stage `figure`: one module per figure, read F1 to F8; each has `draw(inputs) -> (figure, data)`."""
+"""Stage `figure`: one module per figure; each has `draw(inputs) -> (figure, data)`."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class _Layout(NamedTuple):
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     """One panel per task, one group of bars per baseline with what is compared with it.
 
-    The panels are side by side. Where the labels of the groups have no room there, they are below each other; where there is none
+    Two panels are side by side. Where the labels of the groups have no room there, they are below each other; where there is none
     there either, the labels stand upright.
     """
     data = inputs.scores()

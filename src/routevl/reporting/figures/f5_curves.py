@@ -84,8 +84,8 @@ def curves(inputs: FigureInputs) -> pd.DataFrame:
     for _, group in inputs.runs().groupby("experiment", sort=False):
         task = TASKS[group["task"].iloc[0]]
         logs = [_read_log(inputs.need("results") / "models" / run / "training.jsonl") for run in group["run"]]
-        metric = f"val_{task.metric}"
-        quantity, scale = (metric, task.scale) if metric in logs[0] else ("val_loss", 1.0)
+        scores = [name for name in (f"val_{task.metric}", "val_score") if name in logs[0]]  # the latter of multi-task learning
+        quantity, scale = (scores[0], task.scale) if scores else ("val_loss", 1.0)
         validation = [log.set_index("step")[quantity].dropna() * scale for log in logs]
         for name, of_seeds in ((quantity, validation), ("loss", [_training_loss(log) for log in logs])):
             together = pd.concat(of_seeds, axis=1).sort_index()

@@ -69,9 +69,9 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
 
 def accuracies(inputs: FigureInputs) -> pd.DataFrame:
     """One row per experiment and type: accuracy (percent, mean over seeds) and the number of questions."""
-    runs = inputs.runs().query("task == 'vqa'")
-    if runs.empty:
-        raise RoutevlError(f"{inputs.experiments}: no vqa experiment feeds F6")
+    runs = inputs.runs()
+    for experiment in runs.loc[runs["task"] != "vqa", "experiment"]:
+        raise RoutevlError(f"{inputs.experiments}: experiment {experiment} feeds F6, which is about the task vqa alone")
     rows = []
     for _, group in runs.groupby("experiment", sort=False):
         shared, tables = identity(group), list(group["by_question_type"])

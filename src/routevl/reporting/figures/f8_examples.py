@@ -75,9 +75,17 @@ class _Section(NamedTuple):
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
-    """One section per task; columns are groups of test items, examples a seeded draw in each."""
+    """One section per task; columns are groups of test items, examples a seeded draw in each.
+
+    Raises RoutevlError where an experiment of another task than VQA and captioning feeds F8.
+    """
     sections, rows = [], []
-    for task, runs in inputs.runs().groupby("task", sort=False):
+    all_runs = inputs.runs()
+    for experiment in all_runs.loc[~all_runs["task"].isin(_ROWS), "experiment"]:
+        raise RoutevlError(
+            f"{inputs.experiments}: experiment {experiment} feeds F8, which shows the tasks {' and '.join(_ROWS)} alone"
+        )
+    for task, runs in all_runs.groupby("task", sort=False):
         section, section_rows = _section(inputs, task, runs)
         sections.append(section)
         rows += section_rows
