@@ -52,7 +52,7 @@ class SmallWorld:
         data: prepared data.
         text: toy text backbone of each task, with dropout, of width 16.
         vision: toy vision backbones by their width: 16 is that of the text models, 24 needs a visual projection.
-        features: stored features, pooled and patches, by the width of their backbone.
+        features: stored features, of all kinds of tokens, by the width of their backbone.
     """
 
     root: Path
@@ -69,13 +69,10 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     data = root / "data"
     images = ("--train-images", 12, "--val-images", 5, "--test-images", 6)
     run_stage("world", "--output", root / "world", "--seed", 3, *images, "--image-size", 24, "--questions-per-image", 3)
-    names = ("questions", "annotations", "captions")
+    files = {name: f"{name}.json" for name in ("questions", "annotations", "captions")}
+    files |= {"images": "images", "gqa": "gqa_questions.json", "nlvr2": "nlvr2.jsonl"}
     sources = [
-        {
-            "split": split,
-            "images": str(root / "world" / split / "images"),
-            **{name: str(root / "world" / split / f"{name}.json") for name in names},
-        }
+        {"split": split, **{name: str(root / "world" / split / file) for name, file in files.items()}}
         for split in ("train", "val", "test")
     ]
     run_stage("prepare", "--sources", json.dumps(sources), "--minimum-answer-count", 1, "--output", data)
@@ -85,7 +82,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     return SmallWorld(root, data, text, vision, features)
 
 
-TEXT_ARCHITECTURES = {"vqa": "roberta", "caption": "gpt2"}
+TEXT_ARCHITECTURES = {"vqa": "roberta", "caption": "gpt2", "multitask": "bart"}
 TOY = ("--seed", 1, "--epochs", 1, "--heads", 2, "--batch-size", 8)
 
 
@@ -95,7 +92,7 @@ def _text_backbone(folder: Path, architecture: str) -> Path:
         "--hidden-size", 16, "--layers", 2, "--output", folder,
     )  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    config |= {name: DROPOUT for name in config if name.endswith(("dropout_prob", "pdrop"))}
+    config |= {name: DROPOUT for name in config if name.endswith(("dropout_prob", "pdrop")) or name == "dropout"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -144,7 +141,7 @@ def run_options(
         "task": task,
         "method": "lora",
         "prefix": "yes",
-        "visual_tokens": "pooled",
+        "visual_tokens": "grid" if task == "multitask" else "pooled",
         "control": "none",
         "freeze_layer_norm": "no",
         "epochs": 2,

@@ -26,8 +26,8 @@ from routevl.training.order import epoch_batches, training_batches
 from routevl.training.trainer import Trainer
 
 TASKS = ("vqa", "caption")
-VISION_WIDTH = {"vqa": 16, "caption": 24}  # captioning then has a visual projection
-BATCH_SIZE = {"vqa": 5, "caption": 7}  # does not divide the number of examples
+VISION_WIDTH = {"vqa": 16, "caption": 24, "multitask": 16}  # captioning then has a visual projection
+BATCH_SIZE = {"vqa": 5, "caption": 7, "multitask": 8}  # does not divide the number of examples
 EPOCHS = 2
 STEPS = {"vqa": EPOCHS * 8, "caption": EPOCHS * 9}
 

@@ -172,18 +172,19 @@ def write_data(folder: Path) -> None:
     questions = [{"question_id": n, "image_id": n, "question": text} for n, text in texts.items()]
     annotation = {"question_type": "is", "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes"}]}
     captions = [{"id": n, "image_id": n, "caption": text} for n, text in texts.items()]
-    of_gqa = {str(n): {"imageId": str(n), "image_id": n, "question": text, "isBalanced": True, "answer": "yes"} for n, text in texts.items()}
-    statements = [{"identifier": f"train-0-{n}-0", "sentence": text, "label": "True", "image_ids": IMAGES} for n, text in texts.items()]
+    of_gqa = {"isBalanced": True, "answer": "yes"}
+    of_nlvr2 = {"label": "True", "image_ids": IMAGES}
     files = {
         "train/images.json": [{"id": n, "file_name": f"{n}.jpg"} for n in texts],
         "train/questions.json": {"questions": questions},
         "train/annotations.json": {"annotations": [{"question_id": n, "image_id": n, **annotation} for n in texts]},
         "train/captions.json": {"annotations": captions},
-        "train/gqa.json": of_gqa,
+        "train/gqa.json": {str(n): {"imageId": str(n), "image_id": n, "question": text, **of_gqa} for n, text in texts.items()},
         "answers.json": ["yes", "no"],
     }
     for name, content in files.items():
         write_json(folder / name, content)
+    statements = [{"identifier": f"train-0-{n}-0", "sentence": text, **of_nlvr2} for n, text in texts.items()]
     write_lines(folder / "train/nlvr2.jsonl", statements)
 
 
