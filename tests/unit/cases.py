@@ -16,12 +16,13 @@ from routevl.tasks.captioning import CaptionModel
 from routevl.tasks.vqa import VqaModel
 from routevl.training.optimisation import Optimisation
 
-B, L, D, LAYERS, VOCABULARY = 3, 6, 32, 2, 50
+B, L, D, LAYERS, VOCABULARY, TASKS = 3, 6, 32, 2, 50, 3
 SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
     m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
 }
 SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora")}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
+SMALL |= {"vl_prompt": {"num_virtual_tokens": 3, "hidden_size": 16}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [
     {"routing": "mul", "bottleneck": "split"},
@@ -59,17 +60,23 @@ class EncoderDecoderModel(VisionLanguageModel):
     """An encoder-decoder that reads [visual prefix] text and learns to repeat the text; until there is a task of it."""
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, image: Tensor, routed_image: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image: Tensor,
+        routed_image: Tensor | None = None,
+        task_id: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        inputs = self.text_inputs(input_ids, attention_mask, image, routed_image)
+        inputs = self.text_inputs(input_ids, attention_mask, image, routed_image, task_id)
         logits = self.text_model(**inputs, decoder_input_ids=input_ids).logits
         losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none").sum(-1)
         return {"loss": losses.mean(), "count": losses.new_full((), len(losses)), "losses": losses}
 
     @torch.inference_mode()
-    def generate(self, bos: int, image: Tensor, **options: Any) -> Tensor:
+    def generate(self, bos: int, image: Tensor, task_id: Tensor | None = None, **options: Any) -> Tensor:
         input_ids = torch.full((image.shape[0], 1), bos)
-        return self.text_model.generate(**self.text_inputs(input_ids, torch.ones_like(input_ids), image), **options)
+        inputs = self.text_inputs(input_ids, torch.ones_like(input_ids), image, task_id=task_id)
+        return self.text_model.generate(**inputs, **options)
 
 
 def small_options(method: str) -> list[dict[str, Any]]:
@@ -79,6 +86,13 @@ def small_options(method: str) -> list[dict[str, Any]]:
     return [small | own for own in (*chosen, *(BOTTLENECKS if "bottleneck" in options else ()))]
 
 
+def with_tasks(method: str) -> list[dict[str, Any]]:
+    """The options that a method is tried with for several tasks, where it can have something of each."""
+    options = free_options(method)
+    apart = {"tasks": TASKS} | ({"sharing": "multiple"} if "sharing" in options else {})
+    return [small | apart for small in small_options(method)[:1]] if "tasks" in options else []
+
+
 def trains_norms(method: str) -> bool:
     """Whether the layer norms of the text model can be trained beside a method."""
     return "freeze_layer_norm=no" not in method_class(method).refuses
@@ -86,7 +100,7 @@ def trains_norms(method: str) -> bool:
 
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     method, kind, options = case
-    return "-".join([method, *(options[name] for name in ("routing", "bottleneck") if name in options), kind])
+    return "-".join([method, *(str(options[name]) for name in ("routing", "bottleneck", "tasks") if name in options), kind])
 
 
 CASES = [
@@ -96,6 +110,7 @@ CASES = [
     for kind in TEXT_MODELS
     if kind not in method_class(method).refuses
 ]
+CASES += [(method, "bart", options) for method in METHODS for options in with_tasks(method)]  # the others' models know no tasks
 REFUSED = [(method, kind) for method in METHODS for kind in TEXT_MODELS if kind in method_class(method).refuses]
 
 
@@ -139,7 +154,7 @@ def shaken(model: VisionLanguageModel, seed: int = 1) -> VisionLanguageModel:
 
 
 def batch_of(kind: str, seed: int = 0, width: int = D, visual_tokens: int = 1) -> dict[str, Tensor]:
-    """B texts without padding, with their images and, for the classifier, the answers' scores."""
+    """B texts without padding, with their images; for the classifier with the answers' scores, for a BART with their tasks."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
         "input_ids": torch.randint(4, 48, (B, L), generator=generator),
@@ -148,7 +163,14 @@ def batch_of(kind: str, seed: int = 0, width: int = D, visual_tokens: int = 1) -
     }
     if kind == "roberta":
         batch["answer_scores"] = torch.rand(B, 7, generator=generator)
+    if kind == "bart":
+        batch["task_id"] = tasks_of()
     return batch
+
+
+def tasks_of() -> Tensor:
+    """The tasks of B examples, not in order and two of them alike, (B,)."""
+    return torch.tensor([TASKS - 1, 0, TASKS - 1])
 
 
 def rows(batch: dict[str, Tensor], *chosen: int) -> dict[str, Tensor]:

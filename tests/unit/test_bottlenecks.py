@@ -1,11 +1,13 @@
-"""VL-Adapter, Compacter and VL-PET: their layers against recorded numbers and formulas, their places, sizes, tasks and gates."""
+"""VL-Adapter, Compacter, HyperFormer and VL-PET: layers against recorded numbers and formulas, places, sizes, tasks and gates."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,13 @@ from routevl.errors import RoutevlError
 from routevl.methods.base import WEIGHTS, layer_norms
 from routevl.methods.bottleneck.layer import Bottleneck, plain_bottleneck
 from routevl.methods.compacter.layer import PhmLinear, full_weights, new_rule, rank_one_weights
+from routevl.methods.hyperformer.layer import Code, Generated, Head, task_vectors
 from routevl.methods.table import new_method
 from routevl.methods.vl_adapter.layer import Adapter
 from routevl.methods.vl_pet.layer import GatedBottleneck, LargeGate, MiddleXGate, MiddleYGate, SmallGate
 
 VL_PET = ("vl_pet_large", "vl_pet_middle_x", "vl_pet_middle_y", "vl_pet_small")
-OWN = ("vl_adapter", "phm_adapter", "compacter", *VL_PET)
+OWN = ("vl_adapter", "phm_adapter", "compacter", "hyperformer", *VL_PET)
 CPU = torch.device("cpu")
 
 
@@ -74,6 +77,10 @@ def moved(module: nn.Module, scale: float = 0.2) -> nn.Module:
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def t5(layers: int = 1) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=D, d_kv=8, d_ff=64, num_layers=layers, num_heads=4))
 
 
 def ids_of(model: nn.Module, rows: int = 3, length: int = 6) -> dict[str, Tensor]:
@@ -283,7 +290,7 @@ def places(model: nn.Module) -> list[str]:
     return [name.removesuffix(".adapter") for name, _ in model.named_modules() if name.endswith(".adapter")]
 
 
-@pytest.mark.parametrize("method", ["vl_adapter", "phm_adapter", "compacter"])
+@pytest.mark.parametrize("method", ["vl_adapter", "phm_adapter", "compacter", "hyperformer"])
 def test_every_sub_layer_has_an_adapter(method: str) -> None:
     found = places(adapted(method, bart()))
     encoder = [f"model.encoder.layers.{n}.{part}" for n in range(2) for part in ("self_attn.out_proj", "fc2")]
@@ -379,7 +386,7 @@ def test_wrong_tasks_are_errors() -> None:
     model = adapted("vl_adapter", gpt2(), sharing="multiple", tasks=3)
     for task_id, message in [
         (None, "reads task_id, but the call has none"),
-        (torch.tensor([0, 3, 1]), "task_id has a 3, but the model has adapters for the tasks 0 to 2"),
+        (torch.tensor([0, 3, 1]), "task_id has a 3, but the model knows the tasks 0 to 2"),
         (torch.tensor([0, -1, 1]), "task_id has a -1"),
         (torch.tensor([0.0, 1.0, 1.0]), r"task_id must be \(batch,\) int64, not \(3,\) torch.float32"),
         (torch.tensor([[0], [1], [1]]), r"task_id must be \(batch,\) int64, not \(3, 1\)"),
@@ -387,6 +394,41 @@ def test_wrong_tasks_are_errors() -> None:
     ]:
         with pytest.raises(RoutevlError, match=message):
             model(**ids_of(model), task_id=task_id)
+
+
+# ------------------------------------------------------------------------------- HyperFormer's generator
+
+
+@pytest.mark.parametrize("base", [roberta, bart, partial(t5, 2)])
+def test_layers_of_a_stack_and_places_of_a_kind_have_what_generates_in_common(base: Callable[[], nn.Module]) -> None:
+    model = adapted("hyperformer", base(), tasks=2)
+    generated = {name: module for name, module in model.named_modules() if isinstance(module, Generated)}
+    by_place: dict[str, list[Generated]] = {}
+    for name, module in generated.items():
+        place = re.sub(r"\.[01](.*)\.adapter\.bottlenecks\.[01]\.", r"\1.", name, count=1)
+        by_place.setdefault(place, []).append(module)
+    decoder = model.config.is_encoder_decoder
+    assert len(by_place) == (10 if decoder else 4) and {len(modules) for modules in by_place.values()} == {2 * 2}
+    for modules in by_place.values():
+        assert len({id(module.head) for module in modules}) == len({id(module.code) for module in modules}) == 1
+        assert sorted((module.task, module.layer) for module in modules) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({id(module.head) for module in generated.values()}) == len(by_place)
+    codes = {id(module.code): module.code for module in generated.values()}.values()
+    assert len(codes) == 1 + decoder and len({id(code.tasks) for code in codes}) == 1
+
+
+def test_a_generated_adapter_is_that_of_its_task_and_layer() -> None:
+    code, head = Code(task_vectors(2, CPU), 3, CPU), Head(6, 4, CPU)
+    of, x = arrays(nn.ModuleDict({"code": code, "head": head})), normal(2, 5, 6).double()
+    for task in range(2):
+        for layer in range(3):
+            z = numpy.concatenate([of[f"code.tasks.{task}"], of["code.layers"][layer]])
+            z = numpy.maximum(z @ of["code.network.0.weight"].T + of["code.network.0.bias"], 0)
+            z = z @ of["code.network.2.weight"].T + of["code.network.2.bias"]
+            z = (z - z.mean()) / numpy.sqrt(z.var() + 1e-6) * of["code.network.3.weight"] + of["code.network.3.bias"]
+            weight, bias = (of[f"head.{part}.weight"] @ z + of[f"head.{part}.bias"] for part in ("weight", "bias"))
+            assert_equals(Generated(code, head, task, layer)(x), x.numpy() @ weight.reshape(4, 6).T + bias)
+    assert [t.std().item() for t in task_vectors(2, CPU)] == pytest.approx([1, 1], abs=0.1)
 
 
 # ------------------------------------------------------------------------------------- Compacter's rule
@@ -450,7 +492,6 @@ def test_what_a_sub_layers_output_is_added_to_is_found_in_any_model() -> None:
     llama = LlamaForCausalLM(LlamaConfig(intermediate_size=64, **sizes))
     bloom = BloomForCausalLM(BloomConfig(**sizes))  # whose first norm reads what is normalised already
     opt = OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=D, max_position_embeddings=40, **sizes))  # flattens positions
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=D, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
     assert structure_of(llama).sub_layer_inputs == {
         "model.layers.0.self_attn.o_proj": "model.layers.0.input_layernorm",
         "model.layers.0.mlp.down_proj": "model.layers.0.post_attention_layernorm",
@@ -463,15 +504,15 @@ def test_what_a_sub_layers_output_is_added_to_is_found_in_any_model() -> None:
         "model.decoder.layers.0.self_attn.out_proj": "model.decoder.layers.0.self_attn_layer_norm",
         "model.decoder.layers.0.fc2": "model.decoder.layers.0.final_layer_norm",
     }
-    assert structure_of(t5).sub_layer_inputs == {
+    assert structure_of(t5()).sub_layer_inputs == {
         "encoder.block.0.layer.0.SelfAttention.o": "encoder.block.0.layer.0.layer_norm",
         "encoder.block.0.layer.1.DenseReluDense.wo": "encoder.block.0.layer.1.layer_norm",
         "decoder.block.0.layer.0.SelfAttention.o": "decoder.block.0.layer.0.layer_norm",
         "decoder.block.0.layer.1.EncDecAttention.o": "decoder.block.0.layer.1.layer_norm",
         "decoder.block.0.layer.2.DenseReluDense.wo": "decoder.block.0.layer.2.layer_norm",
     }
-    assert structure_of(t5).cross_attention_values == ("decoder.block.0.layer.1.EncDecAttention.v",)
-    for text_model in (llama, bloom, opt, t5):
+    assert structure_of(t5()).cross_attention_values == ("decoder.block.0.layer.1.EncDecAttention.v",)
+    for text_model in (llama, bloom, opt, t5()):
         before = text_model.eval()(**ids_of(text_model)).logits
         model = moved(adapted("vl_pet_large", text_model))
         assert not torch.allclose(model(**ids_of(model)).logits, before, atol=1e-3)

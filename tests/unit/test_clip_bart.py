@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import CASES, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, trains_norms
+from cases import CASES, TASKS, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, tasks_of, trains_norms
 from recorded import assert_agrees, needs_reference, put, recorded
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -23,7 +23,14 @@ from routevl.backbones.skeleton import no_weights
 from routevl.errors import RoutevlError
 from routevl.features.grid import pooled_grid
 from routevl.methods.base import layer_norms
+from routevl.methods.bottleneck.layer import Bottleneck
+from routevl.methods.hyperformer.layer import Code, Generated, Head
 from routevl.methods.table import new_method
+<<<<<<< HEAD
+=======
+from routevl.methods.vl_adapter.layer import Adapter
+from routevl.tasks.clip_bart.epoch import sampled_answer, turns
+>>>>>>> b441c9a (HyperFormer, CLIP-BART's prompts and VL-Adapter's shared up-projections, for one task or several)
 from routevl.tasks.clip_bart.joint_encoder import embed_text_alone, text_of
 from routevl.tasks.clip_bart.model import ClipBart
 from routevl.tasks.clip_bart.visual_embedding import EXTRA_TOKENS, VisualEmbedding, add_extra_tokens
@@ -59,14 +66,15 @@ def toy(method: str = "bitfit", norms: bool = False, seed: int = 0, prefix: bool
 
 
 def batch_of(seed: int = 0, images: int = 1) -> dict[str, Tensor]:
-    """Three texts, the second with padding, with an image or a pair, and answers of different lengths."""
+    """Three texts of several tasks, the second with padding, with an image or a pair, and answers of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     input_ids, labels = (torch.randint(4, 48, (3, length), generator=generator) for length in (6, 4))
     attention_mask = torch.ones_like(input_ids)
     input_ids[1, 4:], attention_mask[1, 4:], labels[2, 2:] = 1, 0, -100
     image = torch.randn(3, images, GRID, WIDTH, generator=generator)
     image = image[:, 0] if images == 1 else image
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "image": image, "labels": labels}
+    text = {"input_ids": input_ids, "attention_mask": attention_mask, "task_id": tasks_of()}
+    return text | {"image": image, "labels": labels}
 
 
 def read(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,6 +107,9 @@ OFFICIAL = {  # ends of our names, and of the official ones
     "decoder.S.self_attn.out_proj.adapter.bottlenecks.0": "decoder.S.self_attn_adapter.adapters.vqa",
     "S.encoder_attn.out_proj.adapter.bottlenecks.0": "S.enc_attn_adapter.adapters.vqa",
     "S.fc2.adapter.bottlenecks.0": "S.ff_adapter.adapters.vqa",
+    "prompts.of_tasks.0.vectors": "prompt_modules.prompts.vqa.prefix_embedding.0.weight",
+    "prompts.of_tasks.0.network.0": "prompt_modules.prompts.vqa.prefix_embedding.1",
+    "prompts.of_tasks.0.network.2": "prompt_modules.prompts.vqa.prefix_embedding.3",
     ".down.": ".down_sampler.",
     ".up.": ".up_sampler.",
     "lora_A.default.weight": "lora_As.vqa",
@@ -163,6 +174,7 @@ RECORDED = [
     ("vl_adapter", {"r": 4}, "adapter"),
     ("peft_lora", {"r": 4, "lora_alpha": 32.0}, "lora"),
     ("lora", {"r": 4, "lora_alpha": 32.0}, "lora"),
+    ("vl_prompt", {"num_virtual_tokens": 3, "hidden_size": 6}, "prompt"),
 ]
 
 
@@ -181,15 +193,52 @@ def test_the_model_gives_the_recorded_states_losses_and_decisions(method: str, o
         "caption": model(**one, labels=labels),
         "nlvr": model(**two, labels=tensors["nlvr.labels"], scores=ones),
     }
-    image = one["image"].shape[1]
-    states = states[0].last_hidden_state  # the image's before the text's
-    assert_agrees(torch.cat([states[:, image:], states[:, :image]], dim=1), tensors[f"{name}.encoder"])
+    ends = (-one["image"].shape[1] - one["input_ids"].shape[1], -one["input_ids"].shape[1])
+    prompt, image, text = states[0].last_hidden_state.tensor_split(ends, dim=1)
+    assert_agrees(torch.cat([prompt, text, image], dim=1), tensors[f"{name}.encoder"])
     assert_agrees(logits[0], tensors[f"{name}.logits"])
     assert_agrees(losses["vqa"]["losses"], tensors[f"{name}.token_losses"].view(labels.shape).sum(-1))
     for task, output in losses.items():
         assert_agrees(output["loss"], tensors[f"{name}.loss.{task}"])
+<<<<<<< HEAD
     model.choices = (50, 51)
     assert torch.equal(model.decide(**two).long(), tensors[f"{name}.nlvr.predicted"])
+=======
+    assert torch.equal(model.decide(50, 51, **two).long(), tensors[f"{name}.nlvr.predicted"])
+
+
+@needs_reference
+def test_hyperformer_generates_the_recorded_adapters() -> None:
+    tensors, meta = recorded("clip_bart")
+    d, r = meta["shapes"]["d"], meta["shapes"]["adapter_bottleneck"]
+    known, cpu = unpacked(tensors, meta, "hyperformer.param"), torch.device("cpu")
+    code = Code(nn.ParameterList([tensors["hyperformer.task_embedding"]]), 2, cpu, hidden=5, width=3)
+    put(code.layers, tensors["hyperformer.layer_id_embedding"])
+    for number, name in ((0, "task_hypernet.task_embeding_generator.0"), (2, "task_hypernet.task_embeding_generator.2"),
+                         (3, "LayerNorm")):  # fmt: skip
+        put_layer(code.network[number], known, name)
+    down, up = Head(d, r, cpu, code=3), Head(r, d, cpu, code=3)
+    for side, head in (("down", down), ("up", up)):
+        for part, layer in (("weight", head.weight), ("bias", head.bias)):
+            put_layer(layer, known, f"self_attention_{side}_sampler_hyper_net.{part}_generator.0")
+    assert not known
+    assert_agrees(code(0, 1), tensors["hyperformer.projected"])
+    adapter = Adapter([Bottleneck(Generated(code, down, 0, 1), Generated(code, up, 0, 1))], None)
+    assert_agrees(adapter(tensors["hyperformer.x"]), tensors["hyperformer.y"])
+
+
+def put_layer(layer: nn.Module, known: dict[str, Tensor], name: str) -> None:
+    """Set a layer's weight and bias to recorded ones, which are then known no more."""
+    for part in ("weight", "bias"):
+        put(getattr(layer, part), known.pop(f"{name}.{part}"))
+
+
+@needs_reference
+def test_data_sets_take_the_recorded_turns() -> None:
+    tensors, _ = recorded("clip_bart")
+    for epoch in range(3):
+        assert turns((5, 6, 2, 4), epoch) == tensors[f"task_order.epoch{epoch}"].tolist()
+>>>>>>> b441c9a (HyperFormer, CLIP-BART's prompts and VL-Adapter's shared up-projections, for one task or several)
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -197,6 +246,8 @@ def test_the_model_gives_the_recorded_states_losses_and_decisions(method: str, o
 D_BASE, VISUAL = 768, 1_582_848  # of bart-base with features of width 2048
 NORMS, BIASES, ADAPTER, LORA = 32 * 2 * D_BASE, 125_952, 148_320, 2 * 128 * D_BASE
 PHM = 2 * (2 * (D_BASE // 2) * (96 // 2) + 2**3) + 96 + D_BASE
+GENERATOR = 6 * 512 + (2 * 512 + 1) * 128 + 129 * 8 + 2 * 8  # of codes, for a stack
+PROMPT = 40 * D_BASE + (D_BASE + 1) * 800 + 801 * D_BASE
 DOWN, UP = D_BASE * 96 + 96, 96 * D_BASE + D_BASE
 VL_PET = 18 * ADAPTER + 13 * 2 * D_BASE  # twelve places in the encoder, six in the decoder
 FOUR = {"tasks": 4}
@@ -205,6 +256,10 @@ AT_BART_BASE = {  # the reference's name -> method, options, whether norms are t
     "single_adapter": ("vl_adapter", {}, True, 30 * ADAPTER + NORMS),
     "multiple_adapters": ("vl_adapter", {"sharing": "multiple", **FOUR}, True, 4 * 30 * ADAPTER + NORMS),
     "half_shared_down": ("vl_adapter", {"sharing": "half_shared", **FOUR}, True, 30 * (DOWN + 4 * UP) + NORMS),
+    "half_shared_up": ("vl_adapter", {"sharing": "half_shared_up", **FOUR}, True, 30 * (4 * DOWN + UP) + NORMS),
+    "hyperformer": ("hyperformer", FOUR, True, 4 * 512 + 2 * GENERATOR + 5 * 9 * ADAPTER + NORMS),
+    "single_prompt": ("vl_prompt", {}, False, PROMPT),
+    "multiple_prompts": ("vl_prompt", FOUR, False, 4 * PROMPT),
     "single_compacter": ("phm_adapter", {}, True, 30 * PHM + NORMS),
     "multiple_compacters": ("phm_adapter", {"sharing": "multiple", **FOUR}, True, 4 * 30 * PHM + NORMS),
     "single_lora": ("lora_bias", {"r": 128, "lora_alpha": 32.0}, False, 36 * LORA + BIASES),
@@ -413,7 +468,7 @@ def test_it_writes_token_by_token_what_it_reads_in_training(method: str, images:
     assert torch.equal(written, ids)
 
 
-@pytest.mark.parametrize("method", ["bitfit", "lora", "vl_pet_small"])
+@pytest.mark.parametrize("method", ["bitfit", "lora", "vl_pet_small", "vl_prompt"])
 def test_beams_do_not_depend_on_batch_mates(method: str) -> None:
     options = {"r": 4, "routing": "attn"} if method == "lora" else {}
     model, batch = shaken(toy(method, **options)), read(batch_of())
@@ -480,7 +535,15 @@ def test_it_is_saved_and_loaded_whole(case: tuple[str, str, dict[str, Any]], tmp
     assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
 
 
-@pytest.mark.parametrize("case", [("lora", {"r": 4, "routing": "attn"}), ("vl_adapter", {"sharing": "multiple", "tasks": 3})])
+CHECKPOINTED = [
+    ("lora", {"r": 4, "routing": "attn"}),
+    ("vl_adapter", {"sharing": "multiple", "tasks": TASKS}),
+    ("hyperformer", {"tasks": TASKS}),
+    ("vl_prompt", {"tasks": TASKS}),
+]
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
 def test_gradient_checkpointing_gives_the_same_gradients(case: tuple[str, dict[str, Any]]) -> None:
     """Also of the visual embedding, whose tokens travel beside the call of a routed method too."""
     method, options = case
@@ -489,7 +552,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: tuple[str, dict[s
         model = shaken(toy(method, norms=True, **options)).train()
         if checkpointing:
             model.text_model.gradient_checkpointing_enable()
-        sum(model(**batch_of(seed), task_id=torch.tensor([2, 0, 2]))["loss"] for seed in (0, 1)).backward()
+        sum(model(**batch_of(seed))["loss"] for seed in (0, 1)).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -526,22 +589,51 @@ def test_without_an_image_in_the_sequence_the_method_alone_sees_it() -> None:
     assert blind.trainable_params_by_part()["visual_projection"] == 0
 
 
-def test_each_item_has_the_adapters_of_its_task() -> None:
-    model, batch = shaken(toy("vl_adapter", sharing="multiple", tasks=3)), batch_of()
-    task_id = torch.tensor([2, 0, 2])
+APART = [case for case in ON_BART if "tasks" in case[2]]
+every_method_with_tasks = pytest.mark.parametrize("case", APART, ids=name_of)
+
+
+@every_method_with_tasks
+def test_each_item_has_the_tensors_of_its_task(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, _, options = case
+    model, batch = shaken(toy(method, **options)), batch_of()
+    task_id = batch.pop("task_id")
     mixed = model(**batch, task_id=task_id)["losses"]
-    for task in range(3):
+    for task in range(TASKS):
         alike = model(**batch, task_id=torch.full((3,), task))["losses"]
         assert torch.isclose(alike, mixed, atol=1e-5).tolist() == (task_id == task).tolist()
     with pytest.raises(RoutevlError, match="reads task_id, but the call has none"):
         model(**batch)
-    plain = toy()
-    assert torch.equal(plain(**batch, task_id=task_id)["losses"], plain(**batch)["losses"])  # whose method needs no task
 
 
+def test_a_method_without_tensors_of_tasks_needs_no_task() -> None:
+    model, batch = toy(), batch_of()
+    with_task = model(**batch)["losses"]
+    del batch["task_id"]
+    assert torch.equal(model(**batch)["losses"], with_task)
+
+
+@every_method_with_tasks
+def test_what_belongs_to_another_task_alone_gets_no_gradient(case: tuple[str, str, dict[str, Any]]) -> None:
+    method, _, options = case
+    model = shaken(toy(method, **options)).train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with_gradient = []
+    for task in range(TASKS):
+        model.zero_grad()
+        model(**batch_of() | {"task_id": torch.full((3,), task)})["loss"].backward()
+        with_gradient.append({name for name, parameter in trained.items() if parameter.grad is not None})
+        assert all(trained[name].grad.any() for name in with_gradient[task] if name.startswith("text_model."))
+    shared = set.intersection(*with_gradient)
+    apart = [names - shared for names in with_gradient]
+    assert all(apart) and len({len(names) for names in apart}) == 1
+    assert sum(map(len, apart)) + len(shared) == len(trained) == len(set.union(*with_gradient))
+
+
+@pytest.mark.parametrize("method", ["hyperformer", "vl_prompt"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copied_model_reads_images_too(copied: Callable[[ClipBart], ClipBart]) -> None:
-    model = shaken(toy("vl_adapter", norms=True))
+def test_a_copied_model_reads_images_too(copied: Callable[[ClipBart], ClipBart], method: str) -> None:
+    model = shaken(toy(method, norms=True, tasks=TASKS))
     again = copied(model)
     assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
     embedding = again.visual_projection.token_embedding

@@ -81,14 +81,18 @@ def test_the_image_matters_in_training_and_in_prediction(case: tuple[str, str, d
     model = shaken(build(method, kind, options))
     batch = batch_of(kind)
     other = batch | {"image": -3 * batch["image"]}
-    loss, changed = model(**batch)["loss"], model(**other)["loss"]
-    assert loss != changed
+    assert not torch.equal(model(**batch)["losses"], model(**other)["losses"])
     if kind == "roberta":
         answers = (model(**{k: v for k, v in b.items() if k != "answer_scores"})["logits"] for b in (batch, other))
     else:
         options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": 49}
-        answers = (model.generate(0, b["image"], do_sample=False, **options).scores[0] for b in (batch, other))
+        answers = (model.generate(0, **to_write(b), do_sample=False, **options).scores[0] for b in (batch, other))
     assert not torch.allclose(*answers)
+
+
+def to_write(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a batch's captions are generated from."""
+    return {name: tensor for name, tensor in batch.items() if name in ("image", "task_id")}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[1] == "gpt2"], ids=name_of)
@@ -110,11 +114,12 @@ def test_prediction_goes_on_as_training_reads(case: tuple[str, str, dict[str, An
 def test_beam_search_gives_each_image_its_own_caption(case: tuple[str, str, dict[str, Any]]) -> None:
     method, kind, options = case
     model = shaken(build(method, kind, options))
-    image = 3 * batch_of(kind)["image"]
+    batch = to_write(batch_of(kind))
+    batch["image"] *= 3
     search = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False, "pad_token_id": 49}
-    together = model.generate(0, image, **search)
+    together = model.generate(0, **batch, **search)
     for index in range(B):
-        alone = model.generate(0, image[index : index + 1], **search)[0]
+        alone = model.generate(0, **rows(batch, index), **search)[0]
         length = min(len(alone), together.shape[1])  # the longer one ends in padding
         assert torch.equal(together[index, :length], alone[:length])
 
@@ -205,7 +210,7 @@ def test_disabled_it_is_the_base_model(case: tuple[str, str, dict[str, Any]]) ->
         pytest.skip("peft disables prompts only where the model can generate")
     batch = batch_of(kind)
     base = build("full", kind, {}, norms=False)  # the same seed, and nothing added
-    inputs = model.text_inputs(batch["input_ids"], batch["attention_mask"], batch["image"])
+    inputs = model.text_inputs(**{name: tensor for name, tensor in batch.items() if name != "answer_scores"})
     own = {"inputs_embeds": inputs["inputs_embeds"], "attention_mask": inputs["attention_mask"]}
     decoder = {"decoder_input_ids": batch["input_ids"]} if kind == "bart" else {}
     with model.text_model.disable_adapter(), torch.no_grad():
@@ -266,9 +271,16 @@ def side_network(kind: str, w: int) -> int:
     return layers + STACKS[kind] * (down + 1) + (2 if kind == "bart" else 1) * down + w * D + D
 
 
+def generator(kind: str, tasks: int, plain: int) -> int:
+    """HyperFormer's: for each stack what makes codes of width 8, then what makes all of a bottleneck, for each kind of place."""
+    stacks, places = (2, 5) if kind == "bart" else (1, 2)
+    code = LAYERS * 512 + 1024 * 128 + 128 + 128 * 8 + 8 + 2 * 8
+    return tasks * 512 + stacks * code + places * (8 * plain + plain)
+
+
 def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     """Trained parameters of the text model at width D, without the layer norms."""
-    attentions, stacks, r = ATTENTIONS[kind], STACKS[kind], 4
+    attentions, stacks, r, tasks = ATTENTIONS[kind], STACKS[kind], 4, options.get("tasks", 1)
     fused = kind == "gpt2"  # peft adapts query, key and value as one module there
     lora = attentions * (r * (D + 3 * D) if fused else 2 * r * (D + D))
     per_module = attentions * (1 if fused else 2)
@@ -282,9 +294,10 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "adapter": 2 * stacks * (down + biases + r * D + D),  # not after BART's cross-attention
         "houlsby": 2 * stacks * plain,
         "pfeiffer": stacks * plain,
-        "vl_adapter": sub_layers * plain,
-        "phm_adapter": sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
-        "compacter": sub_layers * 2 * (D + r) + sub_layers * (r + D) + 4**3,  # factors, biases, one rule
+        "vl_adapter": tasks * sub_layers * plain,
+        "phm_adapter": tasks * sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
+        "compacter": tasks * sub_layers * (2 * (D + r) + r + D) + 4**3,  # factors, biases, one rule
+        "hyperformer": generator(kind, tasks, plain),
         "vl_pet_large": vl_pet + 2 * LAYERS * plain,
         "vl_pet_middle_x": vl_pet + 2 * LAYERS * (D + 1),
         "vl_pet_middle_y": vl_pet + 2 * LAYERS * D,
@@ -303,6 +316,7 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "bitfit": BIASES[kind],
         "prompt_tuning": 3 * D,
         "prefix_tuning": 3 * LAYERS * 2 * D,
+        "vl_prompt": tasks * (3 * D + D * 16 + 16 + 16 * D + D),
         "lst": side_network(kind, D // 4),
     }[method]
 

@@ -55,6 +55,7 @@ class MethodRow:
 
 
 _HU, _HAN = "Hu et al., 2022 (arXiv 2106.09685)", "Liu et al., 2024 (arXiv 2402.09353)"
+_SUNG = "Sung et al., 2022 (arXiv 2112.06825)"
 _KARIMI = "Karimi Mahabadi et al., 2021 (arXiv 2106.04647)"
 _VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
 
@@ -87,7 +88,7 @@ METHODS = {
         differs="it reads the feed-forward part's own output; AdapterHub's also moves the residual connection and the norm",
     ),
     "vl_adapter": MethodRow(
-        "VL-Adapter", "adapter", "Sung et al., 2022 (arXiv 2112.06825)", "vl_adapter:VLAdapter",
+        "VL-Adapter", "adapter", _SUNG, "vl_adapter:VLAdapter",
         published="VL-Adapter", differs=_NO_EMBEDDING,
     ),
     "phm_adapter": MethodRow(
@@ -95,6 +96,10 @@ METHODS = {
         differs=f"{_NO_EMBEDDING}; it is what the vision-language literature calls Compacter",
     ),
     "compacter": MethodRow("Compacter", "adapter", _KARIMI, "compacter:Compacter", differs=_NO_EMBEDDING),
+    "hyperformer": MethodRow(
+        "HyperFormer", "adapter", "Karimi Mahabadi et al., 2021 (arXiv 2106.04489)", "hyperformer:HyperFormer",
+        published="HyperFormer", differs=f"as in VL-Adapter's code, without generated layer norms; {_NO_EMBEDDING}",
+    ),
     "vl_pet_large": MethodRow(
         "VL-PET large", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "large"}, published="VL-PET large", differs=_PORT
     ),
@@ -121,11 +126,14 @@ METHODS = {
     ),
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
     "prompt_tuning": MethodRow(
-        "Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning",
-        published="Prompt tuning", differs=_PEFT,
+        "Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning", differs=_PEFT
     ),
     "prefix_tuning": MethodRow(
         "Prefix tuning", "prompt", "Li and Liang, 2021 (arXiv 2101.00190)", "from_peft:PrefixTuning", differs=_PEFT
+    ),
+    "vl_prompt": MethodRow(
+        "Prompt (VL-Adapter)", "prompt", _SUNG, "vl_prompt:VLPrompt", published="Prompt tuning",
+        differs="no visual embedding of its own, which belongs to the task",
     ),
     "lst": MethodRow(
         "LST", "side network", "Sung et al., 2022 (arXiv 2206.06522)", "lst:Lst",

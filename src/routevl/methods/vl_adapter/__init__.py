@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from routevl.methods.bottleneck import BottleneckMethod, BottleneckOptions
+from routevl.methods.per_task import PerTask, tasks_option
 from routevl.options import option
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from routevl.backbones.structure import Structure
 
@@ -21,10 +22,10 @@ class TaskOptions(BottleneckOptions):
     """Options of adapters that several tasks may have apart."""
 
     sharing: str = option(
-        "what tasks share: `single`, all; `half_shared`, the down-projections; `multiple`, nothing", "single",
-        choices=("single", "half_shared", "multiple"),
+        "what tasks share: `single`, all; `half_shared`, the down-projections; `half_shared_up`, the up-projections; `multiple`, "
+        "nothing", "single", choices=("single", "half_shared", "half_shared_up", "multiple"),
     )  # fmt: skip
-    tasks: int = option("tasks with projections of their own; of more than one, `task_id` travels beside each call", 1, least=1)
+    tasks: int = tasks_option("projections")
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong with options that are right each by itself."""
@@ -32,7 +33,7 @@ class TaskOptions(BottleneckOptions):
             yield f"tasks is {self.tasks}, but with sharing=single all have the same adapters: leave tasks out"
 
 
-class VLAdapter(BottleneckMethod):
+class VLAdapter(PerTask, BottleneckMethod):
     """h + U gelu(D h) in place of the output h of every attention, cross-attention and feed-forward part."""
 
     Options = TaskOptions
@@ -46,18 +47,15 @@ class VLAdapter(BottleneckMethod):
     def adapt(self, text_model: nn.Module, parts: Structure) -> None:
         from routevl.backbones.skeleton import widths_of
         from routevl.methods.bottleneck.layer import Bottleneck, change_output
-        from routevl.methods.vl_adapter.layer import Adapter, streams_of_tasks
+        from routevl.methods.per_task.layer import streams_of_tasks
+        from routevl.methods.vl_adapter.layer import Adapter
 
-        shared, tasks = self.options.sharing == "half_shared", self.options.tasks
-        conditioning = streams_of_tasks(text_model, tasks) if tasks > 1 else None
-        new = self.projections(text_model.device)
+        sharing, tasks = self.options.sharing, self.options.tasks
+        conditioning, new = streams_of_tasks(text_model, tasks), self.projections(text_model.device)
         for name in (*parts.attention_outputs, *parts.cross_attention_outputs, *parts.feed_forward_outputs):
             module = text_model.get_submodule(name)
             width = widths_of(module)[1]
             rank = self.rank(width)
-            downs = [new(width, rank)] * tasks if shared else [new(width, rank) for _ in range(tasks)]
-            change_output(module, Adapter([Bottleneck(down, new(rank, width)) for down in downs], conditioning))
-
-    def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
-        own = self.options.tasks > 1 and "task_id" in inputs  # a call without it is refused by the first layer that reads it
-        return {"task_id": inputs["task_id"]} if own else {}
+            downs = [new(width, rank)] * tasks if sharing == "half_shared" else [new(width, rank) for _ in range(tasks)]
+            ups = [new(rank, width)] * tasks if sharing == "half_shared_up" else [new(rank, width) for _ in range(tasks)]
+            change_output(module, Adapter(map(Bottleneck, downs, ups), conditioning))
