@@ -246,3 +246,6 @@ def test_curves_of_multitask_runs_are_of_their_validation_score(scored):
     of_score = curves[(curves["quantity"] == "val_score") & (curves["experiment"] == PLAIN)]
     logged = [json.loads(line) for line in (scored / "models" / f"{PLAIN}_seed1" / "training.jsonl").read_text().splitlines()]
     assert list(of_score["mean"]) == pytest.approx([line["val_score"] for line in logged if "val_score" in line])
+    with style.house_style():
+        figure, _ = f5_curves.draw(inputs(scored, "F5_curves"))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["validation score (%)", "training loss"]

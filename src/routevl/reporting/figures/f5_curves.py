@@ -26,6 +26,7 @@ from routevl.reporting.style import (
 )
 from routevl.tasks.table import TASKS
 
+_OF_DATA_SETS = "val_score"  # of multi-task learning: a mean over the data sets, which for captions has no CIDEr
 _COLUMNS = 4
 _CHARACTER = 0.066  # inches, of a title
 _LOG_FROM = 3.0  # so many times the lowest training loss, and the axis is logarithmic
@@ -68,8 +69,8 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
             else:
                 characters = int((figure.get_figwidth() / columns - 0.35) / _CHARACTER)
                 axes.set_title(f"{task.label}, {wrapped(setting_label(group, groups), characters)}", fontsize=7.5)
-                of_score = (chosen["quantity"] != "val_loss").any()
-                axes.set_ylabel(f"validation\n{task.score}" if of_score else "validation loss")
+                known = {"val_loss": "validation loss", _OF_DATA_SETS: "validation score (%)"}
+                axes.set_ylabel(known.get(chosen["quantity"].iloc[0], f"validation\n{task.score}"))
                 axes.tick_params(labelbottom=False)
             if model and column > 0:
                 axes.set_ylabel("")
@@ -84,7 +85,7 @@ def curves(inputs: FigureInputs) -> pd.DataFrame:
     for _, group in inputs.runs().groupby("experiment", sort=False):
         task = TASKS[group["task"].iloc[0]]
         logs = [_read_log(inputs.need("results") / "models" / run / "training.jsonl") for run in group["run"]]
-        scores = [name for name in (f"val_{task.metric}", "val_score") if name in logs[0]]  # the latter of multi-task learning
+        scores = [name for name in (f"val_{task.metric}", _OF_DATA_SETS) if name in logs[0]]
         quantity, scale = (scores[0], task.scale) if scores else ("val_loss", 1.0)
         validation = [log.set_index("step")[quantity].dropna() * scale for log in logs]
         for name, of_seeds in ((quantity, validation), ("loss", [_training_loss(log) for log in logs])):
