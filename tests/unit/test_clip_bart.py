@@ -26,11 +26,7 @@ from routevl.methods.base import layer_norms
 from routevl.methods.bottleneck.layer import Bottleneck
 from routevl.methods.hyperformer.layer import Code, Generated, Head
 from routevl.methods.table import new_method
-<<<<<<< HEAD
-=======
 from routevl.methods.vl_adapter.layer import Adapter
-from routevl.tasks.clip_bart.epoch import sampled_answer, turns
->>>>>>> b441c9a (HyperFormer, CLIP-BART's prompts and VL-Adapter's shared up-projections, for one task or several)
 from routevl.tasks.clip_bart.joint_encoder import embed_text_alone, text_of
 from routevl.tasks.clip_bart.model import ClipBart
 from routevl.tasks.clip_bart.visual_embedding import EXTRA_TOKENS, VisualEmbedding, add_extra_tokens
@@ -200,11 +196,8 @@ def test_the_model_gives_the_recorded_states_losses_and_decisions(method: str, o
     assert_agrees(losses["vqa"]["losses"], tensors[f"{name}.token_losses"].view(labels.shape).sum(-1))
     for task, output in losses.items():
         assert_agrees(output["loss"], tensors[f"{name}.loss.{task}"])
-<<<<<<< HEAD
     model.choices = (50, 51)
     assert torch.equal(model.decide(**two).long(), tensors[f"{name}.nlvr.predicted"])
-=======
-    assert torch.equal(model.decide(50, 51, **two).long(), tensors[f"{name}.nlvr.predicted"])
 
 
 @needs_reference
@@ -231,14 +224,6 @@ def put_layer(layer: nn.Module, known: dict[str, Tensor], name: str) -> None:
     """Set a layer's weight and bias to recorded ones, which are then known no more."""
     for part in ("weight", "bias"):
         put(getattr(layer, part), known.pop(f"{name}.{part}"))
-
-
-@needs_reference
-def test_data_sets_take_the_recorded_turns() -> None:
-    tensors, _ = recorded("clip_bart")
-    for epoch in range(3):
-        assert turns((5, 6, 2, 4), epoch) == tensors[f"task_order.epoch{epoch}"].tolist()
->>>>>>> b441c9a (HyperFormer, CLIP-BART's prompts and VL-Adapter's shared up-projections, for one task or several)
 
 
 # ------------------------------------------------------------------------------------------------ sizes
