@@ -303,7 +303,9 @@ def test_an_image_in_two_splits(tmp_path: Path) -> None:
 
 def test_one_image_in_two_folders(tmp_path: Path) -> None:
     sources = [gqa_source(tmp_path / name, {name: question("n1")}, "train") for name in ("a", "b")]
-    with pytest.raises(RoutevlError, match=r"the image id \d+ is .*a/images/n1\.jpg in one source, but .*b/images/n1\.jpg"):
+    with pytest.raises(
+        RoutevlError, match=r"the image id \d+ is .*a/images/n1\.jpg in one source, but .*b/images/n1\.jpg in another; leave out"
+    ):
         prepare_run(tmp_path / "data", sources)
 
 

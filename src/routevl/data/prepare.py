@@ -28,7 +28,7 @@ KINDS = {  # what a split may hold, and what it is in messages
     "images": "images", "questions": "questions", "captions": "captions", "gqa": "GQA questions", "nlvr2": "NLVR2 examples"
 }  # fmt: skip
 MEND_IDS = "give one of the two sources an id_offset, or leave out what is there twice"
-MEND_NAMES = "leave out what is there twice"  # of GQA and NLVR2, whose texts go by names that must stay
+MEND_NAMES = "leave out what is there twice"  # of GQA and NLVR2, which go by names
 VOCABULARY = Format(
     "a list of different answers, or an object of answer to index",
     {
@@ -75,8 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write {train,val,test}/{images,questions,annotations,captions,gqa}.json, {train,val,test}/nlvr2.jsonl and answers.json, or
-    nothing.
+    """Write {train,val,test}/{images,questions,annotations,captions,gqa}.json and nlvr2.jsonl, and answers.json, or nothing.
 
     images.json holds [{"id": int, "file_name": str, "sha256": str, of the file's bytes}]: whatever reads an image later can tell
     that it is the one that was prepared. gqa.json and nlvr2.jsonl are in the official forms, of the fields that are read, with
@@ -139,11 +138,12 @@ def merge_sources(sources: list[Source]) -> dict[str, Split]:
 def _check_image_ids(parts: list[tuple[Source, Split]]) -> None:
     """Two sources may be about one image, by its id, where it is the same file."""
     paths: dict[int, Path] = {}
-    for _, part in parts:
+    for source, part in parts:
+        mend = MEND_NAMES if source.gqa or source.nlvr2 else MEND_IDS
         for image_id, path in part.images.items():
             first = paths.setdefault(image_id, path)
             if first != path and first.resolve() != path.resolve():
-                raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another; {MEND_IDS}")
+                raise RoutevlError(f"the image id {image_id} is {first} in one source, but {path} in another; {mend}")
 
 
 def _check_text_ids(parts: list[tuple[Source, Split]]) -> None:

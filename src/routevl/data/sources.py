@@ -222,25 +222,25 @@ def identify(source: Source, content: Split, named: Mapping[Named, Path], known:
     content.nlvr2 = [example for example in content.nlvr2 if named.keys() >= set(_nlvr2_images(example))]
     if not named:
         return
+    about = dict.fromkeys(_gqa_image(question) for question in content.gqa.values())
+    about |= dict.fromkeys(image for example in content.nlvr2 for image in _nlvr2_images(example))
     folder = ImageFolder(source.images)
     listed = ((image_id, folder.find(image_id, record["file_name"])) for image_id, record in content.image_records.items())
     own = {path.resolve(): image_id for image_id, path in listed if path is not None}
     ids: dict[Named, int] = {}
-
-    def id_of(image: Named) -> int:
-        if image not in ids:
-            path, file = named[image], named[image].resolve()
-            ids[image] = own.get(file, known.get(file, stable_id(image.data_set, path.stem)))
-            other = content.images.setdefault(ids[image], path)
-            if other is not path and other.resolve() != file:
-                raise RoutevlError(
-                    f"{path}: would get the id {ids[image]}, which {other} has; give the files different names, or ids in the "
-                    "source's image_list"
-                )
-        return ids[image]
-
-    content.gqa = {name: question | {"image_id": id_of(_gqa_image(question))} for name, question in content.gqa.items()}
-    content.nlvr2 = [example._replace(image_ids=tuple(map(id_of, _nlvr2_images(example)))) for example in content.nlvr2]
+    for image in about:
+        path, file = named[image], named[image].resolve()
+        ids[image] = own.get(file, known.get(file, stable_id(image.data_set, path.stem)))
+        other = content.images.setdefault(ids[image], path)
+        if other is not path and other.resolve() != file:
+            raise RoutevlError(
+                f"{path}: would get the id {ids[image]}, which {other} has; give the files different names, or ids in the "
+                "source's image_list"
+            )
+    content.gqa = {name: question | {"image_id": ids[_gqa_image(question)]} for name, question in content.gqa.items()}
+    content.nlvr2 = [
+        example._replace(image_ids=tuple(ids[image] for image in _nlvr2_images(example))) for example in content.nlvr2
+    ]
 
 
 def stable_id(data_set: str, name: str) -> int:
