@@ -22,16 +22,27 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from measurements import ESTIMATED, SOURCES, Measurements, Timing
-from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from routevl.backbones.skeleton import no_weights
 from routevl.configuration import check_schema, read_configuration
 from routevl.data.datasets import read_datasets
 from routevl.errors import RoutevlError
+from routevl.features.grid import SIDE
 from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
 from routevl.sheet import Experiment, read_sheet, runs_of, settings_of, trials_of
 from routevl.slurm import SECTIONS, kind_of
+from routevl.tasks.clip_bart.visual_embedding import VisualEmbedding
 from routevl.tasks.table import TASKS
 
 SCHEMA = Path(__file__).parent / "schemas/config.schema.yaml"
@@ -159,13 +170,19 @@ class Plan:
 
     def _extraction(self, vision: str) -> Cost:
         images = self._size("images") / self.config["features"]["shards"]
-        kinds = self.config["features"]["tokens"]
-        tokens = ("pooled" in kinds) + (self._shape("vision", vision, "patches") if "patches" in kinds else 0)
+        tokens = sum(self._tokens(vision, kind) for kind in self.config["features"]["tokens"])
         source, seconds = self.measured.extraction(vision) or (
             ESTIMATED, 1 / self._shape("vision", vision, "images_per_second"),
         )  # fmt: skip
         disk = BYTES * tokens * images * self._shape("vision", vision, "width")
         return Cost(hours=[Hours("extraction", images * seconds / 3600, source)], disk=disk)
+
+    def _tokens(self, vision: str, kind: str) -> float:
+        """How many tokens of a kind an image has."""
+        if kind == "pooled":
+            return 1
+        patches = self._shape("vision", vision, "patches")
+        return patches if kind == "patches" else min(patches, SIDE**2)
 
     def _training(self, experiment: Experiment) -> Cost:
         """The hours of all steps, of validation after each epoch, and of prediction; by what a step or an item took, else by the
@@ -177,9 +194,9 @@ class Plan:
         validated = settings.epochs * self._size("val_examples", experiment.task)
         predicted = self._size("test_items", experiment.task)
         longer = 1.0  # than with a prefix of one token, as the estimates have it
-        if settings.prefix and settings.visual_tokens == "patches":
+        if settings.prefix:
             text = settings.max_text_tokens
-            longer = (text + self._shape("vision", experiment.vision_backbone, "patches")) / (text + 1)
+            longer = (text + self._tokens(experiment.vision_backbone, settings.visual_tokens)) / (text + 1)
         steps = settings.epochs * (examples if math.isnan(examples) else math.ceil(examples / settings.batch_size))
 
         def speed(key: str) -> float:
@@ -213,18 +230,32 @@ class Plan:
         options = {name: value for name, value in settings.options.items() if name != "routing"}  # has no parameters
         key = f"{experiment.text_backbone} {visual_width} {experiment.method} {options} {settings.freeze_layer_norm}"
         if key not in self.trained:
-            encoder = TASKS[experiment.task].text_model == "encoder"
-            sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}  # any number has as many
             with no_weights():
-                model = RobertaModel(RobertaConfig(**sizes)) if encoder else GPT2LMHeadModel(GPT2Config(**sizes))
-                model.tie_weights()
+                model = _text_model(TASKS[experiment.task].text_model, layers, width)
                 norms = [] if settings.freeze_layer_norm else layer_norms(model)
                 model = method.build(model.requires_grad_(False), AnyScore(), norms)
                 projects = visual_width != width and method.visual_projection(model, visual_width) is None
-            task = 2 * width**2 + 2 * width * ANSWERS if encoder else 0
-            task += visual_width * width + width if projects else 0
+                embedding = VisualEmbedding(visual_width, nn.Embedding(1, width).requires_grad_(False))
+            task = 2 * width**2 + 2 * width * ANSWERS if experiment.task == "vqa" else 0
+            if experiment.task == "multitask":
+                task += sum(p.numel() for p in embedding.parameters() if p.requires_grad) if sees_image else 0
+            else:
+                task += visual_width * width + width if projects else 0
             self.trained[key] = task + sum(p.numel() for p in model.parameters() if p.requires_grad)
         return self.trained[key]
+
+
+def _text_model(kind: str, layers: int, width: int) -> PreTrainedModel:
+    """A text model of some shape, with the usual vocabulary; one head, for any number of heads has as many parameters."""
+    if kind == "encoder-decoder":
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
+                 for name, value in {"layers": layers // 2, "attention_heads": 1, "ffn_dim": 4 * width}.items()}  # fmt: skip
+        model = BartForConditionalGeneration(BartConfig(d_model=width, **sides))
+    else:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}
+        model = RobertaModel(RobertaConfig(**sizes)) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(**sizes))
+    model.tie_weights()
+    return model
 
 
 def _seconds_of_a_step(batch_size: int) -> Callable[[Timing], float | None]:

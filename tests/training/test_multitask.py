@@ -43,10 +43,11 @@ def finished(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) 
 # ---------------------------------------------------------------------------------------------------------- items
 
 
-def test_items_are_those_of_the_prepared_files_with_their_prompts(small_world: SmallWorld, trainer: Trainer) -> None:
-    folder, task = small_world.data / "test", trainer.task
+def test_items_are_those_of_the_prepared_files_with_their_prompts(small_world: SmallWorld, tmp_path: Path) -> None:
+    folder, task = small_world.data / "test", multitask(small_world, tmp_path, max_text_tokens=90).trainer().task
     examples, items = task.examples("test"), task.to_predict("test")
-    texts = dict(zip(examples["key"], task.tokenizer.batch_decode(examples["token_ids"], skip_special_tokens=True), strict=True))
+    decoded = task.tokenizer.batch_decode(examples["token_ids"][:], skip_special_tokens=True)
+    texts = dict(zip(examples["key"], decoded, strict=True))
     for question in json.loads((folder / "questions.json").read_text())["questions"]:
         assert texts[str(question["question_id"])] == f"vqa: {question['question']}"
     for name, question in json.loads((folder / "gqa.json").read_text()).items():
@@ -66,7 +67,7 @@ def test_prompts_are_a_setting(small_world: SmallWorld, tmp_path: Path) -> None:
     task = multitask(small_world, tmp_path, task_prompts="no").trainer().task
     examples = task.examples("val")
     assert not any(
-        text.startswith("vqa") for text in task.tokenizer.batch_decode(examples["token_ids"], skip_special_tokens=True)
+        text.startswith("vqa") for text in task.tokenizer.batch_decode(examples["token_ids"][:], skip_special_tokens=True)
     )
     start, end = task.tokenizer.bos_token_id, task.tokenizer.eos_token_id
     assert all(ids == [start, end] for ids, n in zip(examples["token_ids"], examples["data_set"], strict=True) if n == CAPTION)

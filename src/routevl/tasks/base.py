@@ -194,11 +194,16 @@ class Task(ABC):
         self.routed = Control(visual, method.stand_in, settings.seed) if method.stand_in else None
         self.data = data
         self._check_lengths(text_model)
+        self.extend(text_model)
         if settings.gradient_checkpointing:
             text_model.gradient_checkpointing_enable()  # its name in every release; 5.23 has a newer one too
         self.text_model_params = sum(parameter.numel() for parameter in text_model.parameters())
         train_also = [] if settings.freeze_layer_norm else layer_norms(text_model)
         self.model = self.build(text_model, method, prepared, train_also, visual, settings.prefix)
+
+    @staticmethod
+    def extend(text_model: PreTrainedModel) -> None:  # noqa: B027 (most tasks need nothing)
+        """Give the text model what the task needs beside its own tensors, frozen and the same in every run."""
 
     def longest_text(self) -> tuple[str, int]:
         """The setting that bounds the text's length, and this bound in tokens."""

@@ -166,7 +166,8 @@ class Card:
         return "\n\n".join(texts)
 
     def _code_of_a_tuner(self, folder: str, adapter: Mapping[str, Any]) -> str:
-        auto = {"encoder": "AutoModel", "decoder": "AutoModelForCausalLM"}[self._task.text_model]
+        kinds = {"encoder": "AutoModel", "decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
+        auto = kinds[self._task.text_model]
         arguments = [json.dumps(adapter["base_model_name_or_path"])]
         arguments += [f"revision={json.dumps(adapter['revision'])}"] if adapter["revision"] else []
         arguments += ["add_pooling_layer=False"] if getattr(self.text_model, "pooler", "") is None else []

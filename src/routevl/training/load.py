@@ -9,6 +9,7 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
+from routevl.tasks.table import task_class
 from routevl.training.prepared import PREPARED, load_prepared
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_run(text_model: nn.Module, folder: str | Path, weights: str = "") -> nn
     method = settings.new_method()
     try:
         prepared, _ = load_prepared(method, folder / PREPARED if method.prepares() else None)
+        task_class(settings.task).extend(text_model)
         model = method.build(text_model, prepared, [] if settings.freeze_layer_norm else layer_norms(text_model))
         method.load(model, folder / weights)
     except (KeyError, FileNotFoundError, RuntimeError) as error:

@@ -63,9 +63,9 @@ class MultitaskTask(Task):
     files = ("questions.json", "annotations.json", "captions.json", "gqa.json", "nlvr2.jsonl")
     selection = ("val_score", True)
     image_takes_positions = False
+    extend = staticmethod(add_extra_tokens)
 
     def build(self, text_model: PreTrainedModel, *arguments: Any) -> ClipBart:
-        add_extra_tokens(text_model)
         self.vocabulary = (self.data / "answers.json",)
         self.answers = read_vocabulary(self.data / "answers.json")
         true, false = (self.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in DECISIONS)
