@@ -128,6 +128,7 @@ def test_items_resample_as_the_average_of_the_data_sets(split: Path, predictions
     [
         ("predictions/lora_seed1/results.json", "[]", r"results\.json: not the results of a multi-task run: data must be object"),
         ("predictions/lora_seed1/results.json", '{"vqa": "vqa.json"}', r"not the results of a multi-task run: .*gqa"),
+        ("predictions/lora_seed1/results.json", json.dumps(FILES | {"okvqa": "okvqa.json"}), r"not the results of .*okvqa"),
         ("predictions/lora_seed1/gqa.json", "[]", r"gqa\.json: no result for 2 of 2 items, the first with the questionId 007"),
         ("predictions/lora_seed1/nlvr2.csv", "test1-1-0-0,Maybe", r"nlvr2\.csv: line 1: 'test1-1-0-0,Maybe', expected"),
         ("test/gqa.json", "{}", r"gqa\.json: holds no balanced questions, so none to score"),

@@ -16,10 +16,12 @@ from routevl.metrics.results import remarked
 if TYPE_CHECKING:
     from routevl.metrics import vqa
 
-DATA_SETS = ("vqa", "gqa", "nlvr2", "caption")  # of a multi-task run, whose results.json has the name of the file of each
-MULTITASK_RESULTS = Format("the results of a multi-task run", object_of(**dict.fromkeys(DATA_SETS, STRING)))
+ANSWER_TYPES = {"yes_no": "yes/no", "number": "number", "other": "other"}  # metric -> what annotations call the type
+_DATA_SETS = ("vqa", "gqa", "nlvr2", "caption")  # of a multi-task run, whose results.json has the name of each one's file
+_MULTITASK = Format(
+    "the results of a multi-task run", object_of(**dict.fromkeys(_DATA_SETS, STRING)) | {"additionalProperties": False}
+)
 
-ANSWER_TYPES = {"yes_no": "yes/no", "number": "number", "other": "other"}  # metric -> the annotations' word
 Scores = tuple[dict[str, Any], dict[str, Any]]  # what metrics.json and items.json hold
 
 
@@ -65,7 +67,7 @@ def score_multitask(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
     """Score multi-task results, which name a file for each data set, against a prepared split, in percent (CIDEr times 100).
 
     An item's `average` is what it adds to the average of the data sets: the mean of these over all items is that average, and
-    over the items of images that are drawn anew it moves as that average does.
+    over the items of images that are drawn anew it moves as that average does. An NLVR2 example is drawn with its left image.
     """
     from routevl.metrics import captions, gqa, nlvr2, vqa
 
@@ -81,10 +83,9 @@ def score_multitask(split: Path, results: Sequence[Path]) -> Iterator[Scores]:
             raise RoutevlError(
                 f"{split}: its {name} items do not name their images: it is not a split that `routevl prepare` wrote"
             )
-    files = [MULTITASK_RESULTS.read(path) for path in results]
-    of_data_sets = [{name: path.parent / those[name] for name in DATA_SETS} for path, those in zip(results, files, strict=True)]
-    all_captions = captions.cider_of_files(split / "captions.json", [paths["caption"] for paths in of_data_sets])
-    for paths, of_captions in zip(of_data_sets, all_captions, strict=True):
+    of_runs = [{name: path.parent / file for name, file in _MULTITASK.read(path).items()} for path in results]
+    all_captions = captions.cider_of_files(split / "captions.json", [paths["caption"] for paths in of_runs])
+    for paths, of_captions in zip(of_runs, all_captions, strict=True):
         of_vqa = vqa.score_results(annotations, paths["vqa"])
         of_gqa = gqa.score_results(gqa_questions, paths["gqa"])
         of_nlvr2 = nlvr2.score_results(examples, paths["nlvr2"])

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from routevl.errors import RoutevlError
+from routevl.metrics.score import ANSWER_TYPES
 from routevl.reporting.figures.inputs import FigureInputs, identity
 from routevl.reporting.style import (
     BLIND_TICK,
@@ -22,7 +23,6 @@ from routevl.reporting.style import (
 )
 from routevl.tasks.table import TASKS
 
-_ANSWER_TYPES = {"yes_no": "yes/no", "number": "number", "other": "other"}
 _MOST_QUESTION_TYPES = 16
 _COLUMNS = 4
 _CHARACTER = 0.072  # inches, of a title
@@ -75,7 +75,7 @@ def accuracies(inputs: FigureInputs) -> pd.DataFrame:
     rows = []
     for _, group in runs.groupby("experiment", sort=False):
         shared, tables = identity(group), list(group["by_question_type"])
-        for metric, label in _ANSWER_TYPES.items():
+        for metric, label in ANSWER_TYPES.items():
             if group[metric].notna().all():
                 rows.append(shared | {"by": "answer type", "type": label, "label": label, "accuracy": group[metric].mean()})
         for number, name in sorted((-entry["n"], name) for name, entry in tables[0].items())[:_MOST_QUESTION_TYPES]:
