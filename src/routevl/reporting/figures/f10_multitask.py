@@ -13,11 +13,12 @@ from routevl.reporting.figures.inputs import FigureInputs, identity
 from routevl.reporting.names import DAGGER, full_name
 from routevl.reporting.results import data_set_gains, gains
 from routevl.reporting.statistics import NOT_LEARNED
-from routevl.reporting.style import MUTED, TEXT_WIDTH, draw_interval, look, lower_legend
+from routevl.reporting.style import MUTED, TEXT_WIDTH, draw_interval, look, lower_legend, wrapped
 from routevl.tasks.table import TASKS
 
 _TASK = TASKS["multitask"]
 _LINE = 0.15  # inches, of a name
+_CHARACTERS = 30  # of a line of a name
 
 
 def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
@@ -60,9 +61,11 @@ def measured_gains(inputs: FigureInputs) -> pd.DataFrame:
 
 
 def _name(row: dict, rows: list[dict]) -> str:
-    """What a row is, and over what it gains where that is not its own method without a routing function."""
-    name = full_name(row, rows) + (f" {DAGGER}" if row["no_verdict"] == NOT_LEARNED else "")
-    return name if row["routing"] != "none" else f"{name}\nover {row['versus']}"
+    """What a row is; over what it gains, where that is not its own method without a routing function; and why it has no gain."""
+    name = full_name(row, rows)
+    name = name if len(name) <= _CHARACTERS else wrapped(name, _CHARACTERS)
+    over = "" if row["routing"] != "none" else f"\nover {row['versus']}"
+    return name + over + (f"\n{DAGGER} {NOT_LEARNED}" if row["no_verdict"] == NOT_LEARNED else "")
 
 
 def _draw_panel(axes: Axes, data: pd.DataFrame) -> None:
