@@ -170,8 +170,8 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def rows(families: Iterable[Timm | Transformers] = FAMILIES) -> Iterator[tuple[str, str, str, str, str]]:
-    """Of each family: its name, its library, a model, its pooled tokens, its patches: length x width, or why there are none."""
+def rows(families: Iterable[Timm | Transformers] = FAMILIES) -> Iterator[tuple[str, ...]]:
+    """Of each family: its name, its library, a model, and its tokens of each kind: length x width, or why there are none."""
     for of in families:
         with tempfile.TemporaryDirectory() as folder:
             of.write_config(Path(folder))

@@ -8,12 +8,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from routevl.errors import RoutevlError
+from routevl.features.index import TOKENS
 from routevl.methods.base import Method
 from routevl.methods.table import METHODS, new_method
 from routevl.options import check_value, describe, option, read, read_words
 from routevl.tasks.table import TASKS
 
-VISUAL_TOKENS = ("pooled", "patches")
 CONTROLS = ("none", "noise", "ones", "shuffled")
 COLUMNS = ("task", "method", "epochs", "prefix", "visual_tokens")  # settings that are columns of the run sheet
 
@@ -23,7 +23,7 @@ class _Settings:
     task: str = option("what is learned", choices=TASKS)
     method: str = option("fine-tuning method (`routevl methods` lists them)", choices=METHODS)
     prefix: bool = option("whether the visual tokens also stand before the text")
-    visual_tokens: str = option("which stored features are used", choices=VISUAL_TOKENS)
+    visual_tokens: str = option("which stored features are used", choices=TOKENS)
     control: str = option(
         "what stands in for the image: `none` (the image itself), `noise`, `ones`, or `shuffled`, another image's features",
         "none", choices=CONTROLS,

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from routevl.errors import RoutevlError
+from routevl.features.index import TOKENS
 from routevl.files import atomic_file, read_json
 from routevl.methods.table import METHODS, free_options, method_class, refuse_fixed
 from routevl.options import check_value, parse_number, read_words, words_of
-from routevl.settings import SHARED_SETTINGS, VISUAL_TOKENS, RunSettings, check_setting
+from routevl.settings import SHARED_SETTINGS, RunSettings, check_setting
 from routevl.tasks.table import TASKS
 
 # column -> what it means, for the documents; all are required, in any order
@@ -36,7 +37,7 @@ COLUMNS = {
     "epochs": "passes over the training split",
     "prefix": "`yes`: the visual tokens also stand before the text. `no` with a method that does not read the image is the blind "
     "baseline",
-    "visual_tokens": f"which features are used: {', '.join(f'`{tokens}`' for tokens in VISUAL_TOKENS)}",
+    "visual_tokens": f"which features are used: {', '.join(f'`{tokens}`' for tokens in TOKENS)}",
     "seeds": "comma-separated, one run each, called `<experiment>_seed<seed>`",
     "feeds": "comma-separated short names of the tables and figures that show the experiment",
 }
@@ -173,7 +174,7 @@ def _experiment(row: dict[str, str], where: str) -> Experiment:
         versus=row["versus"],
         epochs=whole("epochs", row["epochs"], 1, "3, a whole number above zero"),
         prefix=one_of("prefix", ("yes", "no")) == "yes",
-        visual_tokens=one_of("visual_tokens", VISUAL_TOKENS),
+        visual_tokens=one_of("visual_tokens", TOKENS),
         seeds=tuple(whole("seeds", seed, 0, "1,2,3") for seed in row["seeds"].split(",")),
         feeds=tuple(re.findall("[^ ,]+", fits("feeds", FEEDS, "T1,F2"))),
     )

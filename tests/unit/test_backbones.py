@@ -214,9 +214,10 @@ def test_fetching_brings_the_card_with_the_licence(
 def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:
     backbone = load_vision_backbone(folders["vit"])
     pixels = torch.randn(2, 3, 32, 32)
-    pooled, patches = backbone.encode(pixels, TOKENS).values()
+    pooled, patches, grid = backbone.encode(pixels, TOKENS).values()
     output = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
     assert torch.equal(pooled, output.pooler_output) and torch.equal(patches, output.last_hidden_state[:, 1:])
+    assert torch.equal(grid, patches)
     assert pooled.shape == (2, 16) and (backbone.tokens.shape("pooled"), backbone.tokens.shape("patches")) == ((1, 16), (16, 16))
     assert pooled.abs().max() <= 1  # tanh
 
@@ -233,7 +234,7 @@ def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
         backbone = load_vision_backbone(folders[name])
         pixels = backbone.transform(Image.new("RGB", (100, 60), "red"))
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
-        pooled, tokens = backbone.encode(pixels[None], TOKENS).values()
+        pooled, tokens, _ = backbone.encode(pixels[None], TOKENS).values()
         assert pooled.shape == (1, 16) and tokens.shape == (1, patches, 16) and backbone.tokens.shape("patches") == (patches, 16)
     assert len({fingerprint_of(folder) for folder in folders.values()}) == len(folders)
 
@@ -287,6 +288,16 @@ def test_fingerprint_follows_weights_and_preprocessing_only(folders: dict[str, P
     preprocessor = copy / "preprocessor_config.json"
     preprocessor.write_text(preprocessor.read_text().replace("0.5", "0.4"))
     assert fingerprint_of(copy) != before
+
+
+def test_patches_of_images_that_are_not_square_are_no_grid(folders: dict[str, Path], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**sizes, image_size=(16, 64), patch_size=8)).save_pretrained(tmp_path)  # as many patches as 4 x 4 has
+    ViTImageProcessor(size={"height": 16, "width": 64}).save_pretrained(tmp_path)
+    tokens = vision_tokens(tmp_path)
+    assert tokens.shape("patches") == (16, 16)
+    with pytest.raises(RoutevlError, match="no grid tokens: its images have 16 x 64 pixels, so that [^\n]*; leave grid out of"):
+        tokens.shape("grid")
 
 
 @pytest.mark.parametrize(

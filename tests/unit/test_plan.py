@@ -148,3 +148,15 @@ def test_the_table_says_where_speeds_and_memory_come_from(config: dict[str, Any]
     ]
     cost = plan.Plan(config).cost("extract", {"vision": "vit"})
     assert cost.gpu_hours * 3600 == pytest.approx(400 / config["features"]["shards"] * 5 / 100)
+
+
+def test_features_take_the_disk_of_their_tokens(config: dict[str, Any]) -> None:
+    import plan
+
+    for tokens, patches, count in (
+        (["pooled"], 49, 1), (["grid"], 49, 36), (["grid"], 9, 9), (["pooled", "patches", "grid"], 9, 19),
+    ):  # fmt: skip
+        features = config["features"] | {"tokens": tokens}
+        sizes = PLAN | {"vision": {"vit": PLAN["vision"]["vit"] | {"patches": patches}}}
+        disk = plan.Plan(config | {"features": features, "plan": sizes}).cost("extract", {"vision": "vit"}).disk
+        assert disk == 4 * 16 * count * 400 / features["shards"]

@@ -18,6 +18,7 @@ import torch
 import transformers
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_max_pool2d
 
 from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.errors import RoutevlError
@@ -167,6 +168,8 @@ def keep_signals(model: nn.Module, size: tuple[int, ...]) -> None:
 def test_tokens_are_those_of_the_models_own_forward_pass(of: Timm | Transformers, folder: Path) -> None:
     backbone, given = load_vision_backbone(folder), vision_tokens(folder)
     expected = (of_timm if isinstance(of, Timm) else of_transformers)(of, folder, size_of(backbone))
+    if "patches" in expected:
+        expected["grid"] = pooled_by_torch(expected["patches"])
     assert (backbone.tokens.shapes, backbone.tokens.refused) == (given.shapes, given.refused)
     assert given.shapes.keys() == expected.keys() and given.refused.keys() == set(TOKENS) - expected.keys()
     pixels = pixels_of(size_of(backbone))
@@ -237,7 +240,13 @@ def of_transformers(of: Transformers, folder: Path, size: tuple[int, ...]) -> di
     if of.family == "ViT-MAE":  # every patch, in order
         model.config.mask_ratio, options = 0.0, {"noise": torch.arange(16.0).expand(2, -1)}
     output = getattr(model, "vision_model", model)(pixel_values=pixels, **options)
-    return {kind: read(output) for kind, read in zip(TOKENS, readers, strict=True) if read is not None}
+    return {kind: read(output) for kind, read in zip(("pooled", "patches"), readers, strict=True) if read is not None}
+
+
+def pooled_by_torch(patches: Tensor) -> Tensor:
+    """(B, n * n, d) -> (B, 36 at most, d)."""
+    side = math.isqrt(patches.shape[1])
+    return adaptive_max_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), min(side, 6)).flatten(2).transpose(1, 2)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, sh
 from routevl.backbones.vision_timm import TimmFolder
 from routevl.backbones.vision_transformers import TransformersFolder
 from routevl.errors import RoutevlError, first_line
+from routevl.features.grid import pooled_grid
 from routevl.features.index import TOKENS
 from routevl.files import read_json
 
@@ -29,7 +30,7 @@ class Tokens:
 
     Attributes:
         folder: the model's.
-        shapes: kind -> length and width; (1, d) for "pooled", (L, d') for "patches".
+        shapes: kind -> length and width; (1, d) for "pooled", (L, d') for "patches", (36 at most, d') for "grid".
         refused: why the model gives no tokens of the other kinds.
         layout: where the patches stand in its hidden states, if it gives any.
     """
@@ -68,10 +69,11 @@ class VisionBackbone:
     tokens: Tokens
 
     def encode(self, pixels: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:
-        """Pixels (B, 3, H, W) -> of each kind asked for, "pooled" (B, d) or "patches" (B, L, d').
+        """Pixels (B, 3, H, W) -> of each kind asked for, "pooled" (B, d), "patches" (B, L, d') or "grid" (B, 36 at most, d').
 
         The pooled token is the model's own: transformers' `pooler_output` (ViT: dense + tanh on [CLS], the
-        paper's choice) where its weights are there, else the normalised [CLS]; for timm what its head reads.
+        paper's choice) where its weights are there, else the normalised [CLS]; for timm what its head reads. The
+        grid is that of the patches, max-pooled to 6 x 6 where it is larger.
 
         Raises:
             RoutevlError: a kind that the model does not give, or gives in another shape than `tokens` says.
@@ -137,12 +139,15 @@ def _tokens_of_twin(source: VisionFolder) -> Tokens:
             raise RoutevlError(f"backbone {source.folder}: cannot run on images of {size} ({first_line(error)})") from None
         for kind in TOKENS:
             try:
-                layout = source.layout(twin, output, pixels) if kind == "patches" else None
+                if kind == "patches":
+                    layout = source.layout(twin, output, pixels)
+                if kind == "grid":
+                    _check_square(size, shapes)
                 tokens = _tokens_of(source, twin, output, kind, layout)
                 if tokens.dim() != (2 if kind == "pooled" else 3) or len(tokens) != len(pixels):
                     raise Unreadable(f"they are {shape_text(tokens)}")
                 shapes[kind] = _length_and_width(tokens)
-            except Unreadable as reason:
+            except (Unreadable, RoutevlError) as reason:
                 refused[kind] = str(reason)
             except Exception as error:
                 if pixels.is_meta:
@@ -167,13 +172,22 @@ def _size_of_images(source: VisionFolder, model: nn.Module) -> tuple[int, ...]:
     return sizes[0]
 
 
+def _check_square(size: tuple[int, ...], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise Unreadable where images (3, H, W) are not square, or have no patches."""
+    if "patches" not in shapes:
+        raise Unreadable("it gives no patches")
+    if size[1] != size[2]:
+        raise Unreadable(f"its images have {size[1]} x {size[2]} pixels, so that their patches are no square grid")
+
+
 def _tokens_of(source: VisionFolder, model: nn.Module, output: Any, kind: str, layout: Layout | None) -> Tensor:
-    """Pooled (B, d) or patches (B, L, d) from a model's output."""
+    """Pooled (B, d), patches (B, L, d) or their grid (B, 36 at most, d) from a model's output."""
     if kind == "pooled":
         return source.pooled(model, output)
-    return layout.patches(source.hidden_states(output))
+    patches = layout.patches(source.hidden_states(output))
+    return pooled_grid(patches) if kind == "grid" else patches
 
 
 def _length_and_width(tokens: Tensor) -> tuple[int, int]:
-    """Of pooled (B, d) or patches (B, L, d)."""
+    """Of pooled (B, d), or patches or a grid (B, L, d)."""
     return (1, *tokens.shape[1:]) if tokens.dim() == 2 else tuple(tokens.shape[1:])

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from routevl.errors import RoutevlError
 from routevl.files import sha256_of, write_json
 
-TOKENS = ("pooled", "patches")  # what can be stored of an image
+# What can be stored of an image: one token, all patches, or a square grid of them, of 6 x 6 where it has more.
+TOKENS = ("pooled", "patches", "grid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

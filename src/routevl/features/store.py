@@ -20,7 +20,7 @@ class Features:
 
     Args:
         folder: of index.json and the shards.
-        tokens: "pooled" or "patches".
+        tokens: one of TOKENS.
         expected_fingerprint: of the backbone that must have made them; None: any.
 
     Attributes:
