@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -25,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 
-from routevl.backbones import fetch, pretrain_text, pretrain_vision
+from routevl.backbones import derive, fetch, pretrain_text, pretrain_vision
 from routevl.backbones.folder import Origin, fingerprint_of, origin_of, public_name
 from routevl.backbones.text import load_text_backbone
 from routevl.backbones.vision import load_vision_backbone, vision_tokens
@@ -298,6 +299,48 @@ def test_patches_of_images_that_are_not_square_are_no_grid(folders: dict[str, Pa
     assert tokens.shape("patches") == (16, 16)
     with pytest.raises(RoutevlError, match="no grid tokens: its images have 16 x 64 pixels, so that [^\n]*; leave grid out of"):
         tokens.shape("grid")
+
+
+# ------------------------------------------------------------------------------------------ another crop
+
+
+def derived(source: Path, output: Path, *options: str) -> Path:
+    parser = argparse.ArgumentParser()
+    derive.add_arguments(parser)
+    derive.run(parser.parse_args(["--by", "crop", "--source", str(source), "--output", str(output), "--options", *options]))
+    return output
+
+
+def test_a_squashed_image_is_seen_whole_without_its_aspect(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As OpenAI's CLIP is given it in CLIP-BART: resized to a square by bicubic interpolation, and not cropped."""
+    source = shutil.copytree(folders["timm"], tmp_path / "timm")
+    config = json.loads((source / "config.json").read_text())
+    config["pretrained_cfg"] |= {"crop_pct": 0.9, "crop_mode": "center"}  # as timm's CLIP models have it
+    (source / "config.json").write_text(json.dumps(config))
+    squashed = derived(source, tmp_path / "squashed", "crop_mode=squash")
+    pixels = numpy.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=numpy.uint8)
+    image = Image.fromarray(pixels)
+    backbone = load_vision_backbone(squashed)
+    expected = torch.from_numpy(numpy.array(image.resize((48, 48), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(config["pretrained_cfg"][name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(backbone.transform(image), (expected - mean) / std)
+    assert not torch.equal(backbone.transform(image), load_vision_backbone(source).transform(image))
+    assert backbone.fingerprint == fingerprint_of(squashed) != fingerprint_of(source)  # so features of the other crop are stale
+    assert (squashed / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    [step] = origin_of(squashed).derivations
+    assert step == {"by": "crop", "options": {"crop_mode": "squash", "crop_pct": 1.0}}
+
+
+def test_a_crop_is_refused_where_it_is_not_timms(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("vit", "roberta"):
+        with pytest.raises(RoutevlError, match=f"^backbone .*{name}: config.json has no pretrained_cfg, timm's preprocessing; "):
+            derived(folders[name], tmp_path / "squashed", "crop_mode=squash")
+    with pytest.raises(RoutevlError, match="crop_mode is 'stretch', expected one of center, squash, border"):
+        derived(folders["timm"], tmp_path / "squashed", "crop_mode=stretch")
+    assert not (tmp_path / "squashed").exists()
+
+
+# ------------------------------------------------------------------------------------------ pretraining
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,17 @@ class MagnitudeOptions:
 
 
 @dataclass(frozen=True)
+class CropOptions:
+    """Options of another crop, by timm's names."""
+
+    crop_mode: str = option(
+        "what becomes of an image that is not square: its middle is taken (`center`), it is squashed to a square (`squash`), or "
+        "it gets margins (`border`)", choices=("center", "squash", "border"),
+    )  # fmt: skip
+    crop_pct: float = option("share of a side, of the image so far, that the model then sees", 1.0, above=0, most=1)
+
+
+@dataclass(frozen=True)
 class Derivation:
     """One way of deriving a backbone; `implementation` is "<module>:<function>" under routevl.backbones."""
 
@@ -33,6 +44,7 @@ class Derivation:
 
 DERIVATIONS = {
     "magnitude": Derivation("Pruned by magnitude", "Han et al., 2015 (arXiv 1506.02626)", "magnitude:prune", MagnitudeOptions),
+    "crop": Derivation("A vision model of timm with another crop", "timm (create_transform)", "crop:crop", CropOptions),
 }
 
 
