@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,9 @@ from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BartModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -28,7 +31,8 @@ from transformers import (
 
 from routevl.backbones import derive, fetch, pretrain_text, pretrain_vision
 from routevl.backbones.folder import Origin, fingerprint_of, origin_of, public_name
-from routevl.backbones.text import load_text_backbone
+from routevl.backbones.pretrain_text import without_spans
+from routevl.backbones.text import load_text_backbone, text_skeleton
 from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.backbones.vision_timm import TimmFolder
 from routevl.backbones.vision_transformers import TransformersFolder
@@ -51,9 +55,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A toy backbone of each kind."""
     root = tmp_path_factory.mktemp("backbones")
     made = {
-        name: pretrain(pretrain_text, root / name, "--architecture", name, "--sentences", "40") for name in ("roberta", "gpt2")
+        name: pretrain(pretrain_text, root / name, "--architecture", name, "--sentences", "40")
+        for name in ("roberta", "gpt2", "bart")
     }
     made["timm"] = pretrain(pretrain_vision, root / "timm", "--images", "16")
+    made["resnet"] = pretrain(pretrain_vision, root / "resnet", "--architecture", "resnet", "--images", "16")
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     size = {"height": 32, "width": 32}
@@ -75,18 +81,15 @@ def _without_pooler(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_text_folders_load_with_transformers(folders: dict[str, Path]) -> None:
-    for name, auto_class in (("roberta", AutoModel), ("gpt2", AutoModelForCausalLM)):
+    for name, auto_class in (("roberta", AutoModel), ("gpt2", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)):
         options = {"add_pooling_layer": False} if name == "roberta" else {}
         _, loading = auto_class.from_pretrained(folders[name], output_loading_info=True, **options)
         assert not loading["missing_keys"]
         tokenizer = AutoTokenizer.from_pretrained(folders[name])
         text = "is there a red circle? Ünseen"
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    assert AutoTokenizer.from_pretrained(folders["roberta"]).convert_ids_to_tokens([0, 1, 2]) == [
-        "<s>",
-        "<pad>",
-        "</s>",
-    ]
+    for name in ("roberta", "bart"):
+        assert AutoTokenizer.from_pretrained(folders[name]).convert_ids_to_tokens([0, 1, 2]) == ["<s>", "<pad>", "</s>"]
     assert AutoTokenizer.from_pretrained(folders["gpt2"]).eos_token == "<|endoftext|>"
 
 
@@ -100,11 +103,31 @@ def test_text_backbone_is_frozen_float32_without_pooler(folders: dict[str, Path]
     assert causal.lm_head.out_features == causal.config.vocab_size
 
 
+def test_an_encoder_decoder_is_also_read_from_weights_without_its_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As the hub's bart-base are."""
+    copy = shutil.copytree(folders["bart"], tmp_path / "bart")
+    BartModel.from_pretrained(folders["bart"]).save_pretrained(copy)
+    texts = ["is there a red circle?", "both images have a cross."]
+    logits = []
+    for folder in (folders["bart"], copy):
+        model, tokenizer = load_text_backbone(folder, "encoder-decoder")
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        logits.append(model(**batch, decoder_input_ids=batch["input_ids"]).logits)
+    assert torch.equal(*logits)
+    skeleton, _ = text_skeleton(folders["bart"], "encoder-decoder")
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == {name: p.shape for name, p in model.named_parameters()}
+    assert skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
         ("gpt2", "encoder", "a gpt2 model; needs a bidirectional text encoder such as roberta"),
         ("roberta", "decoder", "a roberta model; needs a causal language model such as gpt2"),
+        ("bart", "encoder", "a bart model; needs a bidirectional text encoder such as roberta"),
+        ("bart", "decoder", "a bart model; needs a causal language model such as gpt2"),
+        ("roberta", "encoder-decoder", "a roberta model; needs an encoder-decoder such as bart"),
+        ("gpt2", "encoder-decoder", "a gpt2 model; needs an encoder-decoder such as bart"),
         ("vit", "encoder", "bidirectional text encoder"),
         ("timm", "decoder", "not of a transformers model|causal language model"),
     ],
@@ -231,7 +254,7 @@ def test_vision_models_without_pooler_give_the_cls_token(folders: dict[str, Path
 
 
 def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
-    for name, size, patches in (("timm", 48, 36), ("clip", 32, 16)):
+    for name, size, patches in (("timm", 48, 36), ("resnet", 48, 36), ("clip", 32, 16)):
         backbone = load_vision_backbone(folders[name])
         pixels = backbone.transform(Image.new("RGB", (100, 60), "red"))
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
@@ -241,7 +264,7 @@ def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
 
 
 def test_which_tokens_a_model_gives_is_known_without_its_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("timm", "vit", "clip"):
+    for name in ("timm", "resnet", "vit", "clip"):
         copy = shutil.copytree(folders[name], tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
         assert vision_tokens(copy).shapes == load_vision_backbone(folders[name]).tokens.shapes
     with pytest.raises(RoutevlError, match="a roberta model, not an image encoder"):
@@ -289,6 +312,17 @@ def test_fingerprint_follows_weights_and_preprocessing_only(folders: dict[str, P
     preprocessor = copy / "preprocessor_config.json"
     preprocessor.write_text(preprocessor.read_text().replace("0.5", "0.4"))
     assert fingerprint_of(copy) != before
+
+
+def test_the_grid_of_patches_is_pooled_to_six_a_side(tmp_path: Path) -> None:
+    """Where it is larger, as the maxima of parts that overlap, which torch's own pooling takes as well."""
+    options = ("--architecture", "resnet", "--patch-size", "8", "--image-size", "72", "--images", "8")
+    backbone = load_vision_backbone(pretrain(pretrain_vision, tmp_path / "resnet", *options))
+    _, patches, grid = backbone.encode(torch.randn(2, 3, 72, 72), TOKENS).values()
+    rows = patches.transpose(1, 2).unflatten(2, (9, 9))
+    assert backbone.tokens.shape("grid") == (36, 16)
+    assert torch.equal(grid, torch.nn.functional.adaptive_max_pool2d(rows, 6).flatten(2).transpose(1, 2))
+    assert grid[0, 1].equal(patches.unflatten(1, (9, 9))[0, 0:2, 1:3].amax((0, 1)))
 
 
 def test_patches_of_images_that_are_not_square_are_no_grid(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -344,16 +378,19 @@ def test_a_crop_is_refused_where_it_is_not_timms(folders: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"),
+    ("stage", "options", "name"),
     [
-        (pretrain_text, ["--architecture", "roberta", "--sentences", "40"]),
-        (pretrain_text, ["--architecture", "gpt2", "--sentences", "40"]),
-        (pretrain_vision, ["--images", "16"]),
+        (pretrain_text, ["--architecture", "roberta", "--sentences", "40"], "roberta"),
+        (pretrain_text, ["--architecture", "gpt2", "--sentences", "40"], "gpt2"),
+        (pretrain_text, ["--architecture", "bart", "--sentences", "40"], "bart"),
+        (pretrain_vision, ["--images", "16"], "timm"),
+        (pretrain_vision, ["--architecture", "resnet", "--images", "16"], "resnet"),
     ],
 )
-def test_pretraining_is_deterministic(folders: dict[str, Path], tmp_path: Path, stage: ModuleType, options: list[str]) -> None:
-    again = pretrain(stage, tmp_path / "again", *options)
-    first = folders["timm" if stage is pretrain_vision else options[1]]
+def test_pretraining_is_deterministic(
+    folders: dict[str, Path], tmp_path: Path, stage: ModuleType, options: list[str], name: str
+) -> None:
+    again, first = pretrain(stage, tmp_path / "again", *options), folders[name]
     names = sorted(file.name for file in first.iterdir())
     assert names == sorted(file.name for file in again.iterdir())
     for name in names:
@@ -363,6 +400,45 @@ def test_pretraining_is_deterministic(folders: dict[str, Path], tmp_path: Path, 
     assert (other_seed / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
 
 
+def test_infilling_leaves_all_but_some_spans(folders: dict[str, Path]) -> None:
+    """30% of the tokens between the first and the last, in several spans and some of them of no tokens; the others in order."""
+    generator, mask = numpy.random.default_rng(0), -1
+    spans, empty = [], 0
+    for length in [1, 2, 5, 10, 30] * 200:
+        ids = list(range(length + 2))
+        corrupted = without_spans(ids, mask, generator)
+        kept = [token for token in corrupted if token != mask]
+        assert kept == sorted(kept) and (corrupted[0], corrupted[-1]) == (ids[0], ids[-1])
+        assert len(ids) - len(kept) == math.ceil(0.3 * length)
+        spans.append(corrupted.count(mask))
+        empty += any(corrupted[place - 1] + 1 == corrupted[place + 1] for place, token in enumerate(corrupted) if token == mask)
+    assert min(spans) == 1 and max(spans) > 4 and empty > 20
+
+
+@pytest.mark.slow
+def test_a_pretrained_bart_writes_what_its_encoder_reads(tmp_path: Path) -> None:
+    """Which it does not where its decoder has only learnt what sentences are like: that gets two thirds of the tokens right."""
+    options = ("--architecture", "bart", "--sentences", "5000", "--epochs", "2", "--batch-size", "32")
+    sizes = ("--hidden-size", "96", "--layers", "2", "--heads", "4")
+    folder = pretrain(pretrain_text, tmp_path / "bart", *options, *sizes)
+    assert json.loads((folder / "pretraining.json").read_text())["held_out"]["token_accuracy"] > 0.8
+    model, tokenizer = load_text_backbone(folder, "encoder-decoder")
+    read = [("what color is the", " thing?"), ("the left image has a", " square."), ("both images have", " circle.")]
+    batch = tokenizer(["<mask>".join(parts) for parts in read], padding=True, return_tensors="pt")
+    written = model.generate(**batch, max_new_tokens=30, num_beams=1)
+    assert written[:, :2].tolist() == [[2, 0]] * 3  # </s> <s>, as in training
+    for (before, after), text in zip(read, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+        assert text.startswith(before) and text.endswith(after)
+
+
+@pytest.mark.slow
+def test_each_token_of_a_pretrained_resnet_tells_its_own_cell(tmp_path: Path) -> None:
+    options = ("--architecture", "resnet", "--images", "8000", "--epochs", "2", "--patch-size", "16", "--learning-rate", "4e-3")
+    folder = pretrain(pretrain_vision, tmp_path / "resnet", *options, "--hidden-size", "128", "--batch-size", "32")
+    found = json.loads((folder / "pretraining.json").read_text())["held_out"]
+    assert min(found.values()) > 0.9, found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -370,6 +446,11 @@ def test_pretraining_is_deterministic(folders: dict[str, Path], tmp_path: Path, 
         (["--images", "8", "--heads", "3"], "--hidden-size 16 is not a multiple of --heads 3"),
         (["--images", "64", "--epochs", "4", "--learning-rate", "1e30"], "set a lower --learning-rate"),
         (["--images", "8", "--learning-rate", "0"], "--learning-rate 0.0: expected a positive number"),
+        (["--images", "8", "--architecture", "resnet", "--patch-size", "12"], "--patch-size 12: a resnet's is one of 8, 16, 32"),
+        (
+            ["--images", "8", "--architecture", "resnet", "--hidden-size", "24"],
+            "--hidden-size 24: a resnet's is a multiple of 16",
+        ),
     ],
 )
 def test_bad_pretraining_options(tmp_path: Path, options: list[str], message: str) -> None:

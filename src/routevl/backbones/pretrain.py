@@ -25,7 +25,7 @@ from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import grouped_by_length
 
 HELD_OUT = 1000  # sentences or scenes that the quality is measured on
-TRAINING_DATA, HELD_OUT_DATA, TRAINING_ORDER = range(3)  # independent random streams of one seed
+TRAINING_DATA, HELD_OUT_DATA, TRAINING_ORDER, NOISE = range(4)  # independent random streams of one seed
 WARM_UP = 0.1  # of all steps
 WEIGHT_DECAY = 0.01
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoTokenizer,
     PretrainedConfig,
@@ -25,6 +26,7 @@ from routevl.errors import RoutevlError
 TEXT_MODELS = {
     "encoder": (MODEL_MAPPING, "a bidirectional text encoder such as roberta"),
     "decoder": (MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model such as gpt2"),
+    "encoder-decoder": (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "an encoder-decoder such as bart"),
 }
 
 
@@ -37,7 +39,7 @@ def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, Pr
     Args:
         path: its folder.
         kind: "encoder" loads a bidirectional encoder without pooling layer (RoBERTa ships no weights for it);
-            "decoder" loads a causal language model.
+            "decoder" loads a causal language model; "encoder-decoder" one with an encoder before it.
 
     Raises:
         RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is the wrong kind of model.
@@ -77,7 +79,7 @@ def _class_of(folder: Path, kind: str) -> tuple[type[PreTrainedModel], Pretraine
 
 def _kind_of(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
-        return None
+        return "encoder-decoder" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
     # RoBERTa also has a causal class: what counts is whether its configuration makes it a decoder.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return "encoder"
