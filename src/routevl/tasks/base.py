@@ -201,8 +201,8 @@ class Task(ABC):
         train_also = [] if settings.freeze_layer_norm else layer_norms(text_model)
         self.model = self.build(text_model, method, prepared, train_also, visual, settings.prefix)
 
-    @staticmethod
-    def extend(text_model: PreTrainedModel) -> None:  # noqa: B027 (most tasks need nothing)
+    @staticmethod  # noqa: B027 (most tasks need nothing)
+    def extend(text_model: PreTrainedModel) -> None:
         """Give the text model what the task needs beside its own tensors, frozen and the same in every run."""
 
     def longest_text(self) -> tuple[str, int]:
