@@ -109,17 +109,17 @@ def test_b12_a_new_row_changes_the_scoring_of_its_own_baseline_alone(workflow: P
         assert rule == "score_" + predictions[0].removeprefix("results/predictions/") and len(predictions) <= 16
     sheet = workflow / SHEET
     lines = sheet.read_text().splitlines()
-    [place] = [n for n, line in enumerate(lines) if line.startswith("vqa_lora_none_r2_e1\t")]
-    new = lines[place].replace("vqa_lora_none_r2_e1\t", "vqa_new\t")
+    [place] = [n for n, line in enumerate(lines) if line.startswith("vqa_lora_none_r2_e3\t")]
+    new = lines[place].replace("vqa_lora_none_r2_e3\t", "vqa_new\t")
     sheet.write_text("\n".join([*lines[: place + 1], new, *lines[place + 1 :]]) + "\n")
     after = scoring(workflow)
     assert after == before | {"score_vqa_new_seed1": [f"results/predictions/vqa_new_seed{seed}" for seed in (1, 2, 3)]}
     cells = lines[place].split("\t")
     column = lines[0].split("\t").index("versus")
-    cells[0], cells[column] = "vqa_newer", "vqa_lora_none_r2_e1"
+    cells[0], cells[column] = "vqa_newer", "vqa_lora_none_r2_e3"
     sheet.write_text("\n".join([*lines[: place + 1], "\t".join(cells), *lines[place + 1 :]]) + "\n")
     changed = {rule for rule, predictions in scoring(workflow).items() if before.get(rule) != predictions}
-    assert changed == {"score_vqa_lora_none_r2_e1_seed1"}
+    assert changed == {"score_vqa_lora_none_r2_e3_seed1"}
 
 
 # ------------------------------------------------------------------------------- from the files to the command lines
@@ -153,7 +153,7 @@ def test_each_experiment_has_its_own_learning_rate_batch_size_and_scale(workflow
     changed = {"learning-rate": "0.0001", "batch-size": "32", "max-train-examples": "500", "scale": "layer_norm"}
     assert found.pop("vqa_lora_mul_r8_e8") == changed
     assert found.pop("vqa_lora_none_r8_e8") == of_method | {"batch-size": "8"}
-    assert found.pop("vqa_lora_none_r2_e1") == of_method
+    assert found.pop("vqa_lora_none_r2_e3") == of_method
     assert found.pop("vqa_adapter_none_r8_e3") == of_method | {"batch-size": "16"}
     assert len(found) > 20 and not any("max-train-examples" in words for words in found.values())
 
