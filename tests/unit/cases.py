@@ -90,7 +90,7 @@ def with_tasks(method: str) -> list[dict[str, Any]]:
     """The options that a method is tried with for several tasks, where it can have something of each."""
     options = free_options(method)
     apart = {"tasks": TASKS} | ({"sharing": "multiple"} if "sharing" in options else {})
-    return [small | apart for small in small_options(method)[:1]] if "tasks" in options else []
+    return [small | apart for small in small_options(method)[:2]] if "tasks" in options else []  # one that routes, if any does
 
 
 def trains_norms(method: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,11 +249,13 @@ AT_BART_BASE = {  # the reference's name -> method, options, whether norms are t
     "single_compacter": ("phm_adapter", {}, True, 30 * PHM + NORMS),
     "multiple_compacters": ("phm_adapter", {"sharing": "multiple", **FOUR}, True, 4 * 30 * PHM + NORMS),
     "single_lora": ("lora_bias", {"r": 128, "lora_alpha": 32.0}, False, 36 * LORA + BIASES),
+    "multiple_lora": ("lora", {"r": 128, "lora_alpha": 32.0, "bias": "all", **FOUR}, False, 4 * 36 * LORA + BIASES),
     "small": ("vl_pet_small", {}, True, VL_PET + 12 * (2 * D_BASE + 1)),
     "middleX": ("vl_pet_middle_x", {}, True, VL_PET + 12 * (D_BASE + 1)),
     "middleY": ("vl_pet_middle_y", {}, True, VL_PET + 12 * D_BASE),
     "large": ("vl_pet_large", {}, True, VL_PET + 12 * ADAPTER),
     "routed_lora": ("lora", {"r": 128, "lora_alpha": 32.0, "routing": "mul"}, False, 36 * LORA),
+    "routed_lora_bias": ("lora", {"r": 128, "lora_alpha": 32.0, "bias": "all", "routing": "mul"}, False, 36 * LORA + BIASES),
     "adapter_without_norms": ("vl_adapter", {}, False, 30 * ADAPTER),
 }
 
@@ -284,7 +287,7 @@ def test_parameter_counts_at_bart_base(name: str) -> None:
 
 
 @needs_reference
-@pytest.mark.parametrize("name", ["full", *AT_BART_BASE][:-2])
+@pytest.mark.parametrize("name", ["full", *AT_BART_BASE][:-3])
 def test_parameter_counts_at_bart_base_are_the_recorded_ones(name: str) -> None:
     _, meta = recorded("clip_bart")
     method, options, norms, _ = AT_BART_BASE.get(name, ("full", {}, False, None))
@@ -554,6 +557,23 @@ def test_bfloat16_autocast(case: tuple[str, str, dict[str, Any]]) -> None:
     assert torch.linalg.norm(rough["losses"] - exact) < 0.05 * torch.linalg.norm(exact)
     rough["loss"].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"tasks": TASKS}, {"norms": True}])
+def test_routed_lora_trains_the_biases_too_and_saves_them(options: dict[str, Any], tmp_path: Path) -> None:
+    model = toy("lora", r=4, routing="mul", bias="all", **options)
+    biases = {name for name in dict(lively_bart().named_parameters()) if name.endswith(".bias")}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    own = {re.sub(r"text_model\.base_model\.model\.|base_layer\.|modules_to_save\.default\.", "", name) for name in trained}
+    norms = set() if "norms" not in options else {f"{name}.weight" for name in layer_norms(lively_bart())}
+    assert {name for name in own if not name.startswith("visual_projection.")} == biases | norms
+    before = {name: tensor.clone() for name, tensor in model.tensors().items() if name.endswith(".bias")}
+    one_step(model, batch_of())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.tensors().items() if name in before)
+    shaken(model).save(tmp_path)
+    again = toy("lora", r=4, routing="mul", bias="all", **options)
+    again.load(tmp_path)
+    assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
 
 
 def test_a_routed_method_reads_the_mean_of_the_embedded_tokens() -> None:

@@ -290,10 +290,10 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     plain, sub_layers = 2 * D * r + r + D, attentions + stacks
     vl_pet = 2 * LAYERS * plain + (LAYERS * plain if kind == "bart" else 0)  # the encoder's; the decoder's values
     return {
-        "lora": attentions * 2 * (down + r * D),
-        "adapter": 2 * stacks * (down + biases + r * D + D),  # not after BART's cross-attention
-        "houlsby": 2 * stacks * plain,
-        "pfeiffer": stacks * plain,
+        "lora": tasks * attentions * 2 * (down + r * D),
+        "adapter": tasks * 2 * stacks * (down + biases + r * D + D),  # not after BART's cross-attention
+        "houlsby": tasks * 2 * stacks * plain,
+        "pfeiffer": tasks * stacks * plain,
         "vl_adapter": tasks * sub_layers * plain,
         "phm_adapter": tasks * sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
         "compacter": tasks * sub_layers * (2 * (D + r) + r + D) + 4**3,  # factors, biases, one rule
@@ -337,6 +337,14 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     assert without["method"] + without["layer_norm"] - counts["method"] == {
         "ln_tuning": NORMS[kind], "full": NORMS[kind], "bitfit": NORMS[kind] // 2,
     }.get(method, without["method"] - counts["method"])  # fmt: skip
+
+
+def test_tasks_that_a_routed_method_cannot_have_apart_are_errors() -> None:
+    for bottleneck, routing in (("split", "mul"), ("cross_attention", "none")):
+        with pytest.raises(RoutevlError, match=f"tasks is 2, but bottleneck={bottleneck} is for one: set bottleneck=shared"):
+            new_method("lora", {"r": 4, "bottleneck": bottleneck, "routing": routing, "tasks": 2}, "test")
+    with pytest.raises(RoutevlError, match="c_attn holds several projections, which are adapted for one task alone"):
+        build("lora", "gpt2", {"r": 4, "tasks": 2})
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "bottleneck" in free_options(name)])

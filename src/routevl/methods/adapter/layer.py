@@ -34,10 +34,10 @@ class RoutedAdapterLayer(RoutedLayer):
         self.residual[adapter] = config.residual
         self.activation[adapter] = ACT2FN[config.activation]
         self.add_down(adapter, config, parts=1, bias=True)
-        self.adapter_up[adapter] = nn.Linear(config.r, self.width)
+        self.adapter_up[adapter] = self.of_tasks(config, lambda: nn.Linear(config.r, self.width))
         if config.up_init == "zero" or (config.up_init is None and config.residual):
-            nn.init.zeros_(self.adapter_up[adapter].weight)
-            nn.init.zeros_(self.adapter_up[adapter].bias)
+            for parameter in self.adapter_up[adapter].parameters():
+                nn.init.zeros_(parameter)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -22,6 +22,7 @@ class Lora(RoutedMethod):
 
         lora_alpha: float = option("the update is scaled by lora_alpha / r", 8.0, above=0)
         lora_dropout: float = option("dropout on the text before the down-projection", 0.0, least=0, below=1)
+        bias: str = option("which biases of the text model are trained", "none", choices=("none", "all"))
         places: str = places_option("attention", "query and value", "what reads the hidden states in the feed-forward part")
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:

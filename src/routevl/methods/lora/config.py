@@ -28,6 +28,7 @@ class RoutedLoraConfig(RoutedConfig):
 
     lora_alpha: float = field(default=8, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the text hidden states before the down-projection."})
+    bias: str = field(default="none", metadata={"help": "Which biases of the text model are trained: none or all."})
     places: str = field(
         default="attention",
         metadata={"help": "Adapted where target_modules is None: attention (query, value), ffn (its first matrices) or both."},

@@ -56,15 +56,17 @@ class RoutedLoraLayer(RoutedLayer):
         fused = self.fused[adapter] = next((Fused(**layout) for layout in layouts), None)
         if fused and (fused.groups * sum(fused.widths) != self.out_features or not any(fused.adapted)):
             raise RoutevlError(f"fused_projections {fused} does not fit {name} with its {self.out_features} outputs")
+        if fused and config.tasks > 1:
+            raise RoutevlError(f"{name} holds several projections, which are adapted for one task alone: leave tasks out")
         self.scaling[adapter] = config.lora_alpha / config.r
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.add_down(adapter, config, parts=sum(fused.adapted) if fused else 1, bias=False)
-        self.lora_B[adapter] = nn.Linear(config.r, sum(fused.adapted_widths()) if fused else self.out_features, bias=False)
-        for module in self.lora_A[adapter].modules():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        if config.up_init != "random":
-            nn.init.zeros_(self.lora_B[adapter].weight)
+        width = sum(fused.adapted_widths()) if fused else self.out_features
+        self.lora_B[adapter] = self.of_tasks(config, lambda: nn.Linear(config.r, width, bias=False))
+        for weight in self.lora_A[adapter].parameters():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        for weight in self.lora_B[adapter].parameters() if config.up_init != "random" else ():
+            nn.init.zeros_(weight)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -52,3 +52,22 @@ def by_task(conditioning: Conditioning | None, batch_size: int, of_task: Callabl
     for task in others:
         chosen = torch.where(task_id == task, of_task(task), chosen)
     return chosen
+
+
+class OfTasks(nn.Module):
+    """Modules, (B, ..., d) -> (B, ..., d_out), one for each task: each example goes through that of its own."""
+
+    def __init__(self, modules: Iterable[nn.Module], conditioning: Conditioning) -> None:
+        super().__init__()
+        self.of_tasks = nn.ModuleList(modules)
+        self.conditioning = conditioning
+
+    @property
+    def weight(self) -> Tensor:
+        """The first task's; all are of its dtype and on its device."""
+        return self.of_tasks[0].weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        texts = self.conditioning.by_text(hidden_states)
+        chosen = by_task(self.conditioning, len(texts), lambda task: self.of_tasks[task](texts))
+        return chosen.view(*hidden_states.shape[:-1], -1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from routevl.errors import RoutevlError
 from routevl.methods.base import is_causal
 from routevl.methods.peft_method import PeftMethod, modules_option
+from routevl.methods.per_task import PerTask, tasks_option
 from routevl.options import option
 from routevl.routing import ROUTING, mean_visual_token
 
@@ -54,6 +55,7 @@ class RoutedOptions:
     layers_to_transform: str | None = option(
         "layers to adapt, by their numbers from 0 with commas between them; `none`: all", None
     )
+    tasks: int = tasks_option("bottlenecks")
 
     def conflicts(self) -> Iterator[str]:
         """What is wrong with options that are right each by itself."""
@@ -66,6 +68,8 @@ class RoutedOptions:
             yield "bottleneck=cross_attention stands in the place of a routing function: set routing=none"
         if self.bottleneck in ("split", "cross_attention") and self.r % QUARTERS:
             yield f"r is {self.r}, and bottleneck={self.bottleneck} needs a multiple of {QUARTERS}"
+        if self.bottleneck in ("split", "cross_attention") and self.tasks > 1:
+            yield f"tasks is {self.tasks}, but bottleneck={self.bottleneck} is for one: set bottleneck=shared"
         if self.routed_features != "image" and not routes(self):
             yield f"routed_features={self.routed_features} needs a routing function: set routing"
         for f in fields(self):
@@ -78,7 +82,7 @@ def routes(options: RoutedOptions | RoutedConfig) -> bool:
     return options.routing != "none" or options.bottleneck == "cross_attention"
 
 
-class RoutedMethod(PeftMethod):
+class RoutedMethod(PerTask, PeftMethod):
     """A method with a routing function in its bottleneck."""
 
     @property
@@ -109,10 +113,11 @@ class RoutedMethod(PeftMethod):
         return "visual_projection" if ".visual_projection." in name else super().part_of(name)
 
     def beside(self, inputs: Mapping[str, Tensor], visual: Tensor | None) -> dict[str, Tensor]:
+        beside = super().beside(inputs, visual)
         if not routes(self.options):
-            return {}
+            return beside
         if self.options.routed_features == "text":
             before = 0 if visual is None else visual.shape[1]  # positions of the prefix: without it nothing reads the image
             text, mask = (inputs[name][:, before:] for name in ("inputs_embeds", "attention_mask"))
-            return {"visual_features": mean_visual_token(text, mask.bool())}  # (B, 1, d)
-        return {"visual_features": visual}
+            visual = mean_visual_token(text, mask.bool())  # (B, 1, d)
+        return beside | {"visual_features": visual}

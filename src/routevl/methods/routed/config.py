@@ -64,6 +64,10 @@ class RoutedConfig(PeftConfig):
         default="shared",
         metadata={"help": "How text and image meet: shared, split, after_up or cross_attention (docs/METHODS.md)."},
     )
+    tasks: int = field(
+        default=1,
+        metadata={"help": "Tasks with bottlenecks of their own; of more than one, calls have a task_id (batch,), int64."},
+    )
     up_init: str | None = field(default=None, metadata={"help": "How the up-projection starts: zero, random, or None."})
     routed_features: str = field(
         default="image",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from routevl.conditioning import Conditioning
 from routevl.errors import RoutevlError
+from routevl.methods.per_task.layer import OfTasks
 from routevl.methods.routed import routes
 from routevl.methods.routed.bottleneck import Split, new_down, new_mixer
 from routevl.methods.routed.config import RoutedConfig
@@ -53,9 +54,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def add_down(self, adapter: str, config: RoutedConfig, parts: int, bias: bool) -> None:
         """Add an adapter's down-projections and mixers."""
         self.parts[adapter], self.after_up[adapter] = parts, config.bottleneck == "after_up"
-        self.down[adapter] = new_down(config, self.width, parts, bias)
+        self.down[adapter] = self.of_tasks(config, lambda: new_down(config, self.width, parts, bias))
         if routes(config):
             self.mixers[adapter] = nn.ModuleList(new_mixer(config) for _ in range(parts))
+
+    def of_tasks(self, config: RoutedConfig, new: Callable[[], nn.Module]) -> nn.Module:
+        """A new module; with several tasks a new one for each."""
+        return new() if config.tasks == 1 else OfTasks([new() for _ in range(config.tasks)], self.conditioning)
 
     def routed(
         self, adapter: str, hidden_states: Tensor, up: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None

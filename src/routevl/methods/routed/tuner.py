@@ -18,6 +18,7 @@ from routevl.backbones.skeleton import LINEAR
 from routevl.backbones.structure import Structure, structure_of, targets
 from routevl.conditioning import PER_EXAMPLE, Conditioning, refuse_a_second
 from routevl.errors import RoutevlError
+from routevl.methods.per_task.layer import tasks_of
 from routevl.methods.routed import routes
 from routevl.methods.routed.config import RoutedConfig
 from routevl.methods.routed.layer import CANNOT_MERGE, RoutedLayer
@@ -29,7 +30,7 @@ VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda features: nn.functional.layer_norm(features, features.shape[-1:]),
 }
 OF_LORA = ("add_weighted_adapter", "subtract_mutated_init")  # methods of peft's LoraModel, which would be looked for in the model
-STREAMS = {"visual_features": PER_EXAMPLE, "visual_mask": PER_EXAMPLE}
+STREAMS = {"visual_features": PER_EXAMPLE, "visual_mask": PER_EXAMPLE, "task_id": PER_EXAMPLE}
 
 
 def register(peft_type: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
@@ -46,7 +47,8 @@ class RoutedTuner(BaseTuner):
     """peft's tuner for routed methods. Subclasses name their layer, a RoutedLayer, and the modules that they adapt by default.
 
     `model(...)` and `model.generate(...)` take `visual_features` (B, L_v, d_v) and `visual_mask` (B, L_v), bool, beside their own
-    arguments; the features are projected, where d_v is not d, and scaled once per call.
+    arguments, and `task_id` (B,), int64, where adapters are of several tasks; the features are projected, where d_v is not d, and
+    scaled once per call.
 
     Attributes:
         visual_projection: adapter name -> the trainable Linear(d_v, d), only where the widths differ; for a prefix too.
@@ -178,20 +180,26 @@ class RoutedTuner(BaseTuner):
         return projection
 
     def _prepare(self, given: dict[str, Tensor]) -> dict[Any, Tensor | None]:
-        """x_R (B, L_v, d) of each adapter that routes, and the mask.
+        """x_R (B, L_v, d) of each adapter that routes, the mask, and the examples' tasks.
 
         Raises:
-            RoutevlError: features or mask of the wrong shape.
+            RoutevlError: features, mask or tasks of the wrong shape; a task that there is not.
         """
         features, mask = given.get("visual_features"), given.get("visual_mask")
-        if features is None:
+        if features is None and mask is not None:
             raise RoutevlError("the call has a visual_mask but no visual_features")
+        tasks = min(self.peft_config[name].tasks for name in self.active_adapters)
+        of_tasks = tasks_of(given, tasks) if "task_id" in given else {}
+        if features is None:
+            return of_tasks
         if features.dim() != 3:
             raise RoutevlError(f"visual_features must have the shape (batch, L_v, d), not {tuple(features.shape)}")
         if mask is not None and mask.shape != features.shape[:2]:
             raise RoutevlError(f"visual_mask must have the shape {tuple(features.shape[:2])}, not {tuple(mask.shape)}")
         routed = [name for name in self.active_adapters if name in self.routed_width]
-        return {("visual_features", name): self._prepare_for(name, features) for name in routed} | {"visual_mask": mask}
+        return (
+            of_tasks | {("visual_features", name): self._prepare_for(name, features) for name in routed} | {"visual_mask": mask}
+        )
 
     def _prepare_for(self, adapter: str, features: Tensor) -> Tensor:
         """x_R for one adapter: width checked, projected, scaled: (B, L_v, d_v) -> (B, L_v, d)."""
