@@ -340,7 +340,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
 
 
 def test_tasks_that_a_routed_method_cannot_have_apart_are_errors() -> None:
-    for bottleneck, routing in (("split", "mul"), ("cross_attention", "none")):
+    for bottleneck, routing in (("split", "mul"), ("after_up", "mul"), ("cross_attention", "none")):
         with pytest.raises(RoutevlError, match=f"tasks is 2, but bottleneck={bottleneck} is for one: set bottleneck=shared"):
             new_method("lora", {"r": 4, "bottleneck": bottleneck, "routing": routing, "tasks": 2}, "test")
     with pytest.raises(RoutevlError, match="c_attn holds several projections, which are adapted for one task alone"):

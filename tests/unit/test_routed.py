@@ -374,3 +374,40 @@ def test_parameter_counts_at_paper_size(method: str, model: str, rank: int, laye
     biases = {"roberta": 2, "gpt2": 3}[model]  # GPT-2's query, key and value share one
     frozen_biases = biases * n * d if method == "lora" else 0
     assert (trainable(adapted) + frozen_biases) / 1e6 == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("routing", ["none", "mul"])
+@pytest.mark.parametrize(
+    ("method", "model"), [("lora", "roberta"), ("adapter", "roberta"), ("lora", "plain"), ("adapter", "gpt2")]
+)
+def test_each_example_has_the_adapter_of_its_task(method: str, model: str, routing: str) -> None:
+    """As an adapter of one task does that has its tensors, for text and image alike."""
+    several = build(method, model, routing, tasks=3)
+    for name, parameter in several.named_parameters():
+        if ".of_tasks." in name:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    ids, features = torch.randint(1, 50, (B, L)), torch.randn(B, 2, D)
+    images = {} if routing == "none" else {"visual_features": features}
+    task_id = torch.tensor([2, 0, 2])
+    mixed = several(ids, **images, task_id=task_id)[0]
+    for task in (0, 2):
+        alone = build(method, model, routing)
+        of_task = {name.replace(f".of_tasks.{task}.", "."): parameter for name, parameter in several.named_parameters()}
+        for name, parameter in alone.named_parameters():
+            parameter.data = of_task[name].data
+        own = task_id == task
+        torch.testing.assert_close(mixed[own], alone(ids, **images)[0][own])
+        assert not torch.allclose(mixed[~own], alone(ids, **images)[0][~own], atol=1e-3)
+
+
+def test_wrong_tasks_of_a_routed_adapter_are_errors() -> None:
+    several, one = build("lora", "roberta", "none", tasks=2), build("lora", "roberta", "none")
+    ids = torch.randint(1, 50, (B, L))
+    for model, task_id, message in [
+        (several, None, "reads task_id, but the call has none"),
+        (several, torch.tensor([0, 2, 1]), "task_id has a 2, but the model knows the tasks 0 to 1"),
+        (several, torch.tensor([0, 1]), "task_id has batch size 2 but the text has 3"),
+        (one, torch.tensor([0, 1, 0]), "task_id has a 1, but the model knows the tasks 0 to 0"),
+    ]:
+        with pytest.raises(RoutevlError, match=message):
+            model(ids, task_id=task_id)

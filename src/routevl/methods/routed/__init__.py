@@ -68,7 +68,7 @@ class RoutedOptions:
             yield "bottleneck=cross_attention stands in the place of a routing function: set routing=none"
         if self.bottleneck in ("split", "cross_attention") and self.r % QUARTERS:
             yield f"r is {self.r}, and bottleneck={self.bottleneck} needs a multiple of {QUARTERS}"
-        if self.bottleneck in ("split", "cross_attention") and self.tasks > 1:
+        if self.bottleneck != "shared" and self.tasks > 1:
             yield f"tasks is {self.tasks}, but bottleneck={self.bottleneck} is for one: set bottleneck=shared"
         if self.routed_features != "image" and not routes(self):
             yield f"routed_features={self.routed_features} needs a routing function: set routing"

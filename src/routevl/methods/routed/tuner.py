@@ -188,8 +188,8 @@ class RoutedTuner(BaseTuner):
         features, mask = given.get("visual_features"), given.get("visual_mask")
         if features is None and mask is not None:
             raise RoutevlError("the call has a visual_mask but no visual_features")
-        tasks = min(self.peft_config[name].tasks for name in self.active_adapters)
-        of_tasks = tasks_of(given, tasks) if "task_id" in given else {}
+        tasks = [self.peft_config[name].tasks for name in self.active_adapters]
+        of_tasks = tasks_of(given, min(tasks, default=1)) if "task_id" in given else {}
         if features is None:
             return of_tasks
         if features.dim() != 3:
@@ -197,9 +197,8 @@ class RoutedTuner(BaseTuner):
         if mask is not None and mask.shape != features.shape[:2]:
             raise RoutevlError(f"visual_mask must have the shape {tuple(features.shape[:2])}, not {tuple(mask.shape)}")
         routed = [name for name in self.active_adapters if name in self.routed_width]
-        return (
-            of_tasks | {("visual_features", name): self._prepare_for(name, features) for name in routed} | {"visual_mask": mask}
-        )
+        of_images = {("visual_features", name): self._prepare_for(name, features) for name in routed}
+        return of_tasks | of_images | {"visual_mask": mask}
 
     def _prepare_for(self, adapter: str, features: Tensor) -> Tensor:
         """x_R for one adapter: width checked, projected, scaled: (B, L_v, d_v) -> (B, L_v, d)."""
