@@ -103,7 +103,7 @@ def test_options_come_from_the_run_and_not_every_method_has_a_rank(own_copy):
 def test_a_setting_of_the_sheet_is_among_the_options(tmp_path):
     folder = results_of(tmp_path, experiment(feeds="T1", options="learning_rate=0.005"))
     options = collected(folder, "T1")["vqa_lora_none_r4_e2"]["options"]
-    assert options.endswith("lora_dropout=0 places=attention learning_rate=0.005")
+    assert options.endswith("lora_dropout=0 bias=none places=attention learning_rate=0.005")
 
 
 def test_blind_is_what_reads_no_image(tmp_path):
@@ -245,7 +245,7 @@ def test_a_table_shows_what_differs_and_says_above_it_what_all_rows_share(tmp_pa
     ]
     shared, rows = table_of(make_table("T1_vqa", results_of(tmp_path / "all", *runs), tmp_path / "T1.csv"))
     assert shared.startswith("All rows: backbones roberta_demo + vit_demo, ") and "epochs 2, batch size 8, " in shared
-    assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0, places attention.")
+    assert "max grad norm 1, " in shared and shared.endswith("lora dropout 0, bias none, places attention.")
     assert ". All rows, where there is one: rank 4, visual scale none, bottleneck shared, " in shared
     assert [row["Control"] for row in rows] == ["none", "ones", "none"]
     assert [row["Learning rate"] for row in rows] == ["0.001", "0.001", "0.005"]
