@@ -37,6 +37,7 @@ from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.backbones.vision_timm import TimmFolder
 from routevl.backbones.vision_transformers import TransformersFolder
 from routevl.errors import RoutevlError
+from routevl.features.grid import pooled_grid
 from routevl.features.index import TOKENS
 
 TINY = "--seed 1 --epochs 1 --hidden-size 16 --layers 1 --heads 2 --batch-size 8".split()
@@ -323,6 +324,19 @@ def test_the_grid_of_patches_is_pooled_to_six_a_side(tmp_path: Path) -> None:
     assert backbone.tokens.shape("grid") == (36, 16)
     assert torch.equal(grid, torch.nn.functional.adaptive_max_pool2d(rows, 6).flatten(2).transpose(1, 2))
     assert grid[0, 1].equal(patches.unflatten(1, (9, 9))[0, 0:2, 1:3].amax((0, 1)))
+
+
+@pytest.mark.parametrize("side", [4, 7, 14, 17])
+def test_a_grid_is_pooled_as_by_torch_with_the_same_gradient(side: int) -> None:
+    """Whose own gradient is refused on GPUs, where a vision model is trained with deterministic kernels alone."""
+    inputs = [torch.randn(2, side**2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    rows = inputs[1].transpose(1, 2).unflatten(2, (side, side))
+    expected = torch.nn.functional.adaptive_max_pool2d(rows, min(side, 6)).flatten(2).transpose(1, 2)
+    found = pooled_grid(inputs[0])
+    assert torch.equal(found, expected)
+    for pooled in (found, expected):
+        pooled.pow(3).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
 
 def test_patches_of_images_that_are_not_square_are_no_grid(folders: dict[str, Path], tmp_path: Path) -> None:
