@@ -274,6 +274,22 @@ def test_which_tokens_a_model_gives_is_known_without_its_weights(folders: dict[s
         vision_tokens(tmp_path / "nowhere")
 
 
+def test_what_a_pretraining_begins_with_tells_of_its_models_shapes(folders: dict[str, Path], tmp_path: Path) -> None:
+    """By which the models of a run sheet are checked before any is made."""
+    sizes = {"seed": 1, "epochs": 1, "hidden_size": 16, "layers": 1}
+    pretrain_vision.write_untrained(tmp_path / "resnet", {**sizes, "architecture": "resnet", "images": 16})
+    assert vision_tokens(tmp_path / "resnet").shapes == vision_tokens(folders["resnet"]).shapes
+    pretrain_text.write_untrained(tmp_path / "bart", {**sizes, "architecture": "bart", "sentences": 40, "heads": 2})
+    (untrained, tokenizer), (made, _) = (
+        text_skeleton(folder, "encoder-decoder") for folder in (tmp_path / "bart", folders["bart"])
+    )
+    assert len(tokenizer) == untrained.config.vocab_size
+    assert untrained.get_decoder().state_dict().keys() == made.get_decoder().state_dict().keys()
+    assert [p.shape for p in untrained.get_decoder().layers.parameters()] == [
+        p.shape for p in made.get_decoder().layers.parameters()
+    ]
+
+
 @pytest.mark.parametrize("name", ["timm", "vit"])
 def test_a_model_that_cannot_run_without_numbers_has_the_same_tokens(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str

@@ -72,7 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     def loss_of(indices: list[int]) -> Tensor:
         pixels = torch.stack([transform(images[index]) for index in indices])
         tokens = _tokens(model, pixels)
-        expected = torch.cat([targets[indices, None], _only_own_cell(targets[indices])], dim=1)[:, -tokens.shape[1] :]
+        expected = torch.cat([targets[indices, None], _only_own_cell(targets[indices])], dim=1)
+        expected = expected[:, -tokens.shape[1] :]  # without the first, [CLS]'s, where there is none
         weight = torch.tensor(POSITIVE_WEIGHT)
         return binary_cross_entropy_with_logits(head(tokens), expected, pos_weight=weight, reduction="sum") / len(indices)
 
