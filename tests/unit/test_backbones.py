@@ -31,7 +31,7 @@ from transformers import (
 
 from routevl.backbones import derive, fetch, pretrain_text, pretrain_vision
 from routevl.backbones.folder import Origin, fingerprint_of, origin_of, public_name
-from routevl.backbones.pretrain_text import without_spans
+from routevl.backbones.pretrain_text import ARCHITECTURES, without_spans
 from routevl.backbones.text import load_text_backbone, text_skeleton
 from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.backbones.vision_timm import TimmFolder
@@ -443,6 +443,15 @@ def test_infilling_leaves_all_but_some_spans(folders: dict[str, Path]) -> None:
         spans.append(corrupted.count(mask))
         empty += any(corrupted[place - 1] + 1 == corrupted[place + 1] for place, token in enumerate(corrupted) if token == mask)
     assert min(spans) == 1 and max(spans) > 4 and empty > 20
+
+
+def test_a_bart_learns_the_words_of_all_tasks() -> None:
+    for count in (1, 2000):
+        written = ARCHITECTURES["bart"].sentences(numpy.random.default_rng(0), count)
+        assert len(written) == count
+    assert {"yes", "no", "true", "false", "2", "red"} <= set(written)
+    for words in ("what color is", "there is a", " or ", "the left image", "both images", "at least one of the images"):
+        assert any(words in text for text in written), words
 
 
 @pytest.mark.slow

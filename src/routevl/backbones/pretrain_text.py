@@ -158,7 +158,7 @@ def byte_pairs(sentences: list[str], vocabulary_size: int, special_tokens: list[
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
-    """Token ids: RoBERTa's with <s> and </s>, GPT-2's with <|endoftext|> on both sides."""
+    """Token ids: RoBERTa's and BART's with <s> and </s>, GPT-2's with <|endoftext|> on both sides."""
     encoded = tokenizer(sentences, truncation=True, max_length=POSITIONS - 2)["input_ids"]
     if tokenizer.mask_token is not None:
         return encoded
