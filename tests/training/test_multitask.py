@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -263,6 +264,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert exit_status(start(run, signal_at_call(Optimisation, "step", steps + 3, signal.SIGTERM))) == EXIT_STOPPED
     assert exit_status(start(run)) == 0
     assert_same_outcome(finished[mixed], run)
+
+
+def test_a_split_without_answers_is_predicted(small_world: SmallWorld, tmp_path: Path, finished: dict[str, Run]) -> None:
+    """Of the data sets that it has files of; without captions.json each image of the split has a caption."""
+    run, data = finished["no"], tmp_path / "data"
+    (data / "own").mkdir(parents=True)
+    for name in ("images.json", "questions.json"):
+        shutil.copy(small_world.data / "test" / name, data / "own")
+    shutil.copy(small_world.data / "answers.json", data)
+    options = {name: run.options[name] for name in ("features", "text_backbone", "vision_backbone")}
+    folders = {"data": data, "split": "own", "model": run.model, "predictions": tmp_path / "predictions"}
+    run_stage("predict", *command_line({**options, **folders}))
+    for name, expected in (("vqa.json", None), ("caption.json", None), ("gqa.json", "[]"), ("nlvr2.csv", "")):
+        found = (tmp_path / "predictions" / name).read_text()
+        assert found.strip() == ((run.predictions / name).read_text().strip() if expected is None else expected)
 
 
 def test_the_image_is_read_unless_the_run_is_blind(small_world: SmallWorld, tmp_path: Path) -> None:

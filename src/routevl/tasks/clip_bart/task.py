@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from routevl.data import coco, gqa, nlvr2, vqav2
 from routevl.data.prepare import read_vocabulary
 from routevl.errors import RoutevlError
+from routevl.features.images import IMAGES
 from routevl.files import write_json
 from routevl.metrics.vqa import soft_scores
 from routevl.tasks.base import LENGTH, Task
@@ -76,7 +77,12 @@ class MultitaskTask(Task):
     # ------------------------------------------------------------------------------------------ examples
 
     def examples(self, split: str) -> Dataset:
-        return concatenate_datasets([self._vqa(split), self._gqa(split), self._nlvr2(split), self._captions(split)])
+        """Raises RoutevlError where a data set has none."""
+        parts = [read(split, answered=True) for read in self._readers().values()]
+        for name, part in zip(NAMES, parts, strict=True):
+            if not len(part):
+                raise RoutevlError(f"{self.data / split}: nothing of {name}, without which there is no multi-task learning")
+        return concatenate_datasets(parts)
 
     def training_examples(self) -> Dataset:
         """The examples of the training split, of which `max_train_examples` keeps the first of each data set."""
@@ -86,77 +92,81 @@ class MultitaskTask(Task):
         return examples.select(numpy.concatenate([members[:most] for members in _members(examples)]))
 
     def to_predict(self, split: str) -> Dataset:
-        """The items of all data sets; of captions, each image that has some, once."""
-        captions = self._captions(split)
-        first = {key: row for row, key in reversed([*enumerate(captions["key"])])}
-        items = concatenate_datasets(
-            [self._vqa(split), self._gqa(split), self._nlvr2(split), captions.select(sorted(first.values()))]
-        )
-        return items.remove_columns(["target_ids", "scores"])
+        """The items of the data sets that the split has files of; no answers are needed, and of captions each image, once."""
+        parts = [read(split, answered=False) for file, read in self._readers().items() if (self.data / split / file).exists()]
+        if not any(map(len, parts)):
+            raise RoutevlError(f"{self.data / split}: no questions, statements or images, so nothing to predict")
+        return concatenate_datasets([part for part in parts if len(part)])
 
-    def _vqa(self, split: str) -> Dataset:
-        known = set(self.answers)
-        questions, annotations = vqav2.read_pair(self.data / split / "questions.json", self.data / split / "annotations.json")
-        targets = []
-        for annotation in annotations:
-            scores = soft_scores([answer["answer"] for answer in annotation["answers"]])
-            targets.append({a: score for a, score in sorted(scores.items()) if score > 0 and a in known} or {"": 0.0})
+    def _readers(self) -> dict[str, Callable[..., Dataset]]:
+        """The file of a split that a data set's items are read of, and what reads them."""
+        return {"questions.json": self._vqa, "gqa.json": self._gqa, "nlvr2.jsonl": self._nlvr2, "images.json": self._captions}
+
+    def _vqa(self, split: str, answered: bool) -> Dataset:
+        path, known, targets = self.data / split / "questions.json", set(self.answers), None
+        if answered:
+            questions, annotations = vqav2.read_pair(path, path.with_name("annotations.json"))
+            scores = [soft_scores([answer["answer"] for answer in annotation["answers"]]) for annotation in annotations]
+            targets = [{a: score for a, score in sorted(of.items()) if score > 0 and a in known} or {"": 0.0} for of in scores]
+        else:
+            questions = vqav2.read_questions(path)
         images, keys = [[q["image_id"]] for q in questions], [str(q["question_id"]) for q in questions]
-        return self._data_set(split, VQA, [q["question"] for q in questions], images, keys, targets)
+        return self._data_set(VQA, [q["question"] for q in questions], images, keys, targets)
 
-    def _gqa(self, split: str) -> Dataset:
+    def _gqa(self, split: str, answered: bool) -> Dataset:
         questions = gqa.read_questions(self.data / split / "gqa.json")
         of = questions.values()
-        targets = [{question["answer"]: 1.0} for question in of]
-        return self._data_set(split, GQA, [q["question"] for q in of], [[q["image_id"]] for q in of], list(questions), targets)
+        targets = [{question["answer"]: 1.0} for question in of] if answered else None
+        return self._data_set(GQA, [q["question"] for q in of], [[q["image_id"]] for q in of], list(questions), targets)
 
-    def _nlvr2(self, split: str) -> Dataset:
+    def _nlvr2(self, split: str, answered: bool) -> Dataset:
         of = nlvr2.read_examples(self.data / split / "nlvr2.jsonl")
-        targets = [{DECISIONS[0 if example.label else 1]: 1.0} for example in of]
         images, keys = [list(example.image_ids) for example in of], [example.identifier for example in of]
-        return self._data_set(split, NLVR2, [example.sentence for example in of], images, keys, targets)
+        targets = [{DECISIONS[0 if example.label else 1]: 1.0} for example in of] if answered else None
+        return self._data_set(NLVR2, [example.sentence for example in of], images, keys, targets)
 
-    def _captions(self, split: str) -> Dataset:
-        of = coco.read_captions(self.data / split / "captions.json")["annotations"]
-        images = [[caption["image_id"]] for caption in of]
-        targets = [{caption["caption"].strip(): 1.0} for caption in of]
-        return self._data_set(split, CAPTION, [""] * len(of), images, [str(caption["image_id"]) for caption in of], targets)
+    def _captions(self, split: str, answered: bool) -> Dataset:
+        """A caption each; to predict, an image each that has some, or each of the split's where it has no captions.json."""
+        path, targets = self.data / split / "captions.json", None
+        if answered or path.exists():
+            annotations = coco.read_captions(path)["annotations"]
+            images = [caption["image_id"] for caption in annotations]
+            targets = [{caption["caption"].strip(): 1.0} for caption in annotations]
+        else:
+            images = [image["id"] for image in IMAGES.read(path.with_name("images.json"))]
+        if not answered:
+            images, targets = list(dict.fromkeys(images)), None
+        return self._data_set(CAPTION, [""] * len(images), [[image] for image in images], list(map(str, images)), targets)
 
     def _data_set(
         self,
-        split: str,
         number: int,
         texts: list[str],
         images: list[list[int]],
         keys: list[str],
-        targets: list[dict[str, float]],
+        targets: list[dict[str, float]] | None,
     ) -> Dataset:
-        """The items of one data set: each one's text, image or two, name, and answers with their scores, one of which is learned.
-
-        Raises:
-            RoutevlError: there are none.
-        """
-        name, of = NAMES[number], DATA_SETS[NAMES[number]]
-        if not texts:
-            raise RoutevlError(f"{self.data / split}: nothing of {name}, without which there is no multi-task learning")
+        """The items of one data set: each one's text, image or two, and name; with targets, its answers with their scores too, of
+        which one is learned."""
+        of = DATA_SETS[NAMES[number]]
         prompt = of.prompt if self.settings.task_prompts else ""
         longest = None if number == NLVR2 else self.settings.max_text_tokens  # statements: as long as the model has positions
         token_ids = self._tokens([prompt + text for text in texts], longest)
-        target_ids = iter(self._tokens([target for of_item in targets for target in of_item], of.longest))
-        return Dataset.from_dict(
-            {
-                "data_set": [number] * len(texts),
-                "token_ids": token_ids,
-                LENGTH: [len(ids) for ids in token_ids],
-                "images": images,
-                "key": keys,
-                "target_ids": [[next(target_ids) for _ in of_item] for of_item in targets],
-                "scores": [list(of_item.values()) for of_item in targets],
-            }
-        )
+        items = {
+            "data_set": [number] * len(texts),
+            "token_ids": token_ids,
+            LENGTH: [len(ids) for ids in token_ids],
+            "images": images,
+            "key": keys,
+        }
+        if targets is not None:
+            target_ids = iter(self._tokens([target for of_item in targets for target in of_item], of.longest))
+            items["target_ids"] = [[next(target_ids) for _ in of_item] for of_item in targets]
+            items["scores"] = [list(of_item.values()) for of_item in targets]
+        return Dataset.from_dict(items)
 
     def _tokens(self, texts: list[str], longest: int | None) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"] if texts else []
 
     def image_ids(self, items: Dataset) -> Sequence[int]:
         return sorted({image for images in items["images"] for image in images})
