@@ -169,10 +169,10 @@ def signal_at_call(owner: Any, name: str, count: int, number: int) -> Callable[[
 def assert_same_outcome(first: Run, second: Run) -> None:
     """Bit-equal runs by `routevl compare`, and byte-equal files: weights, records, metrics and predictions."""
     run_stage("compare", first.model, second.model)
-    for ours, theirs in ((first.model, second.model), (first.predictions, second.predictions)):
-        names = outcome(ours)
-        assert names == outcome(theirs)
-        assert [name for name in names if (ours / name).read_bytes() != (theirs / name).read_bytes()] == []
+    for folders in ((first.model, second.model), (first.predictions, second.predictions)):
+        ours, theirs = map(contents, folders)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if ours[name] != theirs[name]] == []
     assert not first.checkpoint.parent.exists()
     assert not second.checkpoint.parent.exists()
 
@@ -180,6 +180,11 @@ def assert_same_outcome(first: Run, second: Run) -> None:
 def outcome(folder: Path) -> list[Path]:
     """The files that are the same in every repetition, in folders too."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != "timing.json")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What is in these files."""
+    return {name: (folder / name).read_bytes() for name in outcome(folder)}
 
 
 def leftovers(run: Run) -> list[str]:

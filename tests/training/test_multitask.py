@@ -160,6 +160,15 @@ def test_a_batch_of_captions_has_a_loss_over_tokens_and_any_other_one_over_items
     assert seen == {VQA, GQA, NLVR2, CAPTION}
 
 
+def test_captions_alone_in_a_mixed_batch_count_as_items(small_world: SmallWorld, tmp_path: Path) -> None:
+    """As one process's share of it may be, or its last few examples."""
+    task = (trainer := multitask(small_world, tmp_path, mixed_batches="yes").trainer()).task
+    captions = [example for example in trainer.examples if example["data_set"] == CAPTION][:3]
+    output = trainer.model.eval()(**task.collate(captions))
+    assert output["count"] == 3
+    assert output["loss"].item() == pytest.approx((output["losses"] / output["tokens"]).mean().item(), rel=1e-6)
+
+
 def test_an_item_does_not_depend_on_its_batch_mates(trainer: Trainer) -> None:
     """Not on texts of another length, nor on a pair of images beside one."""
     model, examples = trainer.model.eval(), trainer.validation

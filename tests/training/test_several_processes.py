@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SmallWorld, command_line
-from runs import STEPS, TASKS, Run, assert_same_outcome, batches_of_epoch, exit_status, leftovers, new_run, signal_at_call, start
+from runs import (
+    EPOCHS,
+    TASKS,
+    Run,
+    assert_same_outcome,
+    batches_of_epoch,
+    contents,
+    exit_status,
+    leftovers,
+    new_run,
+    signal_at_call,
+    start,
+)
 from torch import nn
 
 from routevl import cli
@@ -31,6 +44,14 @@ from routevl.training.checkpoint import load_checkpoint
 from routevl.training.distributed import average
 
 PROCESSES = 3  # sums of three depend on their order
+SEVERAL_TASKS = {"multitask": "no", "mixed": "yes"}  # at once, by mixed_batches
+
+
+def run_of(world: SmallWorld, root: Path, kind: str, **changes: Any) -> Run:
+    """A small run of a task, or of several at once."""
+    if kind in SEVERAL_TASKS:
+        return new_run(world, root, "multitask", mixed_batches=SEVERAL_TASKS[kind], **changes)
+    return new_run(world, root, kind, **changes)
 
 
 def start_processes(
@@ -68,42 +89,43 @@ def finish(run: Run, count: int = PROCESSES) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", params=TASKS)
-def task(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=[*TASKS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SEVERAL_TASKS)])
+def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def baselines(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """An uninterrupted run of each task."""
-    return {task: finish(new_run(small_world, tmp_path_factory.mktemp(task), task)) for task in TASKS}
+def baselines(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """An uninterrupted run of each kind that is asked for."""
+    return cache(lambda kind: finish(run_of(small_world, tmp_path_factory.mktemp(kind), kind)))
 
 
 @pytest.fixture
-def baseline(baselines: dict[str, Run], task: str) -> Run:
-    return baselines[task]
+def baseline(baselines: Callable[[str], Run], kind: str) -> Run:
+    return baselines(kind)
 
 
 # ------------------------------------------------------------------------------------------------- as one process
 
 
-def test_several_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
-    """Without dropout. The last batch has fewer examples than there are processes (vqa), or shares of other lengths."""
-    backbone = shutil.copytree(small_world.text[task], tmp_path / "backbone")
+def test_several_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path, kind: str) -> None:
+    """Without dropout. The last batch has fewer examples than there are processes (vqa), or shares of other lengths; each batch
+    of NLVR2 has fewer (multitask), and a share can have captions alone (mixed)."""
+    backbone = shutil.copytree(run_of(small_world, tmp_path, kind).options["text_backbone"], tmp_path / "backbone")
     config = json.loads((backbone / "config.json").read_text())
-    config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "pdrop"))}
+    config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "pdrop", "dropout"))}
     (backbone / "config.json").write_text(json.dumps(config))
-    alone = new_run(small_world, tmp_path / "alone", task, text_backbone=backbone, log_every=1).train()
-    together = finish(new_run(small_world, tmp_path / "together", task, text_backbone=backbone, log_every=1))
+    alone = run_of(small_world, tmp_path / "alone", kind, text_backbone=backbone, log_every=1).train()
+    together = finish(run_of(small_world, tmp_path / "together", kind, text_backbone=backbone, log_every=1))
     for ours, theirs in zip(together.lines(), alone.lines(), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
-    assert together.results() == alone.results()
+    assert contents(together.predictions) == contents(alone.predictions)
     assert json.loads((together.model / "timing.json").read_text())["processes"] == PROCESSES
     assert not leftovers(together)
 
 
-def test_each_process_has_its_own_dropout(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
-    run = new_run(small_world, tmp_path, task)
+def test_each_process_has_its_own_dropout(small_world: SmallWorld, tmp_path: Path, kind: str) -> None:
+    run = run_of(small_world, tmp_path, kind)
     exit_statuses(start_processes(run, process_1=signal_at_call(VisionLanguageModel, "text_inputs", 2, signal.SIGTERM)))
     tensors, record = load_checkpoint(run.checkpoint)
     states = {bytes(state.tolist()) for state in tensors["random/cpu"].chunk(PROCESSES)}
@@ -117,16 +139,16 @@ def test_prediction_in_several_processes_is_complete_and_in_order(baseline: Run,
     for count in (2, PROCESSES):
         words = ["predict", *command_line(options)]
         assert exit_statuses(start_processes(Run(tmp_path, {}), count, words)) == [0] * count
-        assert (tmp_path / "again" / "results.json").read_bytes() == (baseline.predictions / "results.json").read_bytes()
+        assert contents(tmp_path / "again") == contents(baseline.predictions)
 
 
 @pytest.mark.parametrize("routing", ["none", "mul", "add", "attn", "expand"])
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_every_trainable_parameter_gets_a_gradient(
-    small_world: SmallWorld, tmp_path: Path, task: str, method: str, routing: str
+    small_world: SmallWorld, tmp_path: Path, kind: str, method: str, routing: str
 ) -> None:
     """What processes average."""
-    trainer = new_run(small_world, tmp_path, task, method=method, options={"routing": routing}).trainer()
+    trainer = run_of(small_world, tmp_path, kind, method=method, options={"routing": routing}).trainer()
     batches = batches_of_epoch(trainer)
     trainer.model(**next(iter(batches)))["loss"].backward()
     assert all(parameter.grad is not None for parameter in trainer.optimisation.parameters)
@@ -160,10 +182,10 @@ def test_b24_gradients_that_some_process_lacks_count_as_zero_there_and_those_tha
 
 @pytest.mark.parametrize("stage", ["training", "validation"])
 def test_stop_signal_to_one_process_stops_all(
-    small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str, stage: str
+    small_world: SmallWorld, tmp_path: Path, baseline: Run, kind: str, stage: str
 ) -> None:
-    run = new_run(small_world, tmp_path, task)
-    epoch = STEPS[task] // 2
+    run = run_of(small_world, tmp_path, kind)
+    epoch = baseline.lines()[-1]["step"] // EPOCHS
     call = {"training": 3, "validation": epoch + 1}[stage]
     stop = signal_at_call(VisionLanguageModel, "text_inputs", call, signal.SIGTERM)
     assert exit_statuses(start_processes(run, process_1=stop)) == [EXIT_STOPPED] * PROCESSES
@@ -173,10 +195,10 @@ def test_stop_signal_to_one_process_stops_all(
 
 
 def test_stop_signal_in_prediction_leaves_the_checkpoint(
-    small_world: SmallWorld, tmp_path: Path, baseline: Run, task: str
+    small_world: SmallWorld, tmp_path: Path, baseline: Run, kind: str
 ) -> None:
     """Here each process obeys for itself; the others cannot finish without it."""
-    run = new_run(small_world, tmp_path, task)
+    run = run_of(small_world, tmp_path, kind)
     stop = signal_at_call(type(run.trainer().task), "predict", 1, signal.SIGTERM)
     statuses = exit_statuses(start_processes(run, process_1=stop))
     assert statuses[1] == EXIT_STOPPED
@@ -185,14 +207,14 @@ def test_stop_signal_in_prediction_leaves_the_checkpoint(
     assert_same_outcome(baseline, finish(run))
 
 
-def test_death_of_one_process_ends_the_others(small_world: SmallWorld, tmp_path: Path, baselines: dict[str, Run]) -> None:
+def test_death_of_one_process_ends_the_others(small_world: SmallWorld, tmp_path: Path, baselines: Callable[[str], Run]) -> None:
     run = new_run(small_world, tmp_path, "vqa", checkpoint_every=1)
     for rank, call in ((0, 3), (2, 6)):
         sabotage = signal_at_call(VisionLanguageModel, "text_inputs", call, signal.SIGKILL)
         statuses = exit_statuses(start_processes(run, **{f"process_{rank}": sabotage}))
         assert statuses[rank] == -signal.SIGKILL
         assert all(statuses)
-    assert_same_outcome(baselines["vqa"], finish(run))
+    assert_same_outcome(baselines("vqa"), finish(run))
 
 
 def test_resuming_with_other_processes_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
@@ -202,8 +224,8 @@ def test_resuming_with_other_processes_is_refused(small_world: SmallWorld, tmp_p
         run.train()
 
 
-def test_divergence_ends_all_processes(small_world: SmallWorld, tmp_path: Path, task: str) -> None:
-    run = new_run(small_world, tmp_path, task, learning_rate=1e30, warmup=0)
+def test_divergence_ends_all_processes(small_world: SmallWorld, tmp_path: Path, kind: str) -> None:
+    run = run_of(small_world, tmp_path, kind, learning_rate=1e30, warmup=0)
     assert exit_statuses(start_processes(run)) == [2] * PROCESSES
     assert "training diverged" in (run.root / "log").read_text()
     assert not run.model.exists()

@@ -194,7 +194,8 @@ class MultitaskTask(Task):
         chosen = [_chosen(example["scores"], example.get("draw")) for example in examples]
         labels = [torch.tensor(example["target_ids"][n]) for example, n in zip(examples, chosen, strict=True)]
         batch["labels"] = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        if not (batch["task_id"] == CAPTION).all():  # of captions alone the loss is a mean over tokens
+        # a batch that is for captions has a loss over tokens, any other one over items, captions among them
+        if self.settings.mixed_batches or not (batch["task_id"] == CAPTION).all():
             batch["scores"] = torch.tensor([example["scores"][n] for example, n in zip(examples, chosen, strict=True)])
         return batch
 
