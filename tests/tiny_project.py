@@ -21,7 +21,7 @@ DEFAULTS = {  # of the rows of the run sheet
 
 def row(experiment: str, task: str, options: str = "", **columns: str) -> str:
     """A line of the run sheet; LoRA has rank 2 beside the given options."""
-    values = DEFAULTS | {"text_backbone": {"vqa": "roberta", "caption": "gpt2"}[task]} | columns
+    values = DEFAULTS | {"text_backbone": {"vqa": "roberta", "caption": "gpt2", "multitask": "bart"}[task]} | columns
     rank = {"lora": "r=2 lora_alpha=2", "adapter": "r=2"}.get(values["method"], "")
     values |= {"experiment": experiment, "task": task, "options": f"{rank} {options}".strip()}
     return "\t".join(values[name] for name in COLUMNS)

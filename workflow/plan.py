@@ -42,7 +42,7 @@ from routevl.methods.base import layer_norms
 from routevl.settings import RunSettings
 from routevl.sheet import Experiment, read_sheet, runs_of, settings_of, trials_of
 from routevl.slurm import SECTIONS, kind_of
-from routevl.tasks.clip_bart.visual_embedding import VisualEmbedding
+from routevl.tasks.clip_bart.visual_embedding import VisualEmbedding, add_extra_tokens
 from routevl.tasks.table import TASKS
 
 SCHEMA = Path(__file__).parent / "schemas/config.schema.yaml"
@@ -251,10 +251,10 @@ def _text_model(kind: str, layers: int, width: int) -> PreTrainedModel:
         sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
                  for name, value in {"layers": layers // 2, "attention_heads": 1, "ffn_dim": 4 * width}.items()}  # fmt: skip
         model = BartForConditionalGeneration(BartConfig(d_model=width, **sides))
+        add_extra_tokens(model)
     else:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 1}
         model = RobertaModel(RobertaConfig(**sizes)) if kind == "encoder" else GPT2LMHeadModel(GPT2Config(**sizes))
-    model.tie_weights()
     return model
 
 

@@ -10,12 +10,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, ViTConfig, ViTImageProcessor
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
 
+from routevl.backbones.pretrain_text import write_untrained
 from routevl.backbones.text import text_skeleton
 from routevl.errors import RoutevlError
 from routevl.files import read_json, write_json
 from routevl.sheet import COLUMNS, read_sheet
+from routevl.tasks.clip_bart.visual_embedding import EXTRA_TOKENS
 from routevl.tasks.table import TASKS
 from routevl.training import check
 
@@ -168,6 +178,26 @@ def test_tables_that_a_model_shares_are_counted_once(tmp_path: Path) -> None:
     tokenizer_of_letters().save_pretrained(tmp_path)
     skeleton, _ = text_skeleton(tmp_path, TASKS["caption"].text_model)
     assert sum(p.numel() for p in skeleton.parameters()) == sum(p.numel() for p in GPT2LMHeadModel(config).parameters())
+
+
+def test_models_of_several_tasks_are_built_with_and_without_tensors_of_each(tmp_path: Path) -> None:
+    """And what gives a vocabulary more rows leaves the table that embeds and predicts tokens one."""
+    row_of = {"text_backbone": "bart", "vision_backbone": "vit", "prefix": "yes", "visual_tokens": "grid"}
+    rows = [
+        row("shared", "multitask", **row_of),
+        row("each", "multitask", "tasks=4 task_prompts=no", **row_of),
+        row("full", "multitask", method="full", **row_of),
+    ]
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text("\n".join(["\t".join(COLUMNS), *rows]) + "\n")
+    config = yaml.safe_load((PROJECT / "config/config.yaml").read_text()) | {"experiments": str(sheet)}
+    entries = {entry["experiment"]: entry["trainable_params_by_part"] for entry in checked(config, tmp_path)}
+    options = config["backbones"]["text"]["bart"]["pretrain"]
+    write_untrained(tmp_path / "bart", options)
+    model = BartForConditionalGeneration(BartConfig.from_pretrained(tmp_path / "bart"))
+    assert entries["each"]["method"] == 4 * entries["shared"]["method"] > 0
+    of_the_text_model = entries["full"]["method"] + entries["full"]["layer_norm"]
+    assert of_the_text_model == sum(p.numel() for p in model.parameters()) + EXTRA_TOKENS * options["hidden_size"]
 
 
 @pytest.mark.slow

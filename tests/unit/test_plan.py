@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny_project import PROJECT, row
 
+from routevl.configuration import read_configuration
 from routevl.sheet import COLUMNS
 
 EXPERIMENTS = [
@@ -160,3 +161,65 @@ def test_features_take_the_disk_of_their_tokens(config: dict[str, Any]) -> None:
         sizes = PLAN | {"vision": {"vit": PLAN["vision"]["vit"] | {"patches": patches}}}
         disk = plan.Plan(config | {"features": features, "plan": sizes}).cost("extract", {"vision": "vit"}).disk
         assert disk == 4 * 16 * count * 400 / features["shards"]
+
+
+# -------------------------------------------------------------------------------------- config/multitask.yaml
+
+VISUAL, NORMS, BIASES = 1_582_848, 49_152, 125_952
+TRAINED = {  # the parameters that CLIP-BART's published rows train, counted on the original code
+    "full": 141_156_864,
+    "bitfit": VISUAL + BIASES,
+    "vl_prompt": VISUAL + 1_261_088,
+    "vl_prompt_per_task": VISUAL + 4 * 1_261_088,
+    "phm_adapter": VISUAL + 30 * 74_608 + NORMS,
+    "phm_adapter_per_task": VISUAL + 4 * 2_238_240 + NORMS,
+    "hyperformer": VISUAL + 6_947_088 + NORMS,
+    "lora_none": VISUAL + 36 * 196_608 + BIASES,
+    "lora_mul": VISUAL + 36 * 196_608 + BIASES,
+    "lora_per_task": VISUAL + 4 * 7_077_888 + BIASES,
+    "adapter_none": 6_081_600,
+    "adapter_mul": 6_081_600,
+    "vl_adapter": VISUAL + 30 * 148_320 + NORMS,
+    "vl_adapter_half_shared": 12_786_240,
+    "vl_adapter_half_shared_up": 12_725_760,
+    "vl_adapter_per_task": VISUAL + 4 * 4_449_600 + NORMS,
+    "vl_pet_small": 4_291_020,
+    "vl_pet_middle_x": 4_281_804,
+    "vl_pet_middle_y": 4_281_792,
+    "vl_pet_large": 6_052_416,
+    "blind": 36 * 196_608 + BIASES,
+}
+
+
+@pytest.fixture
+def multitask(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(PROJECT / "workflow")
+    monkeypatch.chdir(PROJECT)
+    return read_configuration("config/multitask.yaml")
+
+
+def test_the_weights_of_the_multitask_runs_are_those_of_the_published_rows(multitask: dict[str, Any]) -> None:
+    import plan
+
+    costs = plan.Plan(multitask)
+    trained = {name: costs.cost("train", {"run": f"multitask_{name}_seed1"}).disk / 8 for name in TRAINED}  # float32, twice
+    assert trained == TRAINED
+
+
+def test_the_multitask_plan_lacks_nothing_but_the_sizes_of_some_archives(multitask: dict[str, Any]) -> None:
+    import plan
+
+    jobs = [
+        ("download", {"file": "train2014.zip"}),
+        ("download", {"file": "images.zip"}),
+        ("fetch_backbone", {"name": "clip-rn101-cropped"}),
+        ("derive_backbone", {"derived": "clip-rn101"}),
+        *[("extract", {"vision": "clip-rn101"})] * multitask["features"]["shards"],
+        ("train", {"run": "multitask_lora_mul_seed1"}),
+    ]
+    lines = plan.report(multitask, jobs).splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines}
+    assert lines[1].endswith("(1 of them not in full)") and not any(line.startswith("Not counted") for line in lines)
+    assert 10 < float(table["train"][1]) < 24
+    assert 0.1 <= float(table["derive_backbone"][3]) <= 0.3  # RN101's 56 million weights
+    assert float(table["extract"][3]) == pytest.approx(325413 * 36 * 2048 * 4 / 1e9, abs=0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -21,9 +21,22 @@ class WrongWidth(ValueError):
     """A module cannot take what it is given."""
 
 
-def no_weights() -> AbstractContextManager[None]:
-    """Modules that are made here have parameters on the meta device; their buffers are real."""
-    return init_empty_weights(include_buffers=False)
+@contextmanager
+def no_weights() -> Iterator[None]:
+    """Modules that are made here have parameters on the meta device; their buffers are real.
+
+    What is there already stays one parameter where several modules get it, which accelerate alone would make several.
+    """
+    register = nn.Module.register_parameter
+    with init_empty_weights(include_buffers=False):
+        register_empty = nn.Module.register_parameter
+
+        def register_once(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            known = parameter is not None and parameter.is_meta
+            (register if known else register_empty)(module, name, parameter)
+
+        nn.Module.register_parameter = register_once
+        yield
 
 
 def base_of(module: nn.Module) -> nn.Module:

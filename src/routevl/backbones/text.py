@@ -61,7 +61,6 @@ def text_skeleton(path: str | Path, kind: str) -> tuple[PreTrainedModel, PreTrai
     model_class, config, options = _class_of(folder, kind)
     with no_weights():
         model = model_class(config, **options)
-    model.tie_weights()  # which putting each parameter on the meta device has undone
     model.name_or_path = public_name(path)
     return model.eval().requires_grad_(False), of_the_folder(AutoTokenizer, folder, "tokenizer")
 

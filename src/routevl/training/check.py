@@ -119,8 +119,8 @@ def distinct_cases(experiments: Sequence[Experiment], config: Mapping[str, Any])
     for experiment in experiments:
         settings = settings_of(experiment, experiment.seeds[0], config)
         sees = settings.new_method().uses_image, settings.prefix, experiment.vision_backbone, settings.visual_tokens
-        named = settings.options.items()  # of these, the texts but the routing function's name decide what is built
-        options = tuple((name, value) for name, value in named if isinstance(value, str) and name != "routing")
+        named = settings.options.items()  # of these the texts and the tasks decide what is built, but not which routing function
+        options = tuple((n, v) for n, v in named if n == "tasks" or (isinstance(v, str) and n != "routing"))
         how = settings.freeze_layer_norm, settings.gradient_checkpointing, settings.max_text_tokens, settings.max_new_tokens
         kind = experiment.text_backbone, settings.task, settings.method, options, *how, *sees
         cases.setdefault(kind, Case(experiment, settings))
