@@ -98,9 +98,12 @@ def trains_norms(method: str) -> bool:
     return "freeze_layer_norm=no" not in method_class(method).refuses
 
 
+VARIED = ("routing", "bottleneck", "tasks", "routed_tokens", "routed_positions")  # options by which cases of a method differ
+
+
 def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
     method, kind, options = case
-    return "-".join([method, *(str(options[name]) for name in ("routing", "bottleneck", "tasks") if name in options), kind])
+    return "-".join([method, *(str(options[name]) for name in VARIED if name in options), kind])
 
 
 CASES = [

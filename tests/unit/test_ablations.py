@@ -291,6 +291,78 @@ def test_the_method_reads_a_stand_in_and_the_prefix_the_image(method: str, width
         model(**batch)
 
 
+@ROUTED
+@pytest.mark.parametrize("kind", ["roberta", "gpt2"])
+def test_the_mean_of_an_images_tokens_can_be_routed_in_any_task(method: str, kind: str) -> None:
+    options = SMALL[method] | {"routing": "attn", "routed_tokens": "mean"}
+    model, batch = shaken(build(method, kind, options, width=20)), batch_of(kind, width=20, visual_tokens=5)
+    arguments = batch["input_ids"], batch["attention_mask"]
+    given = model.text_inputs(*arguments, batch["image"])
+    of_all = shaken(build(method, kind, options | {"routed_tokens": None}, width=20)).text_inputs(*arguments, batch["image"])
+    assert torch.equal(given["inputs_embeds"], of_all["inputs_embeds"])  # the prefix has all tokens
+    assert torch.equal(of_all["visual_features"], batch["image"])
+    torch.testing.assert_close(given["visual_features"], batch["image"].mean(1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+@ROUTED
+@pytest.mark.parametrize("options", [{}, {"bottleneck": "after_up"}], ids=["shared", "after_up"])
+def test_the_images_positions_keep_x_t_where_the_text_alone_is_routed(method: str, options: dict[str, str]) -> None:
+    """By the formulas, position by position; no gradient reaches x_R from there."""
+    torch.manual_seed(0)
+    options = {"routing": "mul", **options}
+    config = CONFIGS[method](r=R, target_modules=["0"], up_init="random", routed_positions="text", **options)
+    adapted = get_peft_model(nn.Sequential(nn.Linear(D, D)), config).double()
+    layer = adapted.base_model.model[0]
+    x, x_r = torch.randn(B, L, D).double(), torch.randn(B, 1, D).double().requires_grad_()
+    of_image = torch.arange(L).expand(B, -1) < torch.tensor([[2], [0], [L]])
+    base = layer.base_layer(x)
+    given = x if method == "lora" else base
+    down, up = (named(getattr(layer, name)["default"]) for name in layer.adapter_layer_names[:2])
+    activation = layer.activation["default"] if method == "adapter" else nn.Identity()
+    plain, routed = linear(activation(linear(given, down)), up), bottleneck(layer, options, given, x_r, None)
+    scaling = layer.scaling["default"] if method == "lora" else 1
+    found = adapted(x, visual_features=x_r, image_positions=of_image)
+    torch.testing.assert_close(found, base + scaling * torch.where(of_image[..., None], plain, routed), rtol=0, atol=1e-9)
+    for positions, reaches in ((of_image, False), (~of_image, True)):
+        [gradient] = torch.autograd.grad(found[positions].square().sum(), x_r, retain_graph=True)
+        assert gradient.any() == reaches
+    for wrong, message in (
+        (None, "reads image_positions, but the call has none: pass image_positions"),
+        (of_image[:, :-1], f"image_positions has {L - 1} positions but the text has {L}"),
+        (of_image[:2], f"image_positions has batch size 2 but the text has {B}"),
+        (of_image.long(), r"image_positions must be \(batch, length\) bool, not \(3, 6\) torch.int64"),
+    ):
+        with pytest.raises(RoutevlError, match=message):
+            adapted(x, visual_features=x_r, image_positions=wrong)
+
+
+@ROUTED
+def test_captions_with_the_text_alone_routed_are_the_same_with_and_without_a_cache(method: str) -> None:
+    """Positions that are generated are text, of every beam."""
+    options = SMALL[method] | {"routing": "attn"}
+    models = [shaken(build(method, "gpt2", options | {"routed_positions": positions})) for positions in ("text", "all")]
+    image = batch_of("gpt2", visual_tokens=3)["image"]
+    search = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 49, "eos_token_id": None}
+    search |= {"return_dict_in_generate": True, "output_logits": True}
+    text, everything = (model.generate(0, image, **search) for model in models)
+    uncached, alone = models[0].generate(0, image, use_cache=False, **search), models[0].generate(0, image[1:2], **search)
+    assert torch.equal(uncached.sequences, text.sequences) and torch.equal(alone.sequences[0], text.sequences[1])
+    for cached, plain, of_all in zip(text.logits, uncached.logits, everything.logits, strict=True):
+        torch.testing.assert_close(cached, plain)
+        assert not torch.allclose(cached, of_all, atol=1e-4)
+
+
+@ROUTED
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_without_a_prefix_there_is_no_position_to_leave_out(method: str, kind: str) -> None:
+    model = build(method, kind, SMALL[method] | {"routing": "mul", "routed_positions": "text"}, prefix=False)
+    with pytest.raises(RoutevlError, match="routed_positions=text .* no visual prefix: set prefix, or routed_positions=all"):
+        model(**batch_of(kind))
+
+
 # ---------------------------------------------------------------------------------- what does not go together
 
 
@@ -304,6 +376,9 @@ def test_the_method_reads_a_stand_in_and_the_prefix_the_image(method: str, width
         ({"bottleneck": "split", "routing": "mul", "r": "6"}, "r is 6, and bottleneck=split needs a multiple of 4"),
         ({"bottleneck": "cross_attention", "r": "6"}, "r is 6, and bottleneck=cross_attention needs a multiple of 4"),
         ({"routed_features": "noise"}, "routed_features=noise needs a routing function: set routing"),
+        ({"routed_positions": "text"}, "routed_positions=text needs a routing function: set routing"),
+        ({"routed_tokens": "all"}, "routed_tokens=all needs a routing function that reads the image"),
+        ({"routed_tokens": "mean", "routing": "mul", "routed_features": "text"}, "routing function that reads the image"),
         ({"layers_to_transform": "0,x"}, "layers_to_transform is '0,x', expected numbers of layers"),
         ({"layers_to_transform": ""}, "layers_to_transform is '', expected numbers of layers"),
         ({"target_modules": "query", "places": "ffn"}, "target_modules names the modules to adapt: leave places out"),
@@ -338,7 +413,7 @@ def test_an_adapter_of_an_earlier_version_is_the_papers(method: str, tmp_path: P
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     known = json.loads(path.read_text())
-    new = {"bottleneck", "up_init", "places", "position", "routed_features"}
+    new = {"bottleneck", "up_init", "places", "position", "routed_features", "routed_tokens", "routed_positions"}
     assert known.keys() & new == new - ({"position"} if method == "lora" else set())
     path.write_text(json.dumps({name: value for name, value in known.items() if name not in new}))
     again = PeftModel.from_pretrained(TEXT_MODELS["gpt2"](), tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import CASES, TASKS, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, tasks_of, trains_norms
+from cases import CASES, LAYERS, TASKS, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, tasks_of, trains_norms
 from recorded import assert_agrees, needs_reference, put, recorded
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -26,6 +26,7 @@ from routevl.features.grid import pooled_grid
 from routevl.methods.base import layer_norms
 from routevl.methods.bottleneck.layer import Bottleneck
 from routevl.methods.hyperformer.layer import Code, Generated, Head
+from routevl.methods.lora.layer import RoutedLoraLayer
 from routevl.methods.table import new_method
 from routevl.methods.vl_adapter.layer import Adapter
 from routevl.tasks.clip_bart.joint_encoder import embed_text_alone, text_of
@@ -84,6 +85,13 @@ def seen_by(module: nn.Module) -> list[Any]:
     outputs: list[Any] = []
     module.register_forward_hook(lambda _, __, output: outputs.append(output))
     return outputs
+
+
+def given_to(module: nn.Module) -> list[Any]:
+    """The first arguments of a module, as they come."""
+    arguments: list[Any] = []
+    module.register_forward_pre_hook(lambda _, args: arguments.append(args[0]))
+    return arguments
 
 
 # ------------------------------------------------------------------------- against the recorded numbers
@@ -440,10 +448,10 @@ def test_a_decision_compares_two_tokens_after_the_first() -> None:
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("method", ["bitfit", "lora"])
+@pytest.mark.parametrize("method", ["bitfit", "lora", "adapter"])
 def test_it_writes_token_by_token_what_it_reads_in_training(method: str, images: int) -> None:
     """Greedy, with a cache, and the encoder's states made once."""
-    options = {"r": 4, "routing": "mul"} if method == "lora" else {}
+    options = {"lora": {"r": 4, "routing": "mul"}, "adapter": TEXT_ALONE}.get(method, {})
     model, batch = shaken(toy(method, **options)), read(batch_of(images=images))
     encoded = seen_by(model.text_model.get_encoder())
     written = model.generate(batch, **ALONE, max_new_tokens=5, eos_token_id=None)
@@ -456,9 +464,9 @@ def test_it_writes_token_by_token_what_it_reads_in_training(method: str, images:
     assert torch.equal(written, ids)
 
 
-@pytest.mark.parametrize("method", ["bitfit", "lora", "vl_pet_small", "vl_prompt"])
+@pytest.mark.parametrize("method", ["bitfit", "lora", "adapter", "vl_pet_small", "vl_prompt"])
 def test_beams_do_not_depend_on_batch_mates(method: str) -> None:
-    options = {"r": 4, "routing": "attn"} if method == "lora" else {}
+    options = {"lora": {"r": 4, "routing": "attn"}, "adapter": TEXT_ALONE}.get(method, {})
     model, batch = shaken(toy(method, **options)), read(batch_of())
     encoded = seen_by(model.text_model.get_encoder().layers[0])
     search = {"num_beams": 4, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -470,7 +478,8 @@ def test_beams_do_not_depend_on_batch_mates(method: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- methods
 
-ON_BART = [case for case in CASES if case[1] == "bart"]
+TEXT_ALONE = {"r": 4, "routing": "attn", "visual_scale": "tanh", "routed_tokens": "all", "routed_positions": "text"}
+ON_BART = [case for case in CASES if case[1] == "bart"] + [(method, "bart", TEXT_ALONE) for method in ("lora", "adapter")]
 every_method = pytest.mark.parametrize("case", ON_BART, ids=name_of)
 
 
@@ -525,6 +534,7 @@ def test_it_is_saved_and_loaded_whole(case: tuple[str, str, dict[str, Any]], tmp
 
 CHECKPOINTED = [
     ("lora", {"r": 4, "routing": "attn"}),
+    ("lora", TEXT_ALONE),
     ("vl_adapter", {"sharing": "multiple", "tasks": TASKS}),
     ("hyperformer", {"tasks": TASKS}),
     ("vl_prompt", {"tasks": TASKS}),
@@ -582,6 +592,30 @@ def test_a_routed_method_reads_the_mean_of_the_embedded_tokens() -> None:
     read_by_method = model.text_inputs(**batch)["visual_features"]
     torch.testing.assert_close(read_by_method, image.mean(1, keepdim=True))
     model.text_model.base_model._prepare({"visual_features": read_by_method})  # of the width that it expects
+    of_all = toy("lora", r=4, routing="mul", routed_tokens="all").text_inputs(**batch)["visual_features"]
+    assert torch.equal(of_all, image)
+
+
+@pytest.mark.parametrize("positions", ["all", "text"])
+def test_each_module_is_routed_where_it_reads_a_text(positions: str) -> None:
+    """By the formula: where only text is routed, x_t is left at the image's positions in the encoder, and in the keys and values
+    of its states, and nowhere in the decoder, which has as many positions as the encoder."""
+    options = {"r": 4, "lora_alpha": 8.0, "routing": "mul", "target_modules": "q_proj,k_proj,v_proj"}
+    model, batch = shaken(toy("lora", routed_positions=positions, **options)).double(), batch_of(images=2)
+    batch |= {"image": batch["image"].double(), "labels": torch.randint(4, 48, (3, 2 * GRID + 6))}
+    x_r = model.text_inputs(**read(batch))["visual_features"]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLoraLayer)}
+    given, found = ({name: seen(layer) for name, layer in layers.items()} for seen in (given_to, seen_by))
+    model(**batch)
+    assert len(layers) == 3 * 3 * LAYERS
+    for name, layer in layers.items():
+        [x], [output] = given[name], found[name]
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        of_encoder = ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+        plain = torch.arange(x.shape[1])[:, None] < (2 * GRID if of_encoder and positions == "text" else 0)
+        x_t = down(x)
+        expected = layer.base_layer(x) + 2 * up(torch.where(plain, x_t, x_t * down(x_r)))
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-9)
 
 
 def test_without_an_image_in_the_sequence_the_method_alone_sees_it() -> None:
@@ -635,10 +669,11 @@ def test_what_belongs_to_another_task_alone_gets_no_gradient(case: tuple[str, st
     assert sum(map(len, apart)) + len(shared) == len(trained) == len(set.union(*with_gradient))
 
 
-@pytest.mark.parametrize("method", ["hyperformer", "vl_prompt"])
+@pytest.mark.parametrize("method", ["hyperformer", "vl_prompt", "lora"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copied_model_reads_images_too(copied: Callable[[ClipBart], ClipBart], method: str) -> None:
-    model = shaken(toy(method, norms=True, tasks=TASKS))
+    options = TEXT_ALONE if method == "lora" else {"tasks": TASKS}
+    model = shaken(toy(method, norms=True, **options))
     again = copied(model)
     assert torch.equal(again(**batch_of())["losses"], model(**batch_of())["losses"])
     embedding = again.visual_projection.token_embedding
@@ -656,7 +691,8 @@ def test_threads_that_share_a_model_have_texts_of_their_own_lengths() -> None:
 
 def test_an_item_does_not_depend_on_a_pair_in_its_batch() -> None:
     """Where a batch mixes items of one image and of two, those of one are padded by an image that nothing sees."""
-    for method, options in (("bitfit", {}), ("lora", {"r": 4, "routing": "mul"}), ("adapter", {"r": 4, "routing": "attn"})):
+    routed = [("lora", {"r": 4, "routing": "mul"}), ("adapter", {"r": 4, "routing": "attn"}), ("lora", TEXT_ALONE)]
+    for method, options in (("bitfit", {}), *routed):
         model = shaken(toy(method, **options))
         one, two = batch_of(), batch_of(1, images=2)
         mask = torch.ones(6, 2 * GRID, dtype=torch.int64)

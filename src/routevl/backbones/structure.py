@@ -60,6 +60,7 @@ class Structure:
         attention_outputs: output projections of attention over the text itself.
         cross_attention_outputs: of attention over what an encoder has read.
         cross_attention_values: the modules that compute its values.
+        cross_attention_inputs: the modules that read what an encoder has read: these, and those that compute its keys.
         feed_forward_outputs: the last module of each layer's feed-forward part.
         sub_layer_inputs: name of one of these outputs -> the last module before it that has read what the output is added to;
             only where there is one.
@@ -73,6 +74,7 @@ class Structure:
     attention_outputs: tuple[str, ...] = ()
     cross_attention_outputs: tuple[str, ...] = ()
     cross_attention_values: tuple[str, ...] = ()
+    cross_attention_inputs: tuple[str, ...] = ()
     feed_forward_outputs: tuple[str, ...] = ()
     sub_layer_inputs: Mapping[str, str] = field(default_factory=dict)
     feed_forward_inputs: tuple[str, ...] = ()
@@ -131,6 +133,9 @@ def structure_of(model: PreTrainedModel) -> Structure:
         cross_attention_outputs=tuple(dict.fromkeys(cross)),
         cross_attention_values=tuple(
             dict.fromkeys(n for a in attentions if a.cross for n, own in a.parts.items() if VALUE in own)
+        ),
+        cross_attention_inputs=tuple(
+            dict.fromkeys(n for a in attentions if a.cross for n, own in a.parts.items() if QUERY not in own)
         ),
         feed_forward_outputs=feed_forward,
         sub_layer_inputs=_sub_layer_inputs(reads, {*itself, *cross, *feed_forward}),

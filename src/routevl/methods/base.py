@@ -54,6 +54,11 @@ class Method:
         """The kind of `routevl.visual.Control` that the method reads in the image's place, while the prefix keeps it; or None."""
         return None
 
+    @property
+    def routed_tokens(self) -> str | None:
+        """Which of an image's tokens the method reads: "all", or their "mean"; None: as the task has it."""
+        return None
+
     @classmethod
     def prepares(cls) -> bool:
         """Whether there is a phase before training: the rule `probe`, whose tensors `build` gets."""
@@ -92,7 +97,8 @@ class Method:
 
         Args:
             inputs: the call's own arguments: inputs_embeds (B, P + L_t, d), P of them the prefix's, and attention_mask; beside
-                them task_id (B,) int64 where the run's task is of several.
+                them, with a prefix, image_positions (B, P + L_t) bool, true at these; task_id (B,) int64 where the run's task is
+                of several; and visual_mask (B, L_v) bool where some of `visual` is not real.
             visual: the tokens of the image, or of its `stand_in`: (B, L_v, d), or as wide as the vision model gives them where
                 the built model projects them itself; None where the run is blind.
         """

@@ -61,8 +61,8 @@ _VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
 
 # an Adapter that reads no image
 _PLAIN = {
-    "routing": "none", "visual_scale": "none", "bottleneck": "shared", "routed_features": "image", "up_init": "zero",
-    "position": "before_norm", "residual": True, "places": "both",
+    "routing": "none", "visual_scale": "none", "bottleneck": "shared", "routed_features": "image", "routed_tokens": None,
+    "routed_positions": "all", "up_init": "zero", "position": "before_norm", "residual": True, "places": "both",
 }  # fmt: skip
 
 _OFFICIAL = "the faults of the official code (docs/DIFFERENCES.md)"

@@ -29,6 +29,9 @@ TASK_WEIGHTS = "task.safetensors"  # beside the method's: the head, the visual p
 class VisionLanguageModel(nn.Module):
     """A text model fine-tuned by a method, which sees the image by the method, by a visual prefix, by both or not at all.
 
+    Attributes:
+        routed_tokens: which of an image's tokens a method reads that does not say so itself, "all" or their "mean".
+
     Args:
         text_model: an unmodified Hugging Face model of width d.
         method: what makes the model to train of it.
@@ -42,6 +45,8 @@ class VisionLanguageModel(nn.Module):
     Raises:
         RoutevlError: `prepared` is of another text model.
     """
+
+    routed_tokens = "all"
 
     def __init__(
         self,
@@ -76,9 +81,15 @@ class VisionLanguageModel(nn.Module):
         shared = (own.out_features if own else width) == embedding_width
         self.prefix_projection = None if shared or not self.prefix else _linear(visual_width, embedding_width)
 
-    def read_by_method(self, visual: Tensor, visual_mask: Tensor | None) -> Tensor:
-        """What the method reads of the image's tokens, (B, L_v, d) -> the same, or fewer; the mask as of `text_inputs`."""
-        return visual
+    def read_by_method(self, visual: Tensor, visual_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the method reads of the image's tokens (B, L_v, d): all of them, with the mask of `text_inputs`, or their mean
+        (B, 1, d)."""
+        if not self.method.uses_image or (self.method.routed_tokens or self.routed_tokens) == "all":
+            return visual, visual_mask
+        if visual_mask is None:
+            return visual.mean(dim=1, keepdim=True), None
+        weights = visual_mask / visual_mask.sum(dim=1, keepdim=True)  # (B, L_v)
+        return weights[:, None].to(visual.dtype) @ visual, None
 
     def text_inputs(
         self,
@@ -113,7 +124,13 @@ class VisionLanguageModel(nn.Module):
                 visual = routed if self.method_projects else self.visual_projection(routed)
         inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         known = inputs if task_id is None else inputs | {"task_id": task_id}
-        return inputs | self.method.beside(known, None if visual is None else self.read_by_method(visual, visual_mask))
+        if self.prefix:
+            text = torch.zeros_like(input_ids, dtype=torch.bool)
+            known = known | {"image_positions": nn.functional.pad(text, (embeddings.shape[1] - text.shape[1], 0), value=True)}
+        if visual is not None:
+            visual, mask = self.read_by_method(visual, visual_mask)
+            known = known if mask is None else known | {"visual_mask": mask.bool()}
+        return inputs | self.method.beside(known, visual)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the model: the method's tensors and the task's, detached, by their names in the model."""

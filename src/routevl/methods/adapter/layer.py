@@ -19,7 +19,7 @@ class RoutedAdapterLayer(RoutedLayer):
     """h = [x_H +] act(route(x_H W_down, x_R W_down)) W_up on the output x_H of a module (paper, equation 5)."""
 
     adapter_layer_names = ("adapter_down", "adapter_up", "adapter_mixer")
-    other_param_names = ("activation", "residual", "parts", "after_up")
+    other_param_names = ("activation", "residual", "parts", "after_up", "text_alone")
 
     def __init__(self, base_layer: nn.Module, conditioning: Conditioning) -> None:
         super().__init__(base_layer, conditioning)

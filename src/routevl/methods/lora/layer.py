@@ -41,7 +41,7 @@ class RoutedLoraLayer(RoutedLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_mixer")
-    other_param_names = ("lora_dropout", "scaling", "fused", "parts", "after_up")
+    other_param_names = ("lora_dropout", "scaling", "fused", "parts", "after_up", "text_alone")
 
     def __init__(self, base_layer: nn.Linear | Conv1D, conditioning: Conditioning) -> None:
         super().__init__(base_layer, conditioning)

@@ -48,6 +48,14 @@ class RoutedOptions:
         "what is routed: the image's features, the mean of the text's own embeddings, or what stands in for the image as in the "
         "setting `control`, while the visual prefix keeps it", "image", choices=("image", "text", "noise", "ones", "shuffled"),
     )  # fmt: skip
+    routed_tokens: str | None = option(
+        "which of the image's tokens are routed, `all` or their `mean`; `none`: the mean in CLIP-BART, all elsewhere", None,
+        choices=("all", "mean"),
+    )  # fmt: skip
+    routed_positions: str = option(
+        "which positions are routed: `all`, or those of the `text`, so that a visual prefix keeps x_t; those of a decoder behind "
+        "an encoder are text", "all", choices=("all", "text"),
+    )  # fmt: skip
     up_init: str | None = option(
         "how the up-projection starts, at zero or drawn as nn.Linear's; `none`: at zero, but at random in an Adapter without "
         "residual, whose module's output would be erased", None, choices=("zero", "random"),
@@ -72,6 +80,10 @@ class RoutedOptions:
             yield f"tasks is {self.tasks}, but bottleneck={self.bottleneck} is for one: set bottleneck=shared"
         if self.routed_features != "image" and not routes(self):
             yield f"routed_features={self.routed_features} needs a routing function: set routing"
+        if self.routed_positions != "all" and not routes(self):
+            yield f"routed_positions={self.routed_positions} needs a routing function: set routing"
+        if self.routed_tokens is not None and (not routes(self) or self.routed_features == "text"):
+            yield f"routed_tokens={self.routed_tokens} needs a routing function that reads the image: set routing"
         for f in fields(self):
             if f.name in ("places", "position") and self.target_modules is not None and getattr(self, f.name) != f.default:
                 yield f"target_modules names the modules to adapt: leave {f.name} out, or target_modules"
@@ -93,6 +105,10 @@ class RoutedMethod(PerTask, PeftMethod):
     def stand_in(self) -> str | None:
         features = self.options.routed_features
         return None if features in ("image", "text") else features
+
+    @property
+    def routed_tokens(self) -> str | None:
+        return self.options.routed_tokens
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         of_text = self.options.routed_features == "text"
@@ -120,4 +136,13 @@ class RoutedMethod(PerTask, PeftMethod):
             before = 0 if visual is None else visual.shape[1]  # positions of the prefix: without it nothing reads the image
             text, mask = (inputs[name][:, before:] for name in ("inputs_embeds", "attention_mask"))
             visual = mean_visual_token(text, mask.bool())  # (B, 1, d)
+        elif "visual_mask" in inputs:
+            beside["visual_mask"] = inputs["visual_mask"]
+        if self.options.routed_positions != "all":
+            if "image_positions" not in inputs:
+                raise RoutevlError(
+                    f"routed_positions={self.options.routed_positions} is about the image's positions, and there is no visual "
+                    "prefix: set prefix, or routed_positions=all"
+                )
+            beside["image_positions"] = inputs["image_positions"]
         return beside | {"visual_features": visual}

@@ -76,6 +76,20 @@ class RoutedConfig(PeftConfig):
             "says which ones the adapter was trained with."
         },
     )
+    routed_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the visual features of a call are `all` tokens of an image, or their `mean`; None: as the task had "
+            "it. The caller makes them; this says which ones the adapter was trained with."
+        },
+    )
+    routed_positions: str = field(
+        default="all",
+        metadata={
+            "help": "Which positions are routed, all or text. For text, calls have image_positions (batch, length), bool, of "
+            "what an encoder-decoder's encoder reads; its decoder's positions are all text."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

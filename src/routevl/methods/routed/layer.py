@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     Attributes:
         parts: adapter -> how many bottlenecks P it has side by side, each with a stream, an update and a mixer of its own.
         after_up: adapter -> whether the streams meet after the up-projection.
+        text_alone: adapter -> whether those of the input's positions that are an image's keep x_t.
     """
 
     def __init__(self, base_layer: nn.Module, conditioning: Conditioning) -> None:
@@ -38,6 +40,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.parts: dict[str, int] = {}
         self.after_up: dict[str, bool] = {}
+        self.text_alone: dict[str, bool] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True  # peft's `disable_input_dtype_casting` sets it
 
@@ -83,7 +86,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if up is not None:
             texts, images = up(texts), up(images)
         streams = zip(self.mixers[adapter], texts, images, strict=True)
-        return [mix(text, image, mask).reshape(*leading, -1) for mix, text, image in streams]
+        mixed = [mix(text, image, mask) for mix, text, image in streams]
+        if self.text_alone[adapter]:
+            of_image = self.conditioning.per_position("image_positions", x_t.shape[:2], "image_positions")
+            of_image = of_image.to(x_t.device).unsqueeze(-1)  # (B, L_t, 1)
+            mixed = [torch.where(of_image, text, routed) for text, routed in zip(texts, mixed, strict=True)]
+        return [routed.reshape(*leading, -1) for routed in mixed]
 
     def adapters_in_use(self) -> list[str]:
         """The names of the active adapters that this module has; none while adapters are disabled."""

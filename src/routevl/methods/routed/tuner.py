@@ -16,12 +16,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from routevl.backbones.skeleton import LINEAR
 from routevl.backbones.structure import Structure, structure_of, targets
-from routevl.conditioning import PER_EXAMPLE, Conditioning, refuse_a_second
+from routevl.conditioning import PER_EXAMPLE, PER_POSITION, Conditioning, refuse_a_second
 from routevl.errors import RoutevlError
 from routevl.methods.per_task.layer import tasks_of
 from routevl.methods.routed import routes
 from routevl.methods.routed.config import RoutedConfig
 from routevl.methods.routed.layer import CANNOT_MERGE, RoutedLayer
+from routevl.methods.vl_pet import encoder_of
 
 # name -> parameter-free scaling of the visual features x_R, (B, L_v, d) -> the same
 VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,7 +31,12 @@ VISUAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda features: nn.functional.layer_norm(features, features.shape[-1:]),
 }
 OF_LORA = ("add_weighted_adapter", "subtract_mutated_init")  # methods of peft's LoraModel, which would be looked for in the model
-STREAMS = {"visual_features": PER_EXAMPLE, "visual_mask": PER_EXAMPLE, "task_id": PER_EXAMPLE}
+STREAMS = {
+    "visual_features": PER_EXAMPLE,
+    "visual_mask": PER_EXAMPLE,
+    "image_positions": PER_POSITION,
+    "task_id": PER_EXAMPLE,
+}
 
 
 def register(peft_type: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None:
@@ -47,12 +53,14 @@ class RoutedTuner(BaseTuner):
     """peft's tuner for routed methods. Subclasses name their layer, a RoutedLayer, and the modules that they adapt by default.
 
     `model(...)` and `model.generate(...)` take `visual_features` (B, L_v, d_v) and `visual_mask` (B, L_v), bool, beside their own
-    arguments, and `task_id` (B,), int64, where adapters are of several tasks; the features are projected, where d_v is not d, and
+    arguments; `task_id` (B,), int64, where adapters are of several tasks; and `image_positions` (B, L), bool, where they route
+    some of the positions alone, of an encoder-decoder those of the encoder. The features are projected, where d_v is not d, and
     scaled once per call.
 
     Attributes:
         visual_projection: adapter name -> the trainable Linear(d_v, d), only where the widths differ; for a prefix too.
         routed_width: name of an adapter that routes -> d, the width that all its modules work on.
+        of_decoder: names of the modules that read a decoder's own positions, where an adapter does not route all positions.
     """
 
     uses_shared_state = True
@@ -66,6 +74,7 @@ class RoutedTuner(BaseTuner):
         self.conditioning = Conditioning(model, STREAMS, self._prepare)
         self.visual_projection = nn.ModuleDict()
         self.routed_width: dict[str, int] = {}
+        self.of_decoder: frozenset[str] = frozenset()
 
     def default_targets(self, structure: Structure, config: RoutedConfig, model: nn.Module) -> list[str]:
         """The names of the modules that are adapted unless others are named. Raises RoutevlError where there are none."""
@@ -105,6 +114,8 @@ class RoutedTuner(BaseTuner):
         try:
             if any(getattr(config, name) is None for name in self.left_to_the_model):
                 self.complete(config, model)
+            if config.routed_positions != "all":
+                self.of_decoder = _reading_decoder(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.layers_to_transform is not None:
                 _in_layers(self.targeted_module_names, config)
@@ -136,6 +147,7 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, RoutedLayer) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config, current_key)
+        layer.text_alone[adapter_name] = peft_config.routed_positions == "text" and current_key not in self.of_decoder
         if routes(peft_config) and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
             raise RoutevlError(
                 f"target module {current_key} works on width {layer.width} but others on {self.routed_width[adapter_name]}: "
@@ -180,16 +192,18 @@ class RoutedTuner(BaseTuner):
         return projection
 
     def _prepare(self, given: dict[str, Tensor]) -> dict[Any, Tensor | None]:
-        """x_R (B, L_v, d) of each adapter that routes, the mask, and the examples' tasks.
+        """x_R (B, L_v, d) of each adapter that routes, the mask, the image's positions, and the examples' tasks.
 
         Raises:
-            RoutevlError: features, mask or tasks of the wrong shape; a task that there is not.
+            RoutevlError: features, mask, positions or tasks of the wrong shape; a task that there is not.
         """
-        features, mask = given.get("visual_features"), given.get("visual_mask")
+        features, mask, positions = map(given.get, ("visual_features", "visual_mask", "image_positions"))
         if features is None and mask is not None:
             raise RoutevlError("the call has a visual_mask but no visual_features")
         tasks = [self.peft_config[name].tasks for name in self.active_adapters]
         of_tasks = tasks_of(given, min(tasks, default=1)) if "task_id" in given else {}
+        if positions is not None and (positions.dim() != 2 or positions.dtype != torch.bool):
+            raise RoutevlError(f"image_positions must be (batch, length) bool, not {tuple(positions.shape)} {positions.dtype}")
         if features is None:
             return of_tasks
         if features.dim() != 3:
@@ -198,7 +212,8 @@ class RoutedTuner(BaseTuner):
             raise RoutevlError(f"visual_mask must have the shape {tuple(features.shape[:2])}, not {tuple(mask.shape)}")
         routed = [name for name in self.active_adapters if name in self.routed_width]
         of_images = {("visual_features", name): self._prepare_for(name, features) for name in routed}
-        return of_tasks | of_images | {"visual_mask": mask}
+        of_positions = {} if positions is None else {"image_positions": positions}
+        return of_tasks | of_images | of_positions | {"visual_mask": mask}
 
     def _prepare_for(self, adapter: str, features: Tensor) -> Tensor:
         """x_R for one adapter: width checked, projected, scaled: (B, L_v, d_v) -> (B, L_v, d)."""
@@ -284,6 +299,19 @@ class RoutedTuner(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self.conditioning.detach()
         return model
+
+
+def _reading_decoder(model: nn.Module, config: RoutedConfig) -> frozenset[str]:
+    """The modules of an encoder-decoder outside its encoder that do not compute keys or values of what it has read; of any other
+    model none. Raises RoutevlError where they are not found."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return frozenset()
+    try:
+        of_encoder = structure_of(model).cross_attention_inputs
+    except RoutevlError as error:
+        raise RoutevlError(f"routed_positions={config.routed_positions}: {error}; or set routed_positions=all") from error
+    encoder = encoder_of(model)
+    return frozenset(name for name, _ in model.named_modules() if not name.startswith(encoder) and name not in of_encoder)
 
 
 def layer_of(name: str) -> int | None:

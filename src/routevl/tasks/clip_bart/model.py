@@ -21,7 +21,7 @@ class ClipBart(VisionLanguageModel):
     """A BART whose encoder reads the tokens of one image or two and a text, and whose decoder writes an answer or a caption.
 
     `image` is features (B, N, d_v), or (B, 2, N, d_v) of a pair; the text is `<s> ... </s>`, padded on the right. A method that
-    reads the image itself gets the mean of its embedded tokens, of both images' where there are two.
+    reads the image itself gets the mean of its embedded tokens, of both images' where there are two, unless it wants all.
 
     Args:
         choices: the first tokens of the answers "true" and "false", between which `decide` does.
@@ -32,6 +32,8 @@ class ClipBart(VisionLanguageModel):
         RoutevlError: as VisionLanguageModel; the text model is no BART.
     """
 
+    routed_tokens = "mean"
+
     def __init__(self, choices: tuple[int, int], text_model: PreTrainedModel, *arguments: Any) -> None:
         embed_text_alone(text_model)
         super().__init__(text_model, *arguments)
@@ -41,14 +43,6 @@ class ClipBart(VisionLanguageModel):
         self.method_projects, self.prefix_projection = False, None
         embeddings = self.text_model.get_input_embeddings()
         self.visual_projection = VisualEmbedding(visual_width, embeddings) if self.sees_image else nn.Identity()
-
-    def read_by_method(self, visual: Tensor, visual_mask: Tensor | None) -> Tensor:
-        if not self.method.uses_image:
-            return visual
-        if visual_mask is None:
-            return visual.mean(dim=1, keepdim=True)
-        weights = visual_mask / visual_mask.sum(dim=1, keepdim=True)  # (B, L_v)
-        return weights[:, None].to(visual.dtype) @ visual
 
     def forward(self, labels: Tensor, scores: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of the labels: `<s> ... </s>`, then -100, (B, T) int64, which the decoder reads after a first `</s>`.
