@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import run_stage
 from tiny_project import BIN, PROJECT, copy_project, environment
-from toy_sites import download_from, fill_hub, read_table, served, snakemake, write_table
+from toy_sites import download_from, fill_hub, read_table, served, snakemake, write_coco, write_table
 
 from routevl.routing import without_ablations
 from routevl.sheet import Experiment, read_sheet
@@ -211,52 +209,9 @@ def test_the_plan_counts_the_examples_that_a_row_learns_from(plan_module: Any) -
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """COCO 2014, VQAv2 and the Karpathy splits in miniature, by their official names and formats, served over HTTP."""
     root = tmp_path_factory.mktemp("sites")
-    write_archives(root)
+    write_coco(root)
     with served(root) as address:
         yield address
-
-
-def write_archives(root: Path) -> None:
-    """The demo world's images and texts as the official archives; part of its train images is Karpathy's restval."""
-    from PIL import Image
-
-    run_stage("world", "--output", root / "world", "--seed", 1, "--train-images", 40, "--val-images", 8, "--test-images", 12,
-              "--image-size", 48, "--questions-per-image", 3)  # fmt: skip
-    year: dict[int, str] = {}
-    splits, records = [], {"questions": [], "annotations": [], "captions": []}
-    for split in ("train", "val", "test"):
-        folder = root / "world" / split
-        for name, content in records.items():
-            content += json.loads((folder / f"{name}.json").read_text())["annotations" if name == "captions" else name]
-        for number, file in enumerate(sorted((folder / "images").iterdir())):
-            image_id = int(re.search(r"(\d{12})", file.name)[1])
-            restval = split == "train" and number < 10
-            year[image_id] = "train2014" if split == "train" and not restval else "val2014"
-            name = f"COCO_{year[image_id]}_{image_id:012d}.jpg"
-            (root / year[image_id]).mkdir(exist_ok=True)
-            Image.open(file).convert("L" if number == 3 else "RGB").save(root / year[image_id] / name)
-            own_split = "restval" if restval else split
-            splits.append({"cocoid": image_id, "filename": name, "filepath": year[image_id], "split": own_split})
-    for name in ("train2014", "val2014"):
-        with zipfile.ZipFile(root / f"{name}.zip", "w") as archive:
-            for file in sorted((root / name).iterdir()):
-                archive.write(file, f"{name}/{file.name}")
-    with zipfile.ZipFile(root / "caption_datasets.zip", "w") as archive:
-        archive.writestr("dataset_coco.json", json.dumps({"images": splits, "dataset": "coco"}))
-    with zipfile.ZipFile(root / "annotations_trainval2014.zip", "w") as archive:
-        for name in ("train2014", "val2014"):
-            images = [{"id": entry["cocoid"], "file_name": entry["filename"]} for entry in splits if entry["filepath"] == name]
-            content = {"images": images, "annotations": of_year(records["captions"], year, name), "licenses": [], "info": {}}
-            archive.writestr(f"annotations/captions_{name}.json", json.dumps(content))
-    for part, name in (("Train", "train2014"), ("Val", "val2014")):
-        members = {"questions": f"v2_OpenEnded_mscoco_{name}_questions", "annotations": f"v2_mscoco_{name}_annotations"}
-        for kind, member in members.items():
-            with zipfile.ZipFile(root / f"v2_{kind.title()}_{part}_mscoco.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(f"{member}.json", json.dumps({kind: of_year(records[kind], year, name)}))
-
-
-def of_year(records: list[dict[str, Any]], year: dict[int, str], name: str) -> list[dict[str, Any]]:
-    return [record for record in records if year[record["image_id"]] == name]
 
 
 @pytest.fixture(scope="module")
