@@ -24,6 +24,8 @@ EXPERIMENTS = [
     row("mul", "vqa", "routing=mul learning_rate=tuned", feeds="T1,F2,F7"),
     row("chosen", "vqa", "share=0.1 batches=2", method="gradient_norm", text_backbone="pruned", feeds="T7"),
     row("attn", "caption", "routing=attn", method="adapter", visual_tokens="patches", feeds="T2"),
+    row("none", "multitask", visual_tokens="grid", feeds="T3"),
+    row("several", "multitask", "routing=add", versus="none", visual_tokens="grid", feeds="T3,F10"),
 ]
 KEPT = ("results/manifests/.past", "results/manifests/.hashes")  # the recorder's: of jobs that failed, of what it has read
 
@@ -65,7 +67,7 @@ def jobs_of(project: Path) -> list[Job]:
         stage, command = manifest["rule"], manifest["command"][1:]
         outputs = [output["path"] for output in manifest["outputs"]]
         if stage in ("train", "probe", "score"):
-            stage += f" {'caption' if 'caption' in command else 'vqa'}"
+            stage += f" {command[command.index('--task') + 1]}"
         checkpoint = command[command.index("--checkpoint") + 1] if stage.startswith("train") else ""
         job = Job(stage, command, outputs, checkpoint)
         if stage == "index_features":
@@ -121,7 +123,14 @@ def import_everything() -> None:
 
     for name, _, _ in STAGES.values():
         importlib.import_module(name)
-    for name in ("matplotlib.pyplot", "rocrate.rocrate", "timm", "peft", "pycocoevalcap.cider.cider", "routevl.tasks.vqa"):
+    for name in (
+        "matplotlib.pyplot",
+        "rocrate.rocrate",
+        "timm",
+        "peft",
+        "pycocoevalcap.cider.cider",
+        "routevl.tasks.clip_bart.task",
+    ):
         importlib.import_module(name)
 
 

@@ -49,7 +49,7 @@ class LiveVision:
 
 
 class _VisionEncoder(nn.Module):
-    """Pixels (B, 3, H, W) -> visual tokens (B, L_v, d_v). In evaluation mode always, as where features are stored."""
+    """Pixels (..., 3, H, W) -> visual tokens (..., L_v, d_v). In evaluation mode always, as where features are stored."""
 
     def __init__(self, backbone: VisionBackbone, tokens: str) -> None:
         super().__init__()
@@ -58,8 +58,9 @@ class _VisionEncoder(nn.Module):
         self.tokens = tokens
 
     def forward(self, pixels: Tensor) -> Tensor:
-        tokens = self.encode(pixels, [self.tokens])[self.tokens]
-        return tokens if tokens.dim() == 3 else tokens.unsqueeze(1)
+        images = pixels.shape[:-3]  # (B,), or (B, 2) of pairs
+        tokens = self.encode(pixels.flatten(0, -4), [self.tokens])[self.tokens]
+        return (tokens if tokens.dim() == 3 else tokens.unsqueeze(1)).unflatten(0, images)
 
     def train(self, mode: bool = True) -> _VisionEncoder:
         """Keep evaluation mode."""

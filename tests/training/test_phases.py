@@ -390,10 +390,12 @@ def test_a_run_from_pixels_trains_predicts_and_resumes(small_world: SmallWorld, 
     assert (tmp_path / "predictions" / "results.json").read_bytes() == (run.predictions / "results.json").read_bytes()
 
 
-def test_losses_from_pixels_are_those_from_stored_features(small_world: SmallWorld, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vqa", "multitask"])
+def test_losses_from_pixels_are_those_from_stored_features(small_world: SmallWorld, tmp_path: Path, name: str) -> None:
+    """Of items with one image, and (multitask) of those with two."""
     tasks = {
-        "pixels": without_features(new_run(small_world, tmp_path, "vqa", method="FromPixels")).trainer().task,
-        "stored": new_run(small_world, tmp_path, "vqa", method="Beside").trainer().task,
+        "pixels": without_features(new_run(small_world, tmp_path, name, method="FromPixels")).trainer().task,
+        "stored": new_run(small_world, tmp_path, name, method="Beside").trainer().task,
     }
     weights = tasks["stored"].model.tensors()
     losses = {}

@@ -22,9 +22,9 @@ def tune(run: Run, output: Path, *rates: str, **changes: object) -> list[str]:
     return command_line({**options, "output": output, "checkpoint": output.parent / "trials"})
 
 
-@pytest.fixture(scope="module")
-def run(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return new_run(small_world, tmp_path_factory.mktemp("tune"), "vqa")
+@pytest.fixture(scope="module", params=["vqa", pytest.param("multitask", marks=pytest.mark.slow)])
+def run(request: pytest.FixtureRequest, small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return new_run(small_world, tmp_path_factory.mktemp("tune"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +38,24 @@ def tuned(run: Run) -> Path:
 
 def test_the_rate_with_the_best_validation_score_is_chosen(run: Run, tuned: Path, tmp_path: Path) -> None:
     record = json.loads(tuned.read_text())
-    scores = {}
+    scores, metric = {}, run.trainer().task.selection[0]
     for rate in RATES:  # what a run of its own says
         alone = Run(tmp_path / rate, {**run.options, "learning_rate": rate, "seed": 0}).train()
-        scores[float(rate)] = json.loads((alone.model / "run.json").read_text())["best_epoch"]["val_accuracy"]
-    assert {trial["learning_rate"]: trial["val_accuracy"] for trial in record["trials"]} == scores
+        scores[float(rate)] = json.loads((alone.model / "run.json").read_text())["best_epoch"][metric]
+    assert {trial["learning_rate"]: trial[metric] for trial in record["trials"]} == scores
     assert len(set(scores.values())) > 1, "the rates do not differ, so nothing is tested"
     assert scores[record["learning_rate"]] == max(scores.values())
     assert not (tuned.parent / "trials").exists()
 
 
 def test_stopped_in_a_later_trial_it_ends_in_the_same_bytes(run: Run, tuned: Path, tmp_path: Path) -> None:
-    again = Run(tmp_path, run.options)
+    again, steps = Run(tmp_path, run.options), run.trainer().total_steps
     words = ["tune", *tune(again, tmp_path / "tuned.json", *RATES)]
-    stopped = start(again, signal_at_call(Optimisation, "step", 21, signal.SIGTERM), words)  # 16 steps a trial
+    stopped = start(again, signal_at_call(Optimisation, "step", steps + 5, signal.SIGTERM), words)
     assert exit_status(stopped) == 143, (tmp_path / "log").read_text()
     assert not (tmp_path / "tuned.json").exists()
     assert exit_status(start(again, words=words)) == 0, (tmp_path / "log").read_text()
-    assert "resuming from step 5 of 16" in (tmp_path / "log").read_text()
+    assert f"resuming from step 5 of {steps}" in (tmp_path / "log").read_text()
     assert (tmp_path / "tuned.json").read_bytes() == tuned.read_bytes()
 
 

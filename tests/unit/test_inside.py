@@ -138,8 +138,17 @@ def test_the_numbers_are_those_of_the_models_own_forward_pass(trained: Run, tmp_
     assert not any(mixer._forward_hooks for mixer in mixers_of(layer))
 
 
-def test_a_run_that_does_not_route_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
-    run = new_run(small_world, tmp_path, "vqa", options={"routing": "none"}, epochs=1).train()
-    with pytest.raises(RoutevlError, match="the run has no routing function to look into"):
+@pytest.mark.parametrize(
+    ("task", "routing", "why"),
+    [
+        ("vqa", "none", "the run has no routing function to look into"),
+        pytest.param("multitask", "mul", "its text model is an encoder-decoder", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_cannot_be_looked_into_is_refused(
+    small_world: SmallWorld, tmp_path: Path, task: str, routing: str, why: str
+) -> None:
+    run = new_run(small_world, tmp_path, task, options={"routing": routing}, epochs=1).train()
+    with pytest.raises(RoutevlError, match=why):
         inside(run, tmp_path / "inside.json")
     assert not (tmp_path / "inside.json").exists()

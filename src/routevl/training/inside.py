@@ -29,7 +29,9 @@ NEGLIGIBLE = 1e-5  # of a tensor's norm: rounding of float32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl inside`."""
     add_inputs(parser)
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a trained run whose method routes")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a trained run whose method routes; of no encoder-decoder"
+    )
     parser.add_argument(
         "--examples", type=at_least(2), default=256, help="examples of the validation split to look at, drawn by the run's seed"
     )
@@ -40,9 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Put validation examples through a trained run and measure each of its bottlenecks.
 
     Raises:
-        RoutevlError: as `routevl predict`; the run has no routing function.
+        RoutevlError: as `routevl predict`; the run has no routing function, or an encoder-decoder.
     """
     task, accelerator = load_trained(arguments)
+    if task.model.text_model.config.is_encoder_decoder:  # a decoder's positions are not those of the text
+        raise RoutevlError(f"{arguments.model}: its text model is an encoder-decoder, which this stage does not look into")
     layers = {name: module for name, module in task.model.named_modules() if isinstance(module, RoutedLayer)}
     tapped = {name: layer for name, layer in layers.items() if mixers_of(layer)}
     if not tapped:
