@@ -3,8 +3,8 @@
 usage: python workflow/plan.py CONFIG
 
 Counted are the jobs that Snakemake would still run. GPU-hours come from what finished runs took, else from a rehearsal's, else
-from the speeds in the configuration's `plan` section; sizes are computed from shapes. What needs a speed or a shape that is not
-there is not counted, and the last line names it.
+from the speeds in the configuration's `plan` section; sizes are computed from shapes. What needs a speed, a shape or a size that
+is not there is not counted, and the last lines name it.
 """
 
 from __future__ import annotations
@@ -107,11 +107,13 @@ class Plan:
 
     Attributes:
         lacking: keys of the configuration that were looked up in vain.
+        unsized: archives of unknown size.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.lacking: dict[str, None] = {}
+        self.unsized: dict[str, None] = {}
         experiments = read_sheet(config["experiments"])
         self.runs, self.trials = runs_of(experiments), trials_of(experiments, config)
         self.trained: dict[str, int] = {}  # experiment without its routing function -> trainable parameters
@@ -124,6 +126,8 @@ class Plan:
         """The cost of one job."""
         if rule == "download":
             size = self.archives[wildcards["file"]]
+            if math.isnan(size):
+                self.unsized[wildcards["file"]] = None
             return Cost(download=size, disk=size)
         if rule == "unpack":
             return Cost(disk=self.folders[wildcards["folder"]])  # photographs do not shrink in an archive
@@ -309,6 +313,8 @@ def report(config: dict[str, Any], jobs: list[tuple[str, dict[str, str]]]) -> st
         "Speeds are measured by finished runs, rehearsed (make rehearse), or estimated, under `plan` in the configuration."
     )
     lines.append("Not in the hours is what jobs take to start and to probe; estimated validation is twice as fast as training.")
+    if plan.unsized:
+        lines.append(f"Not counted are archives without `bytes` in {config['data']['downloads']}: {', '.join(plan.unsized)}.")
     if plan.lacking:
         lines.append(f"Not counted is what needs a key that the configuration lacks: {', '.join(plan.lacking)}.")
     return "\n".join(lines)
