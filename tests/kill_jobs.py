@@ -123,14 +123,8 @@ def import_everything() -> None:
 
     for name, _, _ in STAGES.values():
         importlib.import_module(name)
-    for name in (
-        "matplotlib.pyplot",
-        "rocrate.rocrate",
-        "timm",
-        "peft",
-        "pycocoevalcap.cider.cider",
-        "routevl.tasks.clip_bart.task",
-    ):
+    tasks = ("routevl.tasks.vqa", "routevl.tasks.captioning", "routevl.tasks.clip_bart.task")
+    for name in ("matplotlib.pyplot", "rocrate.rocrate", "timm", "peft", "pycocoevalcap.cider.cider", *tasks):
         importlib.import_module(name)
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -95,6 +96,15 @@ class Run:
 def new_run(world: SmallWorld, root: Path, task: str, **changes: Any) -> Run:
     """A small run of `task`, with some options changed; the captioning runs have a visual projection."""
     return Run(root, run_options(world, task, **{"width": VISION_WIDTH[task], "batch_size": BATCH_SIZE[task], **changes}))
+
+
+def without_dropout(backbone: Path, folder: Path) -> Path:
+    """A copy of a text backbone that learns alike in any number of processes."""
+    shutil.copytree(backbone, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "pdrop", "dropout"))}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def batches_of_epoch(trainer: Trainer, epoch: int = 0) -> Any:

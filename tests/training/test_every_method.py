@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TEXT_ARCHITECTURES, SmallWorld, command_line, run_stage
-from runs import TASKS, Run, assert_same_outcome, new_run, own_signals
+from runs import TASKS, Run, assert_same_outcome, contents, new_run, own_signals, without_dropout
 from test_several_processes import exit_statuses, start_processes
 
 from routevl.methods.table import METHODS, free_options, method_class
@@ -56,7 +54,7 @@ def stop_after(run: Run, steps: int) -> None:
     assert stopped.value.code == EXIT_STOPPED
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "multitask"])
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_it_ends_in_the_same_bits_and_predicts_from_its_folder(
     small_world: SmallWorld, tmp_path: Path, method: str, task: str
@@ -72,18 +70,19 @@ def test_resumed_it_ends_in_the_same_bits_and_predicts_from_its_folder(
     names = ("data", "features", "text_backbone", "vision_backbone")
     options = {name: whole.options[name] for name in names} | {"model": cut.model, "predictions": tmp_path / "again"}
     run_stage("predict", *command_line(options))
-    assert (tmp_path / "again" / "results.json").read_bytes() == (whole.predictions / "results.json").read_bytes()
+    assert contents(tmp_path / "again") == contents(whole.predictions)
 
 
 def test_two_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path) -> None:
     """Without dropout; a parameter may have no gradient in one of the processes, such as an embedding's row."""
-    backbone = shutil.copytree(small_world.text["vqa"], tmp_path / "backbone")
-    config = json.loads((backbone / "config.json").read_text())
-    config |= {name: 0.0 for name in config if name.endswith("dropout_prob")}
-    (backbone / "config.json").write_text(json.dumps(config))
-    changes = {"text_backbone": backbone, "learning_rate": 0.002}
-    alone = {m: method_run(small_world, tmp_path / "alone" / m, "vqa", m, **changes).train() for m in METHODS}
-    together = {m: method_run(small_world, tmp_path / "together" / m, "vqa", m, **changes) for m in METHODS}
+    backbones = {task: without_dropout(small_world.text[task], tmp_path / task) for task in ("vqa", "multitask")}
+
+    def run_in(folder: Path, method: str) -> Run:
+        task = "multitask" if method_class(method).refuses.keys() & {"vqa", TEXT_ARCHITECTURES["vqa"]} else "vqa"
+        return method_run(small_world, folder / method, task, method, text_backbone=backbones[task], learning_rate=0.002)
+
+    alone = {method: run_in(tmp_path / "alone", method).train() for method in METHODS}
+    together = {method: run_in(tmp_path / "together", method) for method in METHODS}
 
     def train_all() -> None:
         for run in together.values():  # not by the stage, whose end is the end of the process group

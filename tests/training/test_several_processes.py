@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from runs import (
     new_run,
     signal_at_call,
     start,
+    without_dropout,
 )
 from torch import nn
 
@@ -111,10 +111,7 @@ def baseline(baselines: Callable[[str], Run], kind: str) -> Run:
 def test_several_processes_learn_what_one_learns(small_world: SmallWorld, tmp_path: Path, kind: str) -> None:
     """Without dropout. The last batch has fewer examples than there are processes (vqa), or shares of other lengths; each batch
     of NLVR2 has fewer (multitask), and a share can have captions alone (mixed)."""
-    backbone = shutil.copytree(run_of(small_world, tmp_path, kind).options["text_backbone"], tmp_path / "backbone")
-    config = json.loads((backbone / "config.json").read_text())
-    config |= {name: 0.0 for name in config if name.endswith(("dropout_prob", "pdrop", "dropout"))}
-    (backbone / "config.json").write_text(json.dumps(config))
+    backbone = without_dropout(run_of(small_world, tmp_path, kind).options["text_backbone"], tmp_path / "backbone")
     alone = run_of(small_world, tmp_path / "alone", kind, text_backbone=backbone, log_every=1).train()
     together = finish(run_of(small_world, tmp_path / "together", kind, text_backbone=backbone, log_every=1))
     for ours, theirs in zip(together.lines(), alone.lines(), strict=True):
