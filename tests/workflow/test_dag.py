@@ -36,6 +36,9 @@ EXPERIMENTS = [
     row("caption_none", "caption", method="adapter", feeds="T0,T2,T6,F2,F5,F8"),
     row("caption_attn", "caption", "routing=attn", method="adapter", versus="caption_none", prefix="no", visual_tokens="patches",
         feeds="T2,T6,F2,F5,F8"),
+    row("several_none", "multitask", visual_tokens="grid", feeds="T0,T3,T6,F2,F5,F10"),
+    row("several_mul", "multitask", "routing=mul learning_rate=tuned", versus="several_none", visual_tokens="grid",
+        feeds="T0,T3,T6,F2,F5,F10"),
 ]  # fmt: skip
 FED = {"F1", *(name for line in EXPERIMENTS for name in line.split("\t")[-1].split(","))}  # by `feeds`, the last column
 MADE = [name for name in (*TABLES, *FIGURES) if name.split("_")[0] in FED]
@@ -108,6 +111,11 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
     assert len({row["trainable_params"] for row in rows}) == 1
     with open(results / "tables/T2_caption.csv") as file:
         assert {row["routing"] for row in csv.DictReader(file)} == {"none", "attn"}
+    with open(results / "tables/T3_multitask.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["routing"]: row["n_seeds"] for row in rows if row["n_seeds"]} == {"none": "1", "mul": "1"}
+    with open(results / "figures/F10_multitask.csv") as file:
+        assert {row["metric"] for row in csv.DictReader(file)} == {"average", "vqa", "gqa", "nlvr2", "caption"}
     with open(results / "tables/T7_methods.csv") as file:
         rows = {(row["method"], row["text_backbone"]): row for row in csv.DictReader(file)}
     assert set(rows) == {("lora", "roberta"), ("gradient_norm", "roberta"), ("ia3", "pruned")}
@@ -120,6 +128,8 @@ def test_every_table_and_figure_is_there_and_tells_of_every_run(results: Path) -
     answers = json.loads((results / "predictions/vqa_mul_seed2/results.json").read_text())
     assert {a["question_id"] for a in answers} == {q["question_id"] for q in questions}
     assert set(answers[0]) == {"question_id", "answer"}
+    several = json.loads((results / "models/several_mul_seed1/run.json").read_text())
+    assert several["settings"]["learning_rate"] == several["tuned"]["learning_rate"]
     captions = json.loads((results / "predictions/caption_attn_seed1/results.json").read_text())
     assert len(captions) == 16 and set(captions[0]) == {"image_id", "caption"}
     assert "start-up and imports:" in (results / "logs/startup.txt").read_text()
@@ -251,7 +261,7 @@ def test_outputs_made_again_alone_are_bit_equal(copy: Path, monkeypatch: pytest.
     monkeypatch.chdir(copy)
     results = Path("results")
     records = Records(results)
-    runs = ("models/vqa_none_seed1", "models/vqa_mul_seed1", "models/vqa_chosen_seed1", "models/caption_none_seed1")
+    runs = [f"models/{run}_seed1" for run in ("vqa_none", "vqa_mul", "vqa_chosen", "caption_none", "several_none")]
     before = ("probes/vqa_chosen_seed1/prepared.safetensors", "backbones/pruned/config.json")
     for path in (*runs, *before, "scores/vqa_mul_seed1/metrics.json", "figures/F2_main.svg", "features/vit/index.json"):
         found = rerun(records.job_of(results / path).manifest, results)
@@ -284,6 +294,22 @@ def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: P
         "stale: the code of routevl/tasks/vqa.py is not what the job ran" in found["results/manifests/train/vqa_none_seed1.json"]
     )
     assert "results/manifests/world/world.json" not in found
+
+
+def test_a_changed_file_of_gqa_makes_stale_what_was_learned_from_it(copy: Path) -> None:
+    file = copy / "results/world/train/gqa_questions.json"
+    questions = json.loads(file.read_text())
+    questions.popitem()
+    file.write_text(json.dumps(questions))
+    table = "results/tables/T3_multitask.csv"
+    changed = routevl(copy, "audit", table)
+    assert changed.returncode == 1 and f"{file.relative_to(copy)}: changed" in changed.stdout
+    snakemake(copy, "--touch")
+    snakemake(copy, "results/data", "--forcerun", "prepare")
+    _, stands, stale = routevl(copy, "audit", table).stdout.partition("train several_none_seed1: DOES NOT STAND")
+    assert stands and stale.split("!")[1].startswith(" stale: results/data was read before prepare prepare made it as it is now")
+    trained = [line for line in snakemake(copy, "--dry-run", table).splitlines() if "output: results/models/" in line]
+    assert [any(f"several_{routing}_seed1" in line for line in trained) for routing in ("none", "mul")] == [True, True]
 
 
 def test_every_tampering_is_found_and_named(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
