@@ -134,19 +134,22 @@ def test_ablations_that_cannot_be_had_are_refused_in_a_line_each(
     good = [
         row("noise", "caption", "routing=mul routed_features=noise"),
         row("feed_forward", "vqa", "routing=mul places=ffn layers_to_transform=1"),
+        row("text", "caption", "routing=mul routed_positions=text routed_tokens=mean"),
     ]
-    assert [entry["experiment"] for entry in run_check(tmp_path, folders, *good)] == ["noise", "feed_forward"]
+    assert [entry["experiment"] for entry in run_check(tmp_path, folders, *good)] == ["noise", "feed_forward", "text"]
     (tmp_path / "checked.json").unlink()
     rows = [
         row("norms", "vqa", "routing=mul position=after_norm", method="adapter"),
         row("causal", "caption", "routing=mul routed_features=text"),
         row("high", "vqa", "layers_to_transform=0,9"),
+        row("none", "caption", "routing=mul routed_positions=text", prefix="no"),
     ]
     with pytest.raises(RoutevlError) as last:
         run_check(tmp_path, folders, *good, *rows)
     assert not (tmp_path / "checked.json").exists()
     lines = [line.partition("error: ")[2] for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    expected = [("norms", "freeze_layer_norm"), ("causal", "routed_features"), ("high", "layers_to_transform")]
+    expected = [("norms", "freeze_layer_norm"), ("causal", "routed_features"), ("high", "layers_to_transform"),
+                ("none", "set prefix, or routed_positions=all")]  # fmt: skip
     for line, (experiment, key) in zip([*lines, str(last.value)], expected, strict=True):
         assert line.startswith(f"experiment '{experiment}': ") and key in line
     with pytest.raises(RoutevlError, match="experiment 'split'.*r is 2, and bottleneck=split needs a multiple of 4"):
