@@ -500,7 +500,7 @@ PRUNED = {"by": "magnitude", "from": "roberta", "options": {"sparsity": 0.5}}
         ("tasks.vqa.batch_size", [8], "configuration: tasks.vqa: batch_size is [8], expected integer"),
         ("tasks.vqa.r", 4, "configuration: tasks.vqa: no setting 'r'"),
         ("tasks.retrieval", {}, "configuration: tasks: 'retrieval' is not one of vqa, caption"),
-        ("tasks.caption", None, "task 'caption' is not one of vqa"),
+        ("tasks.caption", None, "task 'caption' is not one of multitask, vqa"),
         ("methods.lorra", {}, "configuration: methods: 'lorra' is not one of lora, adapter"),
         ("methods.lora.visual_scale", "sigmoid", "methods.lora: visual_scale is 'sigmoid', expected one of none, tanh"),
         ("methods.lora.activation", "gelu", "methods.lora: the method lora has no option 'activation'"),
