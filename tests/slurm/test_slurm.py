@@ -22,9 +22,11 @@ from .conftest import MAX_MEM, MAX_TIME
 EXPERIMENTS = [
     row("none", "vqa", epochs="2", feeds="T1"),
     row("mul", "vqa", "routing=mul", versus="none", epochs="2", seeds="1,2", feeds="T1"),
+    row("several", "multitask", visual_tokens="grid", feeds="T3"),
 ]
 CANCELLED, OUT_OF_TIME, OUT_OF_MEMORY = RUNS = ["none_seed1", "mul_seed1", "mul_seed2"]
 SNAKEMAKE = str(BIN / "snakemake")
+UNDISTURBED = "several_seed1"
 GPUS = {"0", "1"}  # of the whole cluster
 
 # Every shell of a rule reads this first. It notes the shell's SLURM job, GPUs and command. Where the file `hungry` stands, the
@@ -192,15 +194,15 @@ def finished(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_results_are_those_of_a_run_without_slurm(reference: Path, finished: Path) -> None:
     made = [path.relative_to(reference) for name in ("tables", "figures") for path in (reference / "results" / name).iterdir()]
-    assert len(made) == 4 + 4  # T1 and F1 in four forms each
+    assert len(made) == 3 * 4  # T1, T3 and F1 in four forms each
     assert [path for path in made if (reference / path).read_bytes() != (finished / path).read_bytes()] == []
-    for run in RUNS:
+    for run in (*RUNS, UNDISTURBED):
         assert_same_run(reference, finished, run)
 
 
 def test_training_and_extraction_went_through_sbatch_with_a_gpu(finished: Path) -> None:
     on_gpus = [job for job in jobs(finished) if job["Comment"].startswith(("rule_train", "rule_extract"))]
-    assert {job["Comment"] for job in on_gpus} >= {f"rule_train_wildcards_{run}" for run in RUNS}
+    assert {job["Comment"] for job in on_gpus} >= {f"rule_train_wildcards_{run}" for run in (*RUNS, UNDISTURBED)}
     assert {(job["Partition"], job["TresPerJob"]) for job in on_gpus} == {("gpu", "gres:gpu:1")}
     seen = [(job, gpus) for job, gpus, stage, _ in shells(finished) if stage in ("train", "extract")]
     assert {job for job, _ in seen} == {job["JobId"] for job in on_gpus} and {gpus for _, gpus in seen} <= GPUS
@@ -208,11 +210,11 @@ def test_training_and_extraction_went_through_sbatch_with_a_gpu(finished: Path) 
 
 def test_other_jobs_have_no_gpu_and_local_ones_are_not_submitted(finished: Path) -> None:
     assert {job["Comment"].split("_")[1] for job in jobs(finished)} == {"extract", "train", "score"}
-    [score] = [job for job in jobs(finished) if job["Comment"].startswith("rule_score")]
-    assert score["Partition"] == "cpu" and "TresPerJob" not in score
+    scores = [job for job in jobs(finished) if job["Comment"].startswith("rule_score")]
+    assert len(scores) == 2 and all(score["Partition"] == "cpu" and "TresPerJob" not in score for score in scores)
     others = {(stage, job, gpus) for job, gpus, stage, _ in shells(finished) if stage not in ("train", "extract")}
     local = {(stage, "local", "none") for stage in ("index-features", "table", "figure", "provenance")}
-    assert others == {("score", score["JobId"], "none"), *local}
+    assert others == {("score", score["JobId"], "none") for score in scores} | local
 
 
 def test_a_cancelled_job_writes_its_checkpoint_and_is_tried_again_from_there(finished: Path) -> None:
