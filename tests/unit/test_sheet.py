@@ -225,8 +225,8 @@ def test_the_row_wins_over_methods_over_tasks_over_runs(tmp_path: Path, experime
     assert [values[name] for name in everywhere] == [1, 2, 3, 0.5]
     assert found.options == {
         "r": 4, "routing": "mul", "visual_scale": "none", "target_modules": None, "bottleneck": "shared",
-        "routed_features": "image", "routed_tokens": None, "routed_positions": "all", "up_init": None, "layers_to_transform": None, "lora_alpha": 16.0, "lora_dropout": 0.0,
-        "places": "attention", "tasks": 1, "bias": "none",
+        "routed_features": "image", "routed_tokens": None, "routed_positions": "all", "up_init": None,
+        "layers_to_transform": None, "lora_alpha": 16.0, "lora_dropout": 0.0, "places": "attention", "tasks": 1, "bias": "none",
     }  # fmt: skip
     assert (found.seed, found.epochs, found.prefix, found.method, found.control) == (2, 3, True, "lora", "none")
 
