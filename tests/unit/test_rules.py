@@ -113,7 +113,7 @@ def test_b12_a_new_row_changes_the_scoring_of_its_own_baseline_alone(workflow: P
     new = lines[place].replace("vqa_lora_none_r2_e3\t", "vqa_new\t")
     sheet.write_text("\n".join([*lines[: place + 1], new, *lines[place + 1 :]]) + "\n")
     after = scoring(workflow)
-    assert after == before | {"score_vqa_new_seed1": [f"results/predictions/vqa_new_seed{seed}" for seed in (1, 2, 3)]}
+    assert after == before | {"score_vqa_new_seed1": ["results/predictions/vqa_new_seed1"]}
     cells = lines[place].split("\t")
     column = lines[0].split("\t").index("versus")
     cells[0], cells[column] = "vqa_newer", "vqa_lora_none_r2_e3"
