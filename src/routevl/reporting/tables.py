@@ -297,7 +297,9 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
         scores = _over_seeds(group, [of.metric for of in tasks])
         others = [row for row in named.values() if (row["task"], row["method"]) == (first["task"], first["method"])]
-        differs = in_words(differing(named[first["experiment"]], [named.get(first["versus"], others[0])]))
+        row, other = named[first["experiment"]], named.get(first["versus"], others[0])
+        own = {name: value for name, value in row["details"].items() if value != other["details"].get(name)}
+        differs = in_words(own if row["method"] == other["method"] else differing(row, [other]))
         record = _identity(group) | {"label": method.label, "family": method.family, "differs": differs}
         record |= {name: first[name] for name in ("learning_rates_tried", "at_edge")}
         record |= {"learning_rate": first["details"]["learning_rate"], **scores}

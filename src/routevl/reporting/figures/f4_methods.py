@@ -44,14 +44,14 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     """One panel per task; error bars are 95% intervals, colours are the families of methods."""
     data = inputs.scores()
     shown, blind = apart(data)
-    figure, panels = task_panels(shown, 3.4)
+    figure, panels = task_panels(shown, 4.2, stacked=True)
     for task, axes in panels.items():
         _draw_task(axes, shown[shown["task"] == task], blind[blind["task"] == task])
     seen = {METHODS[method].family for method in shown["method"]}
     handles = [Patch(color=color, label=family) for family, color in FAMILIES.items() if family in seen]
     if len(blind):
         handles.append(Line2D([], [], label=blind_label(blind), **BLIND_LINE))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4, handlelength=1.4)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), columnspacing=1.4, handlelength=1.4)
     lower_legend(figure, data)
     figure.draw_without_rendering()  # names are placed where the points are on the page, which must not move again
     figure.set_layout_engine("none")
@@ -68,7 +68,7 @@ def _draw_task(axes: Axes, shown: pd.DataFrame, blind: pd.DataFrame) -> None:
     for score in blind["score"]:
         axes.axhline(score, **BLIND_LINE)
     axes.set_xscale("log")
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(x=0.3, y=0.12)
     few = shown["trainable_params"].max() < 100 * shown["trainable_params"].min()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
