@@ -463,11 +463,12 @@ def test_a_learning_rate_at_the_end_of_those_tried_is_said(own_copy, tmp_path):
 def test_an_ablation_is_named_by_what_differs_from_what_it_is_compared_with(tmp_path):
     plain = experiment(seeds="1,2,3", feeds="T4")
     routed = experiment(routing="mul", versus=plain["experiment"], seeds="1,2,3", feeds="T4")
-    changed = experiment(routing="mul", versus=routed["experiment"], seeds="1,2,3", feeds="T4", options="lora_dropout=0.1")
+    more = "lora_dropout=0.1 bias=all"  # of which each implies the other here
+    changed = experiment(routing="mul", versus=routed["experiment"], seeds="1,2,3", feeds="T4", options=more)
     changed["experiment"] = "dropout"
     folder = results_of(tmp_path / "results", plain, routed, changed)
     rows = rows_of(make_table("T4_ablations", folder, tmp_path / "T4.csv"))
-    assert [row["differs"] for row in rows.values()] == ["", "", "lora dropout 0.1"]
+    assert [row["differs"] for row in rows.values()] == ["", "", "lora dropout 0.1, bias all"]
     header, _, *lines = [line for line in (tmp_path / "T4.md").read_text().splitlines() if line.startswith("|")]
     assert "Differs in" in header and "Lora dropout" not in header
     assert "lora dropout 0.1" in lines[2] and routed["experiment"] in lines[2]
