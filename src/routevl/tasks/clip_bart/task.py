@@ -222,7 +222,8 @@ class MultitaskTask(Task):
             target = example["target_ids"][best]
             counted = [(token,) for token in target] if number == CAPTION else [tuple(target)]
             totals[number] += len(counted)
-            worth[number].update(dict.fromkeys(counted, example["scores"][best]) if number != CAPTION else counted)
+            for unit in counted:
+                worth[number][unit] += example["scores"][best]
         return 100 * statistics.fmean(max(of.values()) / total for of, total in zip(worth, totals, strict=True))
 
     def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:
