@@ -33,7 +33,7 @@ class Call:
         position: how many positions came before, in a cache.
         texts: tells how many texts the running forward pass has, with beams; None where that is not known.
         within: the call that this one was made in, such as a forward pass with an image of its own in a search.
-        kept: what `projected` has computed already, for the steps of a generation.
+        kept: what `Conditioning.kept` has computed already, for the steps of a generation.
     """
 
     streams: Mapping[Any, Any]
@@ -114,18 +114,25 @@ class Conditioning:
         """A layer's projection of a stream: (b, ..., d) -> (B, ..., r), for the text's hidden states (B, ..., d), whose dtype and
         device it gets; errors as `per_example`.
 
-        It is projected before it is repeated for beams. While tokens are generated it stays the same, so that later steps find it
-        kept (not where a gradient or a compiled graph is wanted).
+        It is projected before it is repeated for beams, and `kept`.
         """
         value, beams = self._stream(key, len(text), name)
-        kept, place = self.call().kept, (key, projection, beams, text.dtype, text.device)
-        if place in kept:
-            return kept[place]
-        result = projection(value.to(text.device, text.dtype))
-        if beams > 1:
-            result = result.repeat_interleave(beams, 0)
-        if self.call().generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kept[place] = result
+
+        def repeated() -> Tensor:
+            result = projection(value.to(text.device, text.dtype))
+            return result if beams == 1 else result.repeat_interleave(beams, 0)
+
+        return self.kept((key, projection, beams, text.dtype, text.device), repeated)
+
+    def kept(self, place: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives; while tokens are generated, what it gave at the first of them (not where a gradient or a compiled
+        graph is wanted)."""
+        call = self.call()
+        if place in call.kept:
+            return call.kept[place]
+        result = compute()
+        if call.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call.kept[place] = result
         return result
 
     def _stream(self, key: Any, batch_size: int, name: str) -> tuple[Any, int]:

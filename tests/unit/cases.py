@@ -22,6 +22,7 @@ SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
 }
 SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora")}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
+SMALL |= {"genft": {"h": 4, "dropout": 0.0}, "genft_vision": {"h": 4, "m": 3}}
 SMALL |= {"vl_prompt": {"num_virtual_tokens": 3, "hidden_size": 16}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [

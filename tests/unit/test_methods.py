@@ -307,6 +307,8 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "dora": lora + attentions * (3 * D if fused else 2 * D),
         "vera": per_module * 16 + attentions * (3 * D if fused else 2 * D),
         "fourierft": per_module * 50,
+        "genft": 4 * D * 4 + 2 * (4 + 2 + D) + 2 * attentions * 2 * 2 * D,  # biases; a and b of each query and value
+        "genft_vision": 4 * D * 4 + attentions * 2 * 3 * D,
         "ia3": {
             "roberta": LAYERS * (D + D + D + 64),  # key, value, and the input of both modules called output.dense
             "gpt2": LAYERS * (3 * D + 4 * D),

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from routevl.backbones.skeleton import LINEAR, ready_to_run, widths_of
-from routevl.backbones.structure import Fused, structure_of
+from routevl.backbones.structure import Fused, joined, matrices_in, structure_of, turned
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
 
@@ -174,8 +173,8 @@ def row_scores(text_model: PreTrainedModel, importance: Mapping[str, Tensor], re
     scores = {first: importance[first].double().sum(0)}
 
     def score(step: Step, columns: Tensor) -> Tensor:
-        weights = (_turned(module, importance[names[module.weight]]) for module in step.modules)
-        matrices = [matrix for pair in zip(weights, step.fused, strict=True) for matrix in _matrices(*pair)]
+        weights = (turned(module, importance[names[module.weight]]) for module in step.modules)
+        matrices = [matrix for pair in zip(weights, step.fused, strict=True) for matrix in matrices_in(*pair)]
         if len({matrix.shape for matrix in matrices}) > 1:
             raise RoutevlError(f"lst: {', '.join(step.names)} of the text backbone have not equally many rows")
         total = torch.stack(matrices).double().prod(0)[:, columns].sum(1)  # products of squares are too small for float32
@@ -206,7 +205,7 @@ def cut(text_model: PreTrainedModel, sides: Mapping[str, PreTrainedModel], score
 
     def score(step: Step, columns: Tensor) -> Tensor:
         weight = step.modules[0].weight
-        rows = len(_matrices(_turned(step.modules[0], weight), step.fused[0])[0])
+        rows = len(matrices_in(turned(step.modules[0], weight), step.fused[0])[0])
         return found(names[weight], rows)
 
     embeddings = text_model.get_input_embeddings().weight
@@ -226,27 +225,8 @@ def _part_of(module: nn.Module, fused: Fused | None, rows: Tensor, columns: Tens
     """The parameters that a module's twin in the side network starts from, by their names in it."""
     if not isinstance(module, LINEAR):  # a norm; or a table such as T5's of relative positions, a column for each head
         return {name: parameter[columns] if parameter.dim() == 1 else parameter for name, parameter in module.named_parameters()}
-    matrices = _matrices(_turned(module, module.weight), fused)
-    part = {"weight": _turned(module, _joined([matrix[rows][:, columns] for matrix in matrices], fused))}
+    matrices = matrices_in(turned(module, module.weight), fused)
+    part = {"weight": turned(module, joined([matrix[rows][:, columns] for matrix in matrices], fused))}
     if module.bias is not None:
-        part["bias"] = _joined([bias[rows] for bias in _matrices(module.bias, fused)], fused)
+        part["bias"] = joined([bias[rows] for bias in matrices_in(module.bias, fused)], fused)
     return part
-
-
-def _turned(module: nn.Linear | Conv1D, weight: Tensor) -> Tensor:
-    """A module's weight as (rows, columns) = (outputs, inputs), and back."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _matrices(weight: Tensor, fused: Fused | None) -> list[Tensor]:
-    """The matrices, or biases, that a module's (outputs, ...) holds, one for each projection."""
-    if fused is None:
-        return [weight]
-    return [part.flatten(0, 1) for part in weight.unflatten(0, (fused.groups, -1)).split(fused.widths, dim=1)]
-
-
-def _joined(matrices: list[Tensor], fused: Fused | None) -> Tensor:
-    """The inverse of `_matrices`."""
-    if fused is None:
-        return matrices[0]
-    return torch.cat([matrix.unflatten(0, (fused.groups, -1)) for matrix in matrices], dim=1).flatten(0, 1)
