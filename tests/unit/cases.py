@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routevl.methods.base import layer_norms
+from routevl.methods.das.layer import layers_in
 from routevl.methods.table import METHODS, free_options, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
@@ -23,6 +24,7 @@ SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
 SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora")}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
 SMALL |= {"genft": {"h": 4, "dropout": 0.0}, "genft_vision": {"h": 4, "m": 3}}
+SMALL |= {"das": {"skipped": 1, "r": 4, "skip_width": 12}}
 SMALL |= {"vl_prompt": {"num_virtual_tokens": 3, "hidden_size": 16}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [
@@ -123,6 +125,11 @@ def scores_of(text_model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.tensor(float(place)) for place, (name, _) in enumerate(text_model.named_parameters())}
 
 
+def gates_of(text_model: nn.Module) -> dict[str, Tensor]:
+    """What a search could have found: the first layers are the best to skip."""
+    return {name: torch.tensor(-float(place)) for place, name in enumerate(layers_in(text_model))}
+
+
 def build(
     method: str,
     kind: str,
@@ -142,7 +149,8 @@ def build(
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     chosen = new_method(method, options, "test")
     train_also = layer_norms(text_model) if norms and trains_norms(method) else []
-    arguments = (text_model, chosen, scores_of(text_model), train_also, visual, prefix)
+    prepared = gates_of(text_model) if method == "das" else scores_of(text_model)
+    arguments = (text_model, chosen, prepared, train_also, visual, prefix)
     if kind == "roberta":
         return VqaModel(7, *arguments).eval()
     return {"gpt2": CaptionModel, "bart": EncoderDecoderModel}[kind](*arguments).eval()

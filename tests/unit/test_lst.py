@@ -17,8 +17,9 @@ from cases import TEXT_MODELS, B, D, batch_of, build, rows, shaken
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 
+from routevl.backbones.skeleton import layers_of, stacks_of
 from routevl.errors import RoutevlError
-from routevl.methods.lst.cut import cut, layers_of, row_scores, stacks_of
+from routevl.methods.lst.cut import cut, row_scores
 from routevl.methods.lst.ladder import Rung, _new_stack, climbed, climbing, put_beside, side_config
 from routevl.methods.table import new_method
 from routevl.tasks.base import VisionLanguageModel

@@ -257,9 +257,11 @@ BIASES = {kind: ATTENTIONS[kind] * 4 * D + STACKS[kind] * (FFN[kind] + D) for ki
 
 
 def norms_by_hand(method: str, kind: str) -> int:
-    """Parameters of the layer norms that are trained: of VL-PET the encoder's."""
+    """Parameters of the layer norms that are trained: of VL-PET the encoder's, of DAS those of layers that are run."""
     if not trains_norms(method):
         return 0
+    if method == "das":  # not those of the layer that is skipped
+        return NORMS[kind] - 2 * 2 * D
     return 2 * D * (1 + 2 * LAYERS) if method.startswith("vl_pet") and kind == "bart" else NORMS[kind]
 
 
@@ -307,6 +309,7 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "dora": lora + attentions * (3 * D if fused else 2 * D),
         "vera": per_module * 16 + attentions * (3 * D if fused else 2 * D),
         "fourierft": per_module * 50,
+        "das": (sub_layers - 2) * (2 * D + plain) + 2 * D + 2 * D * 12 + 12 + D,  # its first layer is skipped
         "genft": 4 * D * 4 + 2 * (4 + 2 + D) + 2 * attentions * 2 * 2 * D,  # biases; a and b of each query and value
         "genft_vision": 4 * D * 4 + attentions * 2 * 3 * D,
         "ia3": {

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
@@ -48,6 +49,19 @@ def widths_of(module: nn.Module) -> tuple[int, int]:
     """How many inputs and outputs a linear module has."""
     base = base_of(module)
     return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+def stacks_of(text_model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Name -> what runs through one list of layers: encoder and decoder, or the model without its head."""
+    both = text_model.config.is_encoder_decoder
+    stacks = (text_model.get_encoder(), text_model.get_decoder()) if both else (text_model.base_model,)
+    names = {module: name for name, module in text_model.named_modules()}
+    return {names[stack]: stack for stack in stacks}
+
+
+def layers_of(stack: nn.Module) -> nn.ModuleList:
+    """A stack's layers: its outermost list of modules."""
+    return next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
 
 
 @contextmanager

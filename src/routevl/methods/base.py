@@ -5,7 +5,7 @@ Free of torch, so that the run sheet can be checked without it: a method's folde
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from routevl.tasks.base import Task, VisionLanguageModel
+    from routevl.training.prepared import Batches
     from routevl.training.trainer import Trainer
 
 WEIGHTS = "method.safetensors"  # where a method that is no peft tuner keeps its tensors
@@ -64,12 +65,12 @@ class Method:
         """Whether there is a phase before training: the rule `probe`, whose tensors `build` gets."""
         return cls.prepare is not Method.prepare
 
-    def prepare(self, task: Task, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Look at the model and the data before training: a probe or a search.
+    def prepare(self, task: Task, batches: Batches) -> dict[str, Tensor]:
+        """Look at the model and the data before training: a probe or a search, which may train what it likes.
 
         Args:
             task: its model is the bare text model with the task's head, all of it trainable.
-            batches: of the first epoch, in the order of training.
+            batches: of the first epoch, in the order of training, as an iterable; others by its methods.
         """
         raise NotImplementedError
 

@@ -58,6 +58,7 @@ _HU, _HAN = "Hu et al., 2022 (arXiv 2106.09685)", "Liu et al., 2024 (arXiv 2402.
 _SUNG = "Sung et al., 2022 (arXiv 2112.06825)"
 _KARIMI = "Karimi Mahabadi et al., 2021 (arXiv 2106.04647)"
 _VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
+_DAS = "Wu et al., 2023 (arXiv 2309.01479)"
 _GENFT = "Xu et al., 2026 (arXiv 2506.11042)"
 
 # an Adapter that reads no image
@@ -119,6 +120,10 @@ METHODS = {
     "dora": MethodRow("DoRA", "low-rank", _HAN, "from_peft:Lora", {"use_dora": True}, differs=_PEFT),
     "vera": MethodRow("VeRA", "low-rank", "Kopiczko et al., 2024 (arXiv 2310.11454)", "from_peft:Vera", differs=_PEFT),
     "fourierft": MethodRow("FourierFT", "low-rank", "Gao et al., 2024 (arXiv 2405.03003)", "from_peft:FourierFT", differs=_PEFT),
+    "das": MethodRow(
+        "DAS", "adapter", _DAS, "das:DAS",
+        differs="layers of any text model in place of METER's fusion layers, and no vector in the place of the first position",
+    ),
     "genft": MethodRow(
         "GenFT", "low-rank", _GENFT, "genft:GenFT", differs="any text model; layer norms are trained, unless `freeze_layer_norm`"
     ),

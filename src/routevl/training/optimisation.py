@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_linear_schedule_with_warmup
+
+if TYPE_CHECKING:
+    from routevl.settings import RunSettings
 
 
 class Optimisation:
@@ -47,6 +51,16 @@ class Optimisation:
         self.optimiser.step()
         self.schedule.step()
         self.optimiser.zero_grad()
+
+
+def optimisation_of(settings: RunSettings, groups: list[dict[str, Any]], steps: int) -> Optimisation:
+    """That of a run, or of a search before it, of so many steps in all: a linear warm-up, then a linear decay to zero."""
+    return Optimisation(
+        groups,
+        settings.weight_decay,
+        lambda optimiser: get_linear_schedule_with_warmup(optimiser, settings.warmup_steps(steps), steps),
+        settings.max_grad_norm,
+    )
 
 
 def prepare_torch(threads: int) -> None:

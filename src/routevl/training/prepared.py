@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,13 +18,40 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_file, sha256_of
 from routevl.methods.base import Method, NoOptions
 from routevl.methods.selective import Full
+from routevl.tasks.base import Task
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
 from routevl.training.optimisation import prepare_torch
-from routevl.training.order import epoch_batches, training_batches
+from routevl.training.order import data_loader, epoch_batches, training_batches
 
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
+
+
+class Batches:
+    """What a phase before training looks at: batches, collated and on the model's device. Iterating gives the first epoch's.
+
+    Args:
+        task: of the run.
+        workers: processes that load batches.
+    """
+
+    def __init__(self, task: Task, accelerator: Accelerator, workers: int) -> None:
+        self.task, self.accelerator, self.workers = task, accelerator, workers
+        self.examples = task.training_examples()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.of_epoch(0))
+
+    def of_epoch(self, epoch: int) -> Any:
+        """The training batches of an epoch, in the order of training; they have a length."""
+        batches = epoch_batches(self.task, self.examples, epoch)
+        return training_batches(self.task, self.task.of_epoch(self.examples, epoch), self.accelerator, self.workers, batches)
+
+    def validation(self) -> dict[str, Tensor]:
+        """The first `batch_size` examples of the validation split."""
+        size = self.task.settings.batch_size
+        return next(iter(data_loader(self.task, self.task.examples("val"), self.accelerator, 0, batch_size=size)))
 
 
 def bare(method: Method) -> Method:
@@ -71,9 +101,6 @@ def run(arguments: argparse.Namespace) -> None:
     set_seed(settings.seed)
     task, _ = load_task(settings, bare(method), {}, arguments)
     task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
-    examples = task.training_examples()
-    batches = epoch_batches(task, examples, 0)
-    loaded = training_batches(task, task.of_epoch(examples, 0), accelerator, arguments.workers, batches)
-    tensors = method.prepare(task, loaded)
+    tensors = method.prepare(task, Batches(task, accelerator, arguments.workers))
     with atomic_file(arguments.output) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
 
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, read_json, sha256_of, write_json
@@ -42,7 +41,7 @@ from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import load_task
-from routevl.training.optimisation import Optimisation, compile_layers, prepare_torch
+from routevl.training.optimisation import compile_layers, optimisation_of, prepare_torch
 from routevl.training.order import data_loader, epoch_batches, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
 
@@ -99,14 +98,8 @@ class Trainer:
             compile_layers(self.task.model.text_model)
         # not for DDP: the gradients are averaged here
         self.model = accelerator.prepare_model(self.task.model, evaluation_mode=True)
-        self.optimisation = Optimisation(
-            self.method.groups(self.task.model, settings.learning_rate),
-            settings.weight_decay,
-            lambda optimiser: get_linear_schedule_with_warmup(
-                optimiser, settings.warmup_steps(self.total_steps), self.total_steps
-            ),
-            settings.max_grad_norm,
-        )
+        groups = self.method.groups(self.task.model, settings.learning_rate)
+        self.optimisation = optimisation_of(settings, groups, self.total_steps)
         self.step = 0
         self.history: list[dict[str, Any]] = []  # the lines of training.jsonl
         self.best: dict[str, Tensor] = {}  # the model's tensors after the best epoch so far

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import gelu_new
@@ -10,6 +12,8 @@ from routevl.backbones.structure import Structure, structure_of
 from routevl.errors import RoutevlError
 
 STANDARD_DEVIATION = 0.02  # of weights at the start: BART's own, whose initialiser runs over the original adapters
+
+_INPUT: ContextVar[Tensor | None] = ContextVar("routevl_sub_layer_input", default=None)
 
 
 class Bottleneck(nn.Module):
@@ -50,6 +54,18 @@ def add_in_parallel(module: nn.Module, adapter: nn.Module) -> None:
     module.register_forward_hook(_added_in_parallel)
 
 
+def note_input(module: nn.Module) -> None:
+    """Let a module that is the first to read a sub-layer's input x, (B, T, d), note it for `noted_input`."""
+    module.register_forward_pre_hook(_note_input)
+
+
+def noted_input() -> Tensor:
+    """x of the sub-layer that is running in this thread."""
+    x = _INPUT.get()
+    _INPUT.set(None)  # keep nothing alive until the next call
+    return x
+
+
 # functions of this module, since hooks are copied and pickled with their model
 
 
@@ -59,6 +75,10 @@ def _changed(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Ten
 
 def _added_in_parallel(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + module.adapter(args[0])
+
+
+def _note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    _INPUT.set(args[0])
 
 
 def parts_of(text_model: nn.Module) -> Structure:

@@ -16,23 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from routevl.backbones.skeleton import LINEAR, ready_to_run, widths_of
+from routevl.backbones.skeleton import LINEAR, layers_of, ready_to_run, stacks_of, widths_of
 from routevl.backbones.structure import Fused, joined, matrices_in, structure_of, turned
 from routevl.errors import RoutevlError
 from routevl.tasks.base import VisionLanguageModel
-
-
-def stacks_of(text_model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """Name -> what runs through one list of layers: encoder and decoder, or the model without its head."""
-    both = text_model.config.is_encoder_decoder
-    stacks = (text_model.get_encoder(), text_model.get_decoder()) if both else (text_model.base_model,)
-    names = {module: name for name, module in text_model.named_modules()}
-    return {names[stack]: stack for stack in stacks}
-
-
-def layers_of(stack: nn.Module) -> nn.ModuleList:
-    """A stack's layers: its outermost list of modules."""
-    return next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
 
 
 def squared_gradients(model: VisionLanguageModel, examples: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

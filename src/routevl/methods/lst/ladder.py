@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from routevl.backbones.skeleton import layers_of, stacks_of
 from routevl.conditioning import PER_EXAMPLE, Conditioning
 from routevl.errors import RoutevlError
-from routevl.methods.lst.cut import cut, layers_of, stacks_of
+from routevl.methods.lst.cut import cut
 
 TEMPERATURE = 0.1  # of the gates
 WIDTHS = ("hidden_size", "head_dim", "intermediate_size", "n_inner", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")

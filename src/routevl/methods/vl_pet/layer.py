@@ -7,17 +7,12 @@ A gate reads x, the input of the sub-layer, and h', its adapted output, both (B,
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 import torch
 from torch import Tensor, nn
 
 from routevl.conditioning import Conditioning
-from routevl.methods.bottleneck.layer import STANDARD_DEVIATION, Bottleneck, linear, plain_bottleneck
+from routevl.methods.bottleneck.layer import STANDARD_DEVIATION, Bottleneck, linear, note_input, noted_input, plain_bottleneck
 from routevl.routing import mean_visual_token
-
-# x of the sub-layer that is running in this thread
-_INPUT: ContextVar[Tensor | None] = ContextVar("routevl_vl_pet_sub_layer_input", default=None)
 
 
 class LargeGate(nn.Module):
@@ -94,17 +89,11 @@ def gate_sub_layer(text_model: nn.Module, first: str, last: str, bottleneck: Bot
         first: name of the module that reads the sub-layer's input x, (B, T, d).
         last: name of the module that gives its output h, which then has them as its part `adapter`.
     """
-    text_model.get_submodule(first).register_forward_pre_hook(_note_input)
+    note_input(text_model.get_submodule(first))
     module = text_model.get_submodule(last)
     module.adapter = GatedBottleneck(bottleneck, gate)
     module.register_forward_hook(_gated)
 
 
-def _note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    _INPUT.set(args[0])
-
-
 def _gated(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = _INPUT.get()
-    _INPUT.set(None)  # keep nothing alive until the next call
-    return module.adapter(output, x)
+    return module.adapter(output, noted_input())
