@@ -11,6 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 
 from routevl.methods.base import layer_norms
 from routevl.methods.das.layer import layers_in
+from routevl.methods.spt.choice import ENTRIES, MODULES, parameters_of, ranked
 from routevl.methods.table import METHODS, free_options, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel
 from routevl.tasks.captioning import CaptionModel
@@ -25,6 +26,7 @@ SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", 
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
 SMALL |= {"genft": {"h": 4, "dropout": 0.0}, "genft_vision": {"h": 4, "m": 3}}
 SMALL |= {"das": {"skipped": 1, "r": 4, "skip_width": 12}}
+SMALL |= {name: {"r": 4, "dropout": 0.0, "drop_path": 0.0} for name in ("spt_lora", "spt_adapter")}
 SMALL |= {"vl_prompt": {"num_virtual_tokens": 3, "hidden_size": 16}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [
@@ -130,6 +132,27 @@ def gates_of(text_model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.tensor(-float(place)) for place, name in enumerate(layers_in(text_model))}
 
 
+def chosen_by_spt(text_model: nn.Module) -> dict[str, Tensor]:
+    """What SPT's phase before training could have found: modules for the matrices of the attentions, and single entries of the
+    other ones and of norms' weights; all biases whole."""
+    found = {}
+    for name, (part, parameter) in parameters_of(ranked(text_model)).items():
+        own = text_model.get_parameter(name)
+        module = own.dim() > 1 and "att" in name.rpartition(".")[0].rpartition(".")[0]
+        whole = parameter == "bias"
+        found[ENTRIES + name] = torch.arange(0 if module else own.numel() if whole else 3)
+        if own.dim() > 1:
+            found[MODULES + name] = torch.tensor([module] * len(part.split(parameter, own)))
+    return found
+
+
+def prepared_for(method: str, text_model: nn.Module) -> dict[str, Tensor]:
+    """What a method's phase before training could have found."""
+    if method == "das":
+        return gates_of(text_model)
+    return chosen_by_spt(text_model) if method.startswith("spt_") else scores_of(text_model)
+
+
 def build(
     method: str,
     kind: str,
@@ -149,8 +172,7 @@ def build(
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     chosen = new_method(method, options, "test")
     train_also = layer_norms(text_model) if norms and trains_norms(method) else []
-    prepared = gates_of(text_model) if method == "das" else scores_of(text_model)
-    arguments = (text_model, chosen, prepared, train_also, visual, prefix)
+    arguments = (text_model, chosen, prepared_for(method, text_model), train_also, visual, prefix)
     if kind == "roberta":
         return VqaModel(7, *arguments).eval()
     return {"gpt2": CaptionModel, "bart": EncoderDecoderModel}[kind](*arguments).eval()

@@ -280,6 +280,11 @@ def generator(kind: str, tasks: int, plain: int) -> int:
     return tasks * 512 + stacks * code + places * (8 * plain + plain)
 
 
+def chosen_by_hand(kind: str) -> int:
+    """SPT's without its modules: all biases, three entries of each of the other matrices and of the norms' weights."""
+    return BIASES[kind] + NORMS[kind] // 2 + 3 * (2 * STACKS[kind] + NORMS[kind] // (2 * D))
+
+
 def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     """Trained parameters of the text model at width D, without the layer norms."""
     attentions, stacks, r, tasks = ATTENTIONS[kind], STACKS[kind], 4, options.get("tasks", 1)
@@ -319,6 +324,8 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         }[kind],
         "ln_tuning": 0,
         "bitfit": BIASES[kind],
+        "spt_lora": chosen_by_hand(kind) + attentions * 4 * r * 2 * D,
+        "spt_adapter": chosen_by_hand(kind) + attentions * 4 * plain,
         "prompt_tuning": 3 * D,
         "prefix_tuning": 3 * LAYERS * 2 * D,
         "vl_prompt": tasks * (3 * D + D * 16 + 16 + 16 * D + D),

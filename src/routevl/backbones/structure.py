@@ -30,7 +30,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from routevl.backbones.skeleton import LINEAR, base_of, ready_to_run, replaced, widths_of
 from routevl.errors import RoutevlError
@@ -311,25 +310,6 @@ def _layout(name: str, parts: Mapping[str, Tensor]) -> Fused:
     if len(set(roles)) < len(roles):
         raise RoutevlError(f"{name} holds queries, keys and values in no order that is known; {NAME_THEM}")
     return Fused(groups, roles, widths)
-
-
-def turned(module: nn.Module, weight: Tensor) -> Tensor:
-    """A linear module's weight as (rows, columns) = (outputs, inputs), and back."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def matrices_in(weight: Tensor, fused: Fused | None) -> list[Tensor]:
-    """The matrices, or biases, that a module's (outputs, ...) holds, one for each projection."""
-    if fused is None:
-        return [weight]
-    return [part.flatten(0, 1) for part in weight.unflatten(0, (fused.groups, -1)).split(fused.widths, dim=1)]
-
-
-def joined(matrices: list[Tensor], fused: Fused | None) -> Tensor:
-    """The inverse of `matrices_in`."""
-    if fused is None:
-        return matrices[0]
-    return torch.cat([matrix.unflatten(0, (fused.groups, -1)) for matrix in matrices], dim=1).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------- feed-forward

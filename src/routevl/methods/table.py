@@ -71,6 +71,11 @@ _OFFICIAL = "the faults of the official code (docs/DIFFERENCES.md)"
 _PEFT = "peft's own code, initialisation and choice of modules"
 _NO_EMBEDDING = "no visual embedding and no prompts of its own, which belong to the task"
 _PORT = "a port to any text model; the original has encoder-decoders alone"
+_SPT = "He et al., 2023 (arXiv 2303.08566)"
+_SPT_DIFFERS = (
+    "a port from ViTs to any text model; chosen entries of norms are trained, which its code leaves out; each kind is "
+    "trained by its own choice (its code: adapters by LoRA's)"
+)
 
 BASELINE = "lora"  # what the methods are compared with, without routing
 METHODS = {
@@ -138,6 +143,8 @@ METHODS = {
         differs="layer norms are trained whole, unless `freeze_layer_norm`",
     ),
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
+    "spt_lora": MethodRow("SPT-LoRA", "selective", _SPT, "spt:Spt", {"kind": "lora"}, differs=_SPT_DIFFERS),
+    "spt_adapter": MethodRow("SPT-Adapter", "selective", _SPT, "spt:Spt", {"kind": "adapter"}, differs=_SPT_DIFFERS),
     "prompt_tuning": MethodRow(
         "Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning", differs=_PEFT
     ),

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routevl.backbones.structure import QUERY, VALUE, Fused, Structure, joined, matrices_in, turned
+from routevl.backbones.matrices import joined, matrices_of, turned
+from routevl.backbones.structure import QUERY, VALUE, Fused, Structure
 from routevl.conditioning import Conditioning
 from routevl.errors import RoutevlError
 
@@ -129,7 +130,7 @@ class Update(nn.Module):
     def of_weight(self, weight: Tensor) -> Tensor:
         """What is added to the module's weight: (d_out, d) -> the same."""
         rows, updates = iter(self.rows), []
-        for role, matrix in zip(self.roles, matrices_in(weight, self.fused), strict=True):
+        for role, matrix in zip(self.roles, matrices_of(weight, self.fused), strict=True):
             updates.append(self.generator(matrix, next(rows)) if role in ADAPTED else torch.zeros_like(matrix))
         return joined(updates, self.fused)
 
@@ -178,7 +179,7 @@ def _width_of(text_model: nn.Module, parts: Structure, names: Iterable[str]) -> 
     width = 0
     for name in names:
         module = text_model.get_submodule(name)
-        matrices = matrices_in(turned(module, module.weight), parts.fused.get(name))
+        matrices = matrices_of(turned(module, module.weight), parts.fused.get(name))
         for role, matrix in zip(_roles(parts, name), matrices, strict=True):
             width = width or matrix.shape[1]
             if role in ADAPTED and matrix.shape != (width, width):

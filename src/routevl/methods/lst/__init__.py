@@ -42,12 +42,14 @@ class Lst(Method):
 
     def prepare(self, task: Task, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         """How good the rows of the backbone's matrices are to start from, as `routevl.methods.lst.cut.row_scores`."""
-        from routevl.methods.lst.cut import row_scores, squared_gradients
+        from routevl.methods.gradients import squared_gradients
+        from routevl.methods.lst.cut import row_scores
         from routevl.methods.lst.ladder import side_config
 
         text_model = task.model.text_model
         side_config(text_model.config, self.options.reduction)  # refuses before the work
         if self.options.importance == "gradient":
+            task.model.eval()
             importance = squared_gradients(task.model, islice(_examples(batches), self.options.samples))
         else:
             importance = {name: parameter.detach().abs() for name, parameter in text_model.named_parameters()}

@@ -8,7 +8,7 @@ layer norm keeps what the matrix before it keeps. The first columns are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,25 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from routevl.backbones.matrices import joined, matrices_of, turned
 from routevl.backbones.skeleton import LINEAR, layers_of, ready_to_run, stacks_of, widths_of
-from routevl.backbones.structure import Fused, joined, matrices_in, structure_of, turned
+from routevl.backbones.structure import Fused, structure_of
 from routevl.errors import RoutevlError
-from routevl.tasks.base import VisionLanguageModel
-
-
-def squared_gradients(model: VisionLanguageModel, examples: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name of each parameter of the text model -> the squares of its gradients, summed over examples: float32, its shape."""
-    parameters = dict(model.text_model.named_parameters())
-    squares = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    model.eval()
-    for example in examples:
-        model.zero_grad()
-        model(**example)["loss"].backward()
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                squares[name] += parameter.grad.square()
-    return squares
-
 
 # -------------------------------------------------------------------------------------------- the walk
 
@@ -161,7 +146,7 @@ def row_scores(text_model: PreTrainedModel, importance: Mapping[str, Tensor], re
 
     def score(step: Step, columns: Tensor) -> Tensor:
         weights = (turned(module, importance[names[module.weight]]) for module in step.modules)
-        matrices = [matrix for pair in zip(weights, step.fused, strict=True) for matrix in matrices_in(*pair)]
+        matrices = [matrix for pair in zip(weights, step.fused, strict=True) for matrix in matrices_of(*pair)]
         if len({matrix.shape for matrix in matrices}) > 1:
             raise RoutevlError(f"lst: {', '.join(step.names)} of the text backbone have not equally many rows")
         total = torch.stack(matrices).double().prod(0)[:, columns].sum(1)  # products of squares are too small for float32
@@ -192,7 +177,7 @@ def cut(text_model: PreTrainedModel, sides: Mapping[str, PreTrainedModel], score
 
     def score(step: Step, columns: Tensor) -> Tensor:
         weight = step.modules[0].weight
-        rows = len(matrices_in(turned(step.modules[0], weight), step.fused[0])[0])
+        rows = len(matrices_of(turned(step.modules[0], weight), step.fused[0])[0])
         return found(names[weight], rows)
 
     embeddings = text_model.get_input_embeddings().weight
@@ -212,8 +197,8 @@ def _part_of(module: nn.Module, fused: Fused | None, rows: Tensor, columns: Tens
     """The parameters that a module's twin in the side network starts from, by their names in it."""
     if not isinstance(module, LINEAR):  # a norm; or a table such as T5's of relative positions, a column for each head
         return {name: parameter[columns] if parameter.dim() == 1 else parameter for name, parameter in module.named_parameters()}
-    matrices = matrices_in(turned(module, module.weight), fused)
+    matrices = matrices_of(turned(module, module.weight), fused)
     part = {"weight": turned(module, joined([matrix[rows][:, columns] for matrix in matrices], fused))}
     if module.bias is not None:
-        part["bias"] = joined([bias[rows] for bias in matrices_in(module.bias, fused)], fused)
+        part["bias"] = joined([bias[rows] for bias in matrices_of(module.bias, fused)], fused)
     return part
