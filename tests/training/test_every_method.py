@@ -20,6 +20,7 @@ SMALL |= {"lst": {"reduction": 2, "samples": 8, "dropout": 0.0}}
 SMALL |= {"das": {"skipped": 1, "search_epochs": 2, "every": 2, "subsets": 2}}
 SMALL |= {name: {"r": 2} for name in ("peft_lora", "lora_bias", "dora")}
 SMALL |= {m: {"r": 2, "share": 0.1, "batches": 2, "dropout": 0.0, "drop_path": 0.0} for m in ("spt_lora", "spt_adapter")}
+SMALL |= {"adapeft": {"r": 2, "share": 0.2, "batches": 4, "every": 2}}
 SMALL |= {name: {"num_virtual_tokens": 3} for name in ("prompt_tuning", "prefix_tuning")}
 ROUTED = {"r": 2, "routing": "attn", "visual_scale": "tanh"}
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
+from routevl.methods.adapeft.candidates import OUTSIDE, partition
+from routevl.methods.adapeft.probe import SELECTED
 from routevl.methods.base import layer_norms
 from routevl.methods.das.layer import layers_in
 from routevl.methods.spt.choice import ENTRIES, MODULES, parameters_of, ranked
@@ -27,6 +29,7 @@ SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4,
 SMALL |= {"genft": {"h": 4, "dropout": 0.0}, "genft_vision": {"h": 4, "m": 3}}
 SMALL |= {"das": {"skipped": 1, "r": 4, "skip_width": 12}}
 SMALL |= {name: {"r": 4, "dropout": 0.0, "drop_path": 0.0} for name in ("spt_lora", "spt_adapter")}
+SMALL |= {"adapeft": {"r": 4, "batches": 4, "every": 2}}
 SMALL |= {"vl_prompt": {"num_virtual_tokens": 3, "hidden_size": 16}}
 # ablations of the routed methods that have modules of their own; the others are in test_ablations.py
 BOTTLENECKS = [
@@ -150,7 +153,11 @@ def prepared_for(method: str, text_model: nn.Module) -> dict[str, Tensor]:
     """What a method's phase before training could have found."""
     if method == "das":
         return gates_of(text_model)
-    return chosen_by_spt(text_model) if method.startswith("spt_") else scores_of(text_model)
+    if method.startswith("spt_"):
+        return chosen_by_spt(text_model)
+    if method == "adapeft":  # all but what is in no layer
+        return {SELECTED + name: torch.tensor(not name.endswith(OUTSIDE)) for name in partition(text_model)}
+    return scores_of(text_model)
 
 
 def build(

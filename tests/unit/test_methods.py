@@ -326,6 +326,7 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "bitfit": BIASES[kind],
         "spt_lora": chosen_by_hand(kind) + attentions * 4 * r * 2 * D,
         "spt_adapter": chosen_by_hand(kind) + attentions * 4 * plain,
+        "adapeft": attentions * 2 * r * 2 * D + BIASES[kind] + NORMS[kind] - 2 * D * (2 if kind == "bart" else 1),
         "prompt_tuning": 3 * D,
         "prefix_tuning": 3 * LAYERS * 2 * D,
         "vl_prompt": tasks * (3 * D + D * 16 + 16 + 16 * D + D),

@@ -126,8 +126,7 @@ def test_recorded_modules(kind: str) -> None:
     tensors, _ = recorded("spt")
     of = {n.removeprefix(f"structured_{kind}."): t for n, t in tensors.items() if n.startswith(f"structured_{kind}.")}
     width, width_out, r = of["x"].shape[-1], of["y"].shape[-1], len(of["p0"])
-    options = options_of(kind, r=r)
-    module = low_rank(width, width_out, options) if kind == "lora" else bottleneck(width, options)
+    module = low_rank(width, width_out, r) if kind == "lora" else bottleneck(width, r)
     for number, parameter in enumerate(module.parameters()):
         put(parameter, of[f"p{number}"])
     assert_agrees(module(of["x"]), of["y"])
@@ -256,8 +255,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_paths_are_of_whole_examples_and_in_training_alone(kind: str) -> None:
-    options = options_of(kind, r=4, drop_path=0.5)
-    module = low_rank(D, D, options) if kind == "lora" else bottleneck(D, options)
+    module = low_rank(D, D, 4, drop_path=0.5) if kind == "lora" else bottleneck(D, 4, drop_path=0.5)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(40, 3, D)

@@ -145,6 +145,10 @@ METHODS = {
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
     "spt_lora": MethodRow("SPT-LoRA", "selective", _SPT, "spt:Spt", {"kind": "lora"}, differs=_SPT_DIFFERS),
     "spt_adapter": MethodRow("SPT-Adapter", "selective", _SPT, "spt:Spt", {"kind": "adapter"}, differs=_SPT_DIFFERS),
+    "adapeft": MethodRow(
+        "AdaPEFT", "selective", "Xu and Bu, 2025 (arXiv 2505.12579)", "adapeft:AdaPeft",
+        differs="there is no public code: candidates, the points of the fit and the length of the probe are our own",
+    ),
     "prompt_tuning": MethodRow(
         "Prompt tuning", "prompt", "Lester et al., 2021 (arXiv 2104.08691)", "from_peft:PromptTuning", differs=_PEFT
     ),

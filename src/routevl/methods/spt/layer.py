@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -52,22 +52,22 @@ class DropPath(nn.Module):
         return hidden_states * kept / (1 - self.share)
 
 
-def low_rank(columns: int, rows: int, options: Spt.Options) -> nn.Sequential:
+def low_rank(columns: int, rows: int, r: int, dropout: float = 0.0, drop_path: float = 0.0) -> nn.Sequential:
     """B A x, with A: columns -> r and B: r -> rows, B zero at the start."""
-    down, up = nn.Linear(columns, options.r, bias=False), nn.Linear(options.r, rows, bias=False)
+    down, up = nn.Linear(columns, r, bias=False), nn.Linear(r, rows, bias=False)
     nn.init.kaiming_uniform_(down.weight, a=5**0.5)
     nn.init.zeros_(up.weight)
-    return nn.Sequential(nn.Dropout(options.dropout), down, up, DropPath(options.drop_path))
+    return nn.Sequential(nn.Dropout(dropout), down, up, DropPath(drop_path))
 
 
-def bottleneck(rows: int, options: Spt.Options) -> nn.Sequential:
+def bottleneck(rows: int, r: int, dropout: float = 0.0, drop_path: float = 0.0) -> nn.Sequential:
     """U gelu(D y), with D: rows -> r and U: r -> rows, each with a bias, U and the biases zero at the start; gelu is GELU's erf
     form."""
-    down, up = nn.Linear(rows, options.r), nn.Linear(options.r, rows)
+    down, up = nn.Linear(rows, r), nn.Linear(r, rows)
     nn.init.kaiming_uniform_(down.weight, a=5**0.5)
     for tensor in (down.bias, up.weight, up.bias):
         nn.init.zeros_(tensor)
-    return nn.Sequential(nn.Dropout(options.dropout), down, nn.GELU(), up, DropPath(options.drop_path))
+    return nn.Sequential(nn.Dropout(dropout), down, nn.GELU(), up, DropPath(drop_path))
 
 
 class Updates(nn.Module):
@@ -98,17 +98,18 @@ def _updated(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Ten
     return module.adapter(args[0], output)  # a function of this file, since hooks are copied and pickled with their model
 
 
-def update_outputs(module: nn.Module, fused: Fused | None, chosen: Tensor, options: Spt.Options) -> None:
-    """Let updates change the projections of a linear module that are chosen, (P,) bool. It has them as its part `adapter`."""
+def update_outputs(
+    module: nn.Module, fused: Fused | None, chosen: Collection[int], new: Callable[[int, int], nn.Module], of_input: bool
+) -> None:
+    """Let updates change the chosen ones of the projections of a linear module, which has them as its part `adapter`.
+
+    Args:
+        new: numbers of the module's inputs and of the projection's outputs -> what computes the update of a projection.
+        of_input: as of `Updates`.
+    """
     columns, rows = widths_of(module)
     widths = [fused.groups * width for width in fused.widths] if fused else [rows]
-    of_input = options.kind == "lora"
-    updates = {
-        number: low_rank(columns, width, options) if of_input else bottleneck(width, options)
-        for number, width in enumerate(widths)
-        if chosen[number]
-    }
-    module.adapter = Updates(updates, fused, of_input).to(module.weight.device)
+    module.adapter = Updates({n: new(columns, widths[n]) for n in chosen}, fused, of_input).to(module.weight.device)
     module.register_forward_hook(_updated)
 
 
@@ -128,6 +129,8 @@ def train_chosen(text_model: PreTrainedModel, prepared: Mapping[str, Tensor], op
         KeyError: the choice is of a text model with other parameters.
         RoutevlError: it is of one with smaller or larger ones.
     """
+    sizes = (options.r, options.dropout, options.drop_path)
+    of_input = options.kind == "lora"
     for name, (part, parameter_name) in parameters_of(ranked(text_model)).items():
         parameter = part.module.get_parameter(parameter_name)
         places = prepared[ENTRIES + name]
@@ -136,4 +139,10 @@ def train_chosen(text_model: PreTrainedModel, prepared: Mapping[str, Tensor], op
             raise RoutevlError(f"--prepared was found for another text model: {name} has only {parameter.numel()} entries")
         train_entries(part.module, parameter_name, places)
         if modules.any():
-            update_outputs(part.module, part.fused, modules, options)
+            update_outputs(
+                part.module,
+                part.fused,
+                modules.nonzero()[:, 0].tolist(),
+                lambda columns, rows: low_rank(columns, rows, *sizes) if of_input else bottleneck(rows, *sizes),
+                of_input,
+            )
