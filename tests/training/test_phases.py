@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import SmallWorld, command_line, run_stage
 from runs import EPOCHS, STEPS, Run, assert_same_outcome, exit_status, new_run, outcome, signal_at_call, start
 from safetensors import safe_open
@@ -63,6 +64,19 @@ def selective(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("selective")
     run = new_run(small_world, root, "vqa", method="gradient_norm", options={"share": SHARE, "batches": 2})
     return run.changed(prepared=probe(run, root / "prepared.safetensors")).train()
+
+
+def test_adapeft_is_probed_in_float32(small_world: SmallWorld, tmp_path: Path) -> None:
+    """In bfloat16 small changes of the loss are lost; training is in the precision that was asked for."""
+    found = []
+    for precision in ("float32", "bfloat16"):
+        options = {"r": 2, "share": 0.2, "batches": 2, "every": 1}
+        changes = {"options": options, "freeze_layer_norm": "yes", "precision": precision}
+        run = new_run(small_world, tmp_path / precision, "vqa", method="adapeft", **changes)
+        AcceleratorState._reset_state()  # a process has one precision
+        found.append(probe(run, tmp_path / f"{precision}.safetensors").read_bytes())
+    AcceleratorState._reset_state()
+    assert found[0] == found[1]
 
 
 def test_a_probe_gives_the_same_bytes_again(selective: Run, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class AdaPeft(Method):
 
     def prepare(self, task: Task, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The table of candidates, as `routevl.methods.adapeft.probe.table_of`."""
+        from accelerate.utils import extract_model_from_parallel
+
         from routevl.methods.adapeft.candidates import partition, train
         from routevl.methods.adapeft.probe import measured, table_of
 
@@ -43,7 +45,8 @@ class AdaPeft(Method):
         budget = self.options.share * sum(parameter.numel() for parameter in text_model.parameters())
         candidates = train(text_model.requires_grad_(False), partition(text_model), self.options.r)
         batches = islice(batches, self.options.batches)
-        fits = measured(task.model, batches, candidates, task.settings.learning_rate, self.options.every)
+        model = extract_model_from_parallel(task.model, keep_fp32_wrapper=False)  # autocast would round changes of the loss away
+        fits = measured(model, batches, candidates, task.settings.learning_rate, self.options.every)
         return table_of(fits, {name: sum(p.numel() for p in of) for name, of in candidates.items()}, budget)
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:

@@ -147,8 +147,7 @@ def table_of(fits: Mapping[str, Sequence[Fit]], sizes: Mapping[str, int], budget
     chosen = selected(values, sizes, budget)
     if not any(values.values()):
         raise RoutevlError(
-            "adapeft: the loss followed no candidate's parabola in the probe: raise batches, set precision=float32 or another "
-            "learning_rate"
+            "adapeft: the loss followed no candidate's parabola in the probe: raise batches or set another learning_rate"
         )
     if not chosen:
         best = max(values, key=lambda name: values[name] / sizes[name])
