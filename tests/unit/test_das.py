@@ -20,9 +20,9 @@ from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from routevl.backbones.skeleton import no_weights
 from routevl.errors import RoutevlError
-from routevl.methods.bottleneck.layer import note_input
+from routevl.methods.bottleneck.layer import InParallel, change_sub_layer, note_input
 from routevl.methods.das import search as das_search
-from routevl.methods.das.layer import Detour, NormedBottleneck, beside_sub_layer, layers_in
+from routevl.methods.das.layer import Detour, NormedBottleneck, layers_in
 from routevl.methods.das.search import chosen, drawn, drawn_apart, moved, search
 from routevl.methods.table import new_method
 
@@ -65,8 +65,8 @@ def test_the_recorded_layer_with_its_three_bottlenecks() -> None:
     own, cross, feed_forward = (
         recorded_bottleneck(tensors, f"layer.param.{place}", meta["parallel_bottleneck"]) for place in places
     )
-    beside_sub_layer(layer.attention.self.query, layer.attention.output.dense, own)
-    beside_sub_layer(layer.crossattention.self.query, layer.crossattention.output.dense, cross)
+    change_sub_layer(layer, "attention.self.query", "attention.output.dense", InParallel(own))
+    change_sub_layer(layer, "crossattention.self.query", "crossattention.output.dense", InParallel(cross))
     note_input(layer.intermediate.dense)
     Detour(layer, None, feed_forward)
     mask = (1 - tensors["layer.text_mask"])[:, None, None] * torch.finfo(torch.float32).min

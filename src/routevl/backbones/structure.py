@@ -64,8 +64,8 @@ class Structure:
         feed_forward_outputs: the last module of each layer's feed-forward part.
         sub_layer_inputs: name of one of these outputs -> the last module before it that has read what the output is added to;
             only where there is one.
-        feed_forward_inputs: the modules that the input of that one depends on and that read hidden states: the first matrix, or
-            two where one is a gate.
+        feed_forward_inputs: name of one of these -> the modules that its input depends on and that read hidden states: the first
+            matrix, or two where one is a gate; only where there are any.
         shared: modules that also read what is of no example, such as a table of relative positions.
     """
 
@@ -77,7 +77,7 @@ class Structure:
     cross_attention_inputs: tuple[str, ...] = ()
     feed_forward_outputs: tuple[str, ...] = ()
     sub_layer_inputs: Mapping[str, str] = field(default_factory=dict)
-    feed_forward_inputs: tuple[str, ...] = ()
+    feed_forward_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
 
     def computing(self, *roles: str) -> list[str]:
@@ -91,10 +91,10 @@ class Structure:
         return self.feed_forward_outputs
 
     def beginnings_of_feed_forward(self) -> tuple[str, ...]:
-        """`feed_forward_inputs`. Raises RoutevlError where there are none."""
+        """All of `feed_forward_inputs`. Raises RoutevlError where there are none."""
         if not self.feed_forward_inputs:
             raise RoutevlError(f"the model has no feed-forward part that begins with a linear module; {NAME_THEM}")
-        return self.feed_forward_inputs
+        return tuple(dict.fromkeys(name for names in self.feed_forward_inputs.values() for name in names))
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
@@ -332,14 +332,18 @@ def _feed_forward_outputs(
     return tuple(dict.fromkeys(found))
 
 
-def _feed_forward_inputs(linears: Mapping[str, nn.Module], calls: list[Call], ends: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that read hidden states and that the inputs of the feed-forward parts' ends depend on directly."""
-    found: dict[str, None] = {}
+def _feed_forward_inputs(
+    linears: Mapping[str, nn.Module], calls: list[Call], ends: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Of each feed-forward part's end the modules that read hidden states and that its input depends on directly."""
+    found = {}
     for end in ends:
         place = next(n for n, call in enumerate(calls) if call.name == end)
         before = [calls[source].name for source in _influences(calls[place], calls[:place])]
-        found |= dict.fromkeys(name for name in before if widths_of(linears[name])[0] == widths_of(linears[end])[1])
-    return tuple(found)
+        reading = [name for name in before if widths_of(linears[name])[0] == widths_of(linears[end])[1]]
+        if reading:
+            found[end] = tuple(dict.fromkeys(reading))
+    return found
 
 
 # -------------------------------------------------------------------------------- residual addition

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from routevl.backbones.structure import Structure, structure_of
 from routevl.errors import RoutevlError
 
 STANDARD_DEVIATION = 0.02  # of weights at the start: BART's own, whose initialiser runs over the original adapters
-
+# what the sub-layer that is running in this thread has read
 _INPUT: ContextVar[Tensor | None] = ContextVar("routevl_sub_layer_input", default=None)
 
 
 class Bottleneck(nn.Module):
     """U gelu_new(D x), with D: d -> r and U: r -> d_out, each with a bias; gelu_new is GELU's tanh form."""
+
+    activation: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(gelu_new)  # no part of a model: transformers has one for all
 
     def __init__(self, down: nn.Module, up: nn.Module) -> None:
         super().__init__()
@@ -26,7 +30,19 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., d) -> (..., d_out)."""
-        return self.up(gelu_new(self.down(hidden_states)))
+        return self.up(self.activation(self.down(hidden_states)))
+
+
+class InParallel(nn.Module):
+    """h + the bottleneck of what the sub-layer has read, for `change_sub_layer`."""
+
+    def __init__(self, bottleneck: nn.Module) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+
+    def forward(self, hidden_states: Tensor, read: Tensor) -> Tensor:
+        """h and what the sub-layer has read, (..., d) -> (..., d)."""
+        return hidden_states + self.bottleneck(read).to(hidden_states.dtype)
 
 
 def linear(width: int, width_out: int, device: torch.device) -> nn.Linear:
@@ -48,6 +64,12 @@ def change_output(module: nn.Module, adapter: nn.Module) -> None:
     module.register_forward_hook(_changed)
 
 
+def change_input(module: nn.Module, adapter: nn.Module) -> None:
+    """Let an adapter change what a module reads, (..., d) -> (..., d). The module has it as its part `adapter`."""
+    module.adapter = adapter
+    module.register_forward_pre_hook(_changed_input)
+
+
 def add_in_parallel(module: nn.Module, adapter: nn.Module) -> None:
     """Let an adapter read what a module reads, and add what it makes of it to the module's output."""
     module.adapter = adapter
@@ -66,6 +88,19 @@ def noted_input() -> Tensor:
     return x
 
 
+def change_sub_layer(text_model: nn.Module, first: str, last: str, adapter: nn.Module) -> None:
+    """Let an adapter change a sub-layer's output by what the sub-layer has read, (..., d) both -> (..., d).
+
+    Args:
+        first: name of the module that reads the sub-layer's input.
+        last: name of the module that gives its output, which then has the adapter as its part `adapter`.
+    """
+    note_input(text_model.get_submodule(first))
+    module = text_model.get_submodule(last)
+    module.adapter = adapter
+    module.register_forward_hook(_changed_by_input)
+
+
 # functions of this module, since hooks are copied and pickled with their model
 
 
@@ -73,12 +108,20 @@ def _changed(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Ten
     return module.adapter(output)
 
 
+def _changed_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return module.adapter(args[0]), *args[1:]
+
+
 def _added_in_parallel(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + module.adapter(args[0])
+    return output + module.adapter(args[0]).to(output.dtype)
 
 
 def _note_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     _INPUT.set(args[0])
+
+
+def _changed_by_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return module.adapter(output, noted_input())
 
 
 def parts_of(text_model: nn.Module) -> Structure:

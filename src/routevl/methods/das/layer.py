@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from routevl.backbones.skeleton import layers_of, stacks_of
 from routevl.backbones.structure import Structure
 from routevl.errors import RoutevlError
-from routevl.methods.bottleneck.layer import linear, note_input, noted_input
+from routevl.methods.bottleneck.layer import InParallel, change_sub_layer, linear, note_input, noted_input
 
 
 class NormedBottleneck(nn.Module):
@@ -25,22 +25,6 @@ class NormedBottleneck(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.up(self.down(self.norm(hidden_states)).relu())
-
-
-def beside_sub_layer(first: nn.Module, last: nn.Module, adapter: NormedBottleneck) -> None:
-    """Add A(x) to a sub-layer's output, before the residual connection and the norm behind it.
-
-    Args:
-        first: the module that reads the sub-layer's input x, (B, T, d).
-        last: the module that gives its output, and has A as its part `adapter`.
-    """
-    note_input(first)
-    last.adapter = adapter
-    last.register_forward_hook(_added)
-
-
-def _added(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + module.adapter(noted_input())
 
 
 class Detour(nn.Module):
@@ -108,21 +92,21 @@ def put_beside(
         feed_forward = None
         if layer_name in kept:
             feed_forward = NormedBottleneck(width, rank(width), device)
-            note_input(_first_of(ends[0], text_model, parts))
+            note_input(text_model.get_submodule(_first_of(ends[0], parts)))
             for name in attentions:
                 if name.startswith(f"{layer_name}."):
-                    adapter = NormedBottleneck(width, rank(width), device)
-                    beside_sub_layer(_first_of(name, text_model, parts), text_model.get_submodule(name), adapter)
+                    adapter = InParallel(NormedBottleneck(width, rank(width), device))
+                    change_sub_layer(text_model, _first_of(name, parts), name, adapter)
         skip = NormedBottleneck(width, skip_rank(width), device) if layer_name in skippable else None
         detours[layer_name] = Detour(layer, skip, feed_forward)
     return detours
 
 
-def _first_of(output: str, text_model: nn.Module, parts: Structure) -> nn.Module:
-    """The module that reads what a sub-layer's output, which is that of the module of this name, is added to."""
+def _first_of(output: str, parts: Structure) -> str:
+    """The name of the module that reads what a sub-layer's output, which is that of the module of this name, is added to."""
     if output not in parts.sub_layer_inputs:
         raise RoutevlError(f"das: what the output of {output} is added to in the text backbone is not found")
-    return text_model.get_submodule(parts.sub_layer_inputs[output])
+    return parts.sub_layer_inputs[output]
 
 
 def renumber(text_model: nn.Module, skipped: Collection[str]) -> None:

@@ -82,7 +82,7 @@ class RoutedLoraLayer(RoutedLayer):
             else:
                 updates = up([routed * scaling for routed in self.routed(adapter, text)])
             fused = self.fused[adapter]
-            result = _add_to_projections(result, updates, fused) if fused else result + updates[0]
+            result = add_to_projections(result, updates, fused) if fused else result + updates[0]
         return result.to(dtype)
 
     def _up(self, adapter: str, streams: Sequence[Tensor]) -> list[Tensor]:
@@ -94,7 +94,7 @@ class RoutedLoraLayer(RoutedLayer):
         return [nn.functional.linear(stream, weight) for stream, weight in zip(streams, weights, strict=True)]
 
 
-def _add_to_projections(result: Tensor, updates: Sequence[Tensor], fused: Fused) -> Tensor:
+def add_to_projections(result: Tensor, updates: Sequence[Tensor], fused: Fused) -> Tensor:
     """Add each bottleneck's update (..., its projection's width), in the order of the adapted projections, to its projection of
     `result` (..., d_out), which holds them all."""
     pieces = (update.unflatten(-1, (fused.groups, -1)) for update in updates)

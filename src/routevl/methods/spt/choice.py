@@ -51,7 +51,7 @@ def ranked(text_model: PreTrainedModel) -> dict[str, Part]:
     parts, with their biases, and the norms; no embeddings and no head. Raises RoutevlError as `parts_of`, or without norms."""
     found = parts_of(text_model)
     matrices = {*found.roles, *found.attention_outputs, *found.cross_attention_outputs}
-    matrices |= {*found.feed_forward_inputs, *found.feed_forward_outputs}
+    matrices |= {*found.feed_forward_outputs}.union(*found.feed_forward_inputs.values())
     names = {*matrices, *layer_norms(text_model)}
     return {name: Part(module, found.fused.get(name)) for name, module in text_model.named_modules() if name in names}
 

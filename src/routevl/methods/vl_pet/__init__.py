@@ -50,8 +50,8 @@ class VLPet(BottleneckMethod):
 
     def adapt(self, text_model: nn.Module, parts: Structure) -> None:
         from routevl.backbones.skeleton import widths_of
-        from routevl.methods.bottleneck.layer import add_in_parallel, plain_bottleneck
-        from routevl.methods.vl_pet.layer import gate_sub_layer
+        from routevl.methods.bottleneck.layer import add_in_parallel, change_sub_layer, plain_bottleneck
+        from routevl.methods.vl_pet.layer import GatedBottleneck
 
         new_gate, device, encoder = self.gates(text_model), text_model.device, encoder_of(text_model)
         for name in (*parts.attention_outputs, *parts.feed_forward_outputs):
@@ -60,8 +60,8 @@ class VLPet(BottleneckMethod):
             if name not in parts.sub_layer_inputs:
                 raise RoutevlError(f"{name}: what its output is added to, which VL-PET's gate reads, is not found in this model")
             width = widths_of(text_model.get_submodule(name))[1]
-            bottleneck = plain_bottleneck(width, self.rank(width), width, device)
-            gate_sub_layer(text_model, parts.sub_layer_inputs[name], name, bottleneck, new_gate(width))
+            gated = GatedBottleneck(plain_bottleneck(width, self.rank(width), width, device), new_gate(width))
+            change_sub_layer(text_model, parts.sub_layer_inputs[name], name, gated)
         for name in parts.cross_attention_values:
             if name in parts.fused:
                 raise RoutevlError(f"{name} computes more than a cross-attention's values, which are adapted alone")

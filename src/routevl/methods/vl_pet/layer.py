@@ -1,4 +1,4 @@
-"""VL-PET's gates, and how a sub-layer gets one.
+"""VL-PET's gates.
 
 A gate reads x, the input of the sub-layer, and h', its adapted output, both (B, T, d), and gives what h' is multiplied by:
 (B, T, d), (B, T, 1), (d) or (B, 1, 1), from the finest granularity to the coarsest. At the start σ is about 0.5, so that all but
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from routevl.conditioning import Conditioning
-from routevl.methods.bottleneck.layer import STANDARD_DEVIATION, Bottleneck, linear, note_input, noted_input, plain_bottleneck
+from routevl.methods.bottleneck.layer import STANDARD_DEVIATION, Bottleneck, linear, plain_bottleneck
 from routevl.routing import mean_visual_token
 
 
@@ -80,20 +80,3 @@ class GatedBottleneck(nn.Module):
         """h and x, (B, T, d) -> (B, T, d)."""
         adapted = hidden_states + self.bottleneck(hidden_states)
         return (adapted * self.gate(x, adapted)).to(hidden_states.dtype)
-
-
-def gate_sub_layer(text_model: nn.Module, first: str, last: str, bottleneck: Bottleneck, gate: nn.Module) -> None:
-    """Put a bottleneck and a gate after a sub-layer.
-
-    Args:
-        first: name of the module that reads the sub-layer's input x, (B, T, d).
-        last: name of the module that gives its output h, which then has them as its part `adapter`.
-    """
-    note_input(text_model.get_submodule(first))
-    module = text_model.get_submodule(last)
-    module.adapter = GatedBottleneck(bottleneck, gate)
-    module.register_forward_hook(_gated)
-
-
-def _gated(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return module.adapter(output, noted_input())
