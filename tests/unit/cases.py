@@ -24,7 +24,9 @@ B, L, D, LAYERS, VOCABULARY, TASKS = 3, 6, 32, 2, 50, 3
 SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
     m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
 }
-SMALL |= {name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora")}
+SMALL |= {
+    name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora", "pha", "context_lora")
+}
 SMALL |= {"gradient_norm": {"share": 0.1, "batches": 2}, "lst": {"reduction": 4, "dropout": 0.0}}
 SMALL |= {"genft": {"h": 4, "dropout": 0.0}, "genft_vision": {"h": 4, "m": 3}}
 SMALL |= {"das": {"skipped": 1, "r": 4, "skip_width": 12}}

@@ -285,6 +285,22 @@ def chosen_by_hand(kind: str) -> int:
     return BIASES[kind] + NORMS[kind] // 2 + 3 * (2 * STACKS[kind] + NORMS[kind] // (2 * D))
 
 
+def in_contexts(kind: str, outer: int, inner: int, feed_forward: int) -> int:
+    """Context-PEFT's, of what query and output, key and value, and a feed-forward part have for one context. The image's is left
+    out where nothing can see it: in the last layer of a model without a decoder beside it, and in a decoder's own positions."""
+    layer = outer + inner + feed_forward
+    if kind == "bart":
+        return LAYERS * 2 * layer + LAYERS * (layer + outer + 2 * inner)
+    return LAYERS * layer + (LAYERS - 1) * layer + inner
+
+
+def prototypes(kind: str, tasks: int, plain: int) -> int:
+    """PHA's: what makes codes of width 64 and of them bottlenecks, a BART's ordinary ones, and what makes vectors of examples."""
+    code = tasks * 64 + LAYERS * 64 + 128 * 128 + 128 + 128 * 64 + 64 + 2 * 64
+    instances = D * 128 + 128 + 128 * 64 + 64 if tasks > 1 else 0
+    return code + 64 * plain + plain + (LAYERS * plain if kind == "bart" else 0) + instances
+
+
 def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
     """Trained parameters of the text model at width D, without the layer norms."""
     attentions, stacks, r, tasks = ATTENTIONS[kind], STACKS[kind], 4, options.get("tasks", 1)
@@ -305,6 +321,7 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "phm_adapter": tasks * sub_layers * (2 * (2 * (D // 2) * (r // 2) + 2**3) + r + D),
         "compacter": tasks * sub_layers * (2 * (D + r) + r + D) + 4**3,  # factors, biases, one rule
         "hyperformer": generator(kind, tasks, plain),
+        "pha": prototypes(kind, tasks, plain),
         "vl_pet_large": vl_pet + 2 * LAYERS * plain,
         "vl_pet_middle_x": vl_pet + 2 * LAYERS * (D + 1),
         "vl_pet_middle_y": vl_pet + 2 * LAYERS * D,
@@ -317,6 +334,9 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "das": (sub_layers - 2) * (2 * D + plain) + 2 * D + 2 * D * 12 + 12 + D,  # its first layer is skipped
         "genft": 4 * D * 4 + 2 * (4 + 2 + D) + 2 * attentions * 2 * 2 * D,  # biases; a and b of each query and value
         "genft_vision": 4 * D * 4 + attentions * 2 * 3 * D,
+        "context_lora": in_contexts(kind, 2 * (2 * D * r + D), 2 * (2 * D * r + D), 2 * r * (D + FFN[kind]) + D + FFN[kind]),
+        "context_ia3": in_contexts(kind, 0, 2 * D, FFN[kind]),
+        "context_bitfit": in_contexts(kind, 2 * D, 2 * D, D + FFN[kind]),
         "ia3": {
             "roberta": LAYERS * (D + D + D + 64),  # key, value, and the input of both modules called output.dense
             "gpt2": LAYERS * (3 * D + 4 * D),

@@ -60,6 +60,8 @@ _KARIMI = "Karimi Mahabadi et al., 2021 (arXiv 2106.04647)"
 _VL_PET = "Hu et al., 2023 (arXiv 2308.09804)"
 _DAS = "Wu et al., 2023 (arXiv 2309.01479)"
 _GENFT = "Xu et al., 2026 (arXiv 2506.11042)"
+_CONTEXT = "Hadji-Kyriacou and Arandjelović, 2023 (arXiv 2312.08900)"
+_SPT = "He et al., 2023 (arXiv 2303.08566)"
 
 # an Adapter that reads no image
 _PLAIN = {
@@ -71,11 +73,11 @@ _OFFICIAL = "the faults of the official code (docs/DIFFERENCES.md)"
 _PEFT = "peft's own code, initialisation and choice of modules"
 _NO_EMBEDDING = "no visual embedding and no prompts of its own, which belong to the task"
 _PORT = "a port to any text model; the original has encoder-decoders alone"
-_SPT = "He et al., 2023 (arXiv 2303.08566)"
 _SPT_DIFFERS = (
     "a port from ViTs to any text model; chosen entries of norms are trained, which its code leaves out; each kind is "
     "trained by its own choice (its code: adapters by LoRA's)"
 )
+_NO_CONNECTOR = "no connector and no loss of its own, which belong to the task; no dropout of contexts"
 
 BASELINE = "lora"  # what the methods are compared with, without routing
 METHODS = {
@@ -107,6 +109,10 @@ METHODS = {
         "HyperFormer", "adapter", "Karimi Mahabadi et al., 2021 (arXiv 2106.04489)", "hyperformer:HyperFormer",
         published="HyperFormer", differs=f"as in VL-Adapter's code, without generated layer norms; {_NO_EMBEDDING}",
     ),
+    "pha": MethodRow(
+        "PHA", "adapter", "Zhao et al., 2023 (arXiv 2310.11670)", "pha:Pha",
+        differs="a feed-forward part's dropout is of its adapter's output too; no label smoothing; a port to any text model",
+    ),
     "vl_pet_large": MethodRow(
         "VL-PET large", "adapter", _VL_PET, "vl_pet:VLPet", {"gate": "large"}, published="VL-PET large", differs=_PORT
     ),
@@ -120,15 +126,15 @@ METHODS = {
         "VL-PET small", "adapter", _VL_PET, "vl_pet:VLPetSmall", published="VL-PET small",
         differs=f"{_PORT}; its mean leaves padding out (`masked_mean=no` is the original)",
     ),
+    "das": MethodRow(
+        "DAS", "adapter", _DAS, "das:DAS",
+        differs="layers of any text model in place of METER's fusion layers, and no vector in the place of the first position",
+    ),
     "peft_lora": MethodRow("LoRA (peft)", "low-rank", _HU, "from_peft:Lora", differs=_PEFT),
     "lora_bias": MethodRow("LoRA + biases", "low-rank", _HU, "from_peft:Lora", {"bias": "all"}, differs=_PEFT),
     "dora": MethodRow("DoRA", "low-rank", _HAN, "from_peft:Lora", {"use_dora": True}, differs=_PEFT),
     "vera": MethodRow("VeRA", "low-rank", "Kopiczko et al., 2024 (arXiv 2310.11454)", "from_peft:Vera", differs=_PEFT),
     "fourierft": MethodRow("FourierFT", "low-rank", "Gao et al., 2024 (arXiv 2405.03003)", "from_peft:FourierFT", differs=_PEFT),
-    "das": MethodRow(
-        "DAS", "adapter", _DAS, "das:DAS",
-        differs="layers of any text model in place of METER's fusion layers, and no vector in the place of the first position",
-    ),
     "genft": MethodRow(
         "GenFT", "low-rank", _GENFT, "genft:GenFT", differs="any text model; layer norms are trained, unless `freeze_layer_norm`"
     ),
@@ -136,11 +142,16 @@ METHODS = {
         "GenFT (vision)", "low-rank", _GENFT, "genft:GenFTVision",
         differs="of the text model; a is drawn, where a = b = 0 in the original, at which neither gets a gradient",
     ),
+    "context_lora": MethodRow("Context-PEFT (LoRA)", "low-rank", _CONTEXT, "context_peft:ContextLora", differs=_NO_CONNECTOR),
     "ia3": MethodRow("(IA)³", "scaling", "Liu et al., 2022 (arXiv 2205.05638)", "from_peft:IA3", differs=_PEFT),
+    "context_ia3": MethodRow("Context-PEFT ((IA)³)", "scaling", _CONTEXT, "context_peft:ContextIA3", differs=_NO_CONNECTOR),
     "ln_tuning": MethodRow("LN-tuning", "selective", "Zhao et al., 2024 (arXiv 2312.11420)", "from_peft:LNTuning", differs=_PEFT),
     "bitfit": MethodRow(
         "BitFit", "selective", "Ben Zaken et al., 2022 (arXiv 2106.10199)", "selective:BitFit", published="BitFit",
         differs="layer norms are trained whole, unless `freeze_layer_norm`",
+    ),
+    "context_bitfit": MethodRow(
+        "Context-PEFT (BitFit)", "selective", _CONTEXT, "context_peft:ContextBitFit", differs=_NO_CONNECTOR
     ),
     "gradient_norm": MethodRow("Largest gradients", "selective", "a baseline of this package", "selective:GradientNorm"),
     "spt_lora": MethodRow("SPT-LoRA", "selective", _SPT, "spt:Spt", {"kind": "lora"}, differs=_SPT_DIFFERS),
