@@ -275,6 +275,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert_same_outcome(finished[mixed], run)
 
 
+def test_phas_losses_are_added_and_logged(small_world: SmallWorld, tmp_path: Path) -> None:
+    """Of mixed batches."""
+    options = {"r": 2, "tasks": 4, "loss_weight": 0.5}
+    run = multitask(small_world, tmp_path, method="pha", options=options, mixed_batches="yes").train()
+    lines = [line for line in run.lines() if "loss" in line]
+    assert lines and all(line["instance"] > 0 and line["prototype"] != 0 for line in lines)
+    record = json.loads((run.model / "run.json").read_text())
+    assert record["settings"]["options"] == options | {"temperature": 0.1} and record["trainable_params_by_part"]["method"] > 0
+
+
 def test_a_split_without_answers_is_predicted(small_world: SmallWorld, tmp_path: Path, finished: dict[str, Run]) -> None:
     """Of the data sets that it has files of; without captions.json each image of the split has a caption."""
     run, data = finished["no"], tmp_path / "data"
