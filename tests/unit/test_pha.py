@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
 
 from routevl.backbones.skeleton import no_weights
+from routevl.backbones.structure import structure_of
 from routevl.conditioning import Call
 from routevl.errors import RoutevlError
 from routevl.methods.hyperformer.layer import Generated, task_vectors
@@ -215,6 +217,13 @@ def test_an_adapter_reads_what_the_feed_forward_part_reads_and_adds_to_its_outpu
     change = pair.up(nn.functional.relu(pair.down(x)))
     assert change.abs().max() > 0.1
     torch.testing.assert_close(given[0], module.forward(inner) + change)
+
+
+def test_a_model_in_which_nothing_begins_a_feed_forward_part_is_refused() -> None:
+    model = gpt2()
+    parts = replace(structure_of(model), feed_forward_inputs={})
+    with pytest.raises(RoutevlError, match="transformer.h.0.mlp.c_proj: what its feed-forward part reads, .* is not found"):
+        new_method("pha", {}, "test").adapt(model, parts)
 
 
 def test_the_count_at_t5_base_is_the_originals() -> None:

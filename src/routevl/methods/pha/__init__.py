@@ -47,23 +47,21 @@ class Pha(PerTask, BottleneckMethod):
         from routevl.methods.routed.tuner import layer_of
         from routevl.methods.vl_pet import encoder_of
 
+        ends = parts.feed_forward_outputs
+        if unknown := [name for name in ends if name not in parts.feed_forward_inputs]:
+            raise RoutevlError(f"{unknown[0]}: what its feed-forward part reads, which PHA's adapters read, is not found")
         r, tasks, device = self.options.r, self.options.tasks, text_model.device
         conditioning, prototypes = streams_of_tasks(text_model, tasks), task_vectors(tasks, device, layer.WIDTH)
         ordinary = encoder_of(text_model) or None  # what the names of the encoder's modules begin with
-        ends = parts.feed_forward_outputs
         layers = list(dict.fromkeys(layer_of(name) for name in ends if not (ordinary and name.startswith(ordinary))))
         code, heads = layer.new_code(prototypes, len(layers), device), {}
         for name in ends:
-            if name not in parts.feed_forward_inputs:
-                raise RoutevlError(
-                    f"{name}: what its feed-forward part reads, which PHA's adapters read, is not found in this model"
-                )
             width = widths_of(text_model.get_submodule(name))[1]
             if ordinary and name.startswith(ordinary):
                 bottleneck = layer.ordinary_bottleneck(width, r, device)
             else:
                 if width not in heads:
-                    heads[width] = [layer.new_head(*ends_of, device) for ends_of in ((width, r), (r, width))]
+                    heads[width] = [layer.new_head(*widths, device) for widths in ((width, r), (r, width))]
                 number = layers.index(layer_of(name))
                 generated = ([Generated(code, head, task, number) for head in heads[width]] for task in range(tasks))
                 bottlenecks = [layer.ReluBottleneck(down, up) for down, up in generated]
