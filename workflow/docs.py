@@ -174,7 +174,8 @@ def derivations() -> str:
     rows = []
     for name, row in DERIVATIONS.items():
         for number, option in enumerate(describe(row.options)):
-            first = (code(name), f"{row.label}. {row.source}") if number == 0 else ("", "")
+            what = f"{row.label}. {row.source}" + (f"; differs from it: {row.differs}" if row.differs else "")
+            first = (code(name), what) if number == 0 else ("", "")
             rows.append((*first, code(option["name"]), value_of(option), default_of(option), option["help"]))
     return table(("`by`", "what it is", "option", "value", "default", "meaning"), rows)
 

@@ -233,3 +233,19 @@ def test_the_keys_of_a_source_reach_the_command_line(workflow: Path) -> None:
 def test_wrong_sources_are_refused_before_anything_runs(workflow: Path, source: dict[str, Any], message: str) -> None:
     change_configuration(workflow, "data.sources", [{key: value for key, value in source.items() if value is not None}])
     expect_message(workflow, message)
+
+
+def test_a_derivation_that_calibrates_reads_the_prepared_data(workflow: Path) -> None:
+    def derived(by: str, **options: float) -> tuple[str, set[str]]:
+        """How a backbone is derived, and what is made before."""
+        change_configuration(workflow, "backbones.text.sparse", {"derive": {"by": by, "from": "roberta", "options": options}})
+        jobs = dict(planned(workflow, "--printshellcmds", "results/backbones/sparse"))
+        _, output = dry_run(workflow, "--printshellcmds", "results/backbones/sparse")
+        [command] = [line for line in output.splitlines() if "derive-backbone" in line]
+        return command, jobs.keys() - {"derive_backbone", "pretrain_text"}
+
+    command, before = derived("magnitude", sparsity=0.5)
+    assert "--source results/backbones/roberta --by magnitude --options sparsity=0.5" in command and not before
+    command, before = derived("multiflow", sparsity=0.63)
+    assert "--source results/backbones/roberta --data results/data --by multiflow --options sparsity=0.63" in command
+    assert before == {"world", "prepare"}

@@ -66,7 +66,7 @@ rule pretrain_vision:
 
 rule derive_backbone:
     input:
-        lambda wildcards: backbone(BACKBONES[wildcards.derived]["derive"]["from"]),
+        unpack(derived_from),
     output:
         directory(f"{R}/backbones/{{derived}}"),
     log:
@@ -79,7 +79,8 @@ rule derive_backbone:
         mem_mb=memory(8000),
         runtime=time_to_restart(RULE_RUNTIME),
     params:
+        inputs=lambda wildcards, input: options({name: input[name] for name in derived_from(wildcards)}),
         options=lambda wildcards: derivation(BACKBONES[wildcards.derived]["derive"]),
     shell:
         recorded("derive_backbone", "derived")
-        + "routevl derive-backbone --source {input:q} {params.options} --output {output:q} &> {log:q}"
+        + "routevl derive-backbone {params.inputs} {params.options} --output {output:q} &> {log:q}"

@@ -14,7 +14,7 @@ import yaml
 
 from routevl import options as command_line_options
 from routevl import slurm
-from routevl.backbones.derivations import check_backbones
+from routevl.backbones.derivations import DERIVATIONS, check_backbones
 from routevl.configuration import check_schema, extended
 from routevl.data.datasets import read_datasets
 from routevl.data.sources import SOURCE_FILES, parse_sources
@@ -217,6 +217,13 @@ def option(name, value):
 def options(values):
     """Options from a mapping, in its order."""
     return " ".join(option(name, value) for name, value in values.items())
+
+
+def derived_from(wildcards):
+    """What a derived backbone is made of: another one, and the data where the derivation calibrates."""
+    entry = BACKBONES[wildcards.derived]["derive"]
+    data = {"data": f"{R}/data"} if DERIVATIONS[entry["by"]].calibrates else {}
+    return {"source": backbone(entry["from"]), **data}
 
 
 def derivation(entry):

@@ -1,7 +1,8 @@
 """The list of derivations, free of torch: how a backbone is made of another one, before anything is trained on it.
 
 A derived backbone is an ordinary model folder, which extraction and training read like any other. To add a derivation: a module
-beside this one with a function of (source folder, options, output folder), and one row in DERIVATIONS.
+beside this one with a function of (source folder, options, output folder), and of prepared data where it calibrates, and one row
+in DERIVATIONS.
 """
 
 from __future__ import annotations
@@ -33,19 +34,52 @@ class CropOptions:
 
 
 @dataclass(frozen=True)
+class MultiflowOptions:
+    """Options of pruning by MULTIFLOW."""
+
+    sparsity: float = option(
+        "share of the entries of each modality's linear weights that become zero; the paper's are 0.63, 0.75 and 0.9",
+        above=0, below=1,
+    )  # fmt: skip
+    pairs: str = option("the texts of the pairs of image and text", "captions", choices=("captions", "questions"))
+    examples: int = option("pairs of the training split to calibrate with, or all if it has fewer", 512, least=1)
+    seed: int = option("seed that chooses them", 0, least=0)
+
+
+@dataclass(frozen=True)
 class Derivation:
-    """One way of deriving a backbone; `implementation` is "<module>:<function>" under routevl.backbones."""
+    """One way of deriving a backbone.
+
+    Attributes:
+        label, source: its name for readers, and the paper that it is from.
+        implementation: "<module>:<function>" under routevl.backbones.
+        options: a frozen dataclass of `routevl.options.option` fields.
+        prunes: whether weights become zero, which training then leaves at zero.
+        calibrates: whether the function also gets prepared data, whose training split it runs the model on.
+        differs: in what it is not its source's.
+    """
 
     label: str
     source: str
     implementation: str
     options: type
+    prunes: bool = False
+    calibrates: bool = False
+    differs: str = ""
 
 
 DERIVATIONS = {
-    "magnitude": Derivation("Pruned by magnitude", "Han et al., 2015 (arXiv 1506.02626)", "magnitude:prune", MagnitudeOptions),
+    "magnitude": Derivation(
+        "Pruned by magnitude", "Han et al., 2015 (arXiv 1506.02626)", "magnitude:prune", MagnitudeOptions, prunes=True
+    ),
+    "multiflow": Derivation(
+        "Pruned by MULTIFLOW", "Farina et al., 2024 (arXiv 2404.05621)", "multiflow:prune", MultiflowOptions,
+        prunes=True, calibrates=True,
+        differs="calibrated with a few pairs of the own training split, each model alone; the weights of an encoder-decoder's "
+        "decoder are those of the fusion; of equal scores the first go, so that the sparsity is exact",
+    ),
     "crop": Derivation("A vision model of timm with another crop", "timm (create_transform)", "crop:crop", CropOptions),
-}
+}  # fmt: skip
 
 
 def read_options(by: str, values: Mapping[str, Any], where: str) -> Any:

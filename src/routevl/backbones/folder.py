@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from routevl.backbones.derivations import DERIVATIONS
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of
 
@@ -38,6 +39,11 @@ class Origin:
     def is_on_the_hub(self) -> bool:
         """Whether it is a model of the hub as it stands there."""
         return self.hub_id is not None and not self.derivations
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether one of its derivations has pruned it, so that entries of its linear weights are zero."""
+        return any(DERIVATIONS[step["by"]].prunes for step in self.derivations if step["by"] in DERIVATIONS)
 
 
 def check_folder(path: str | Path) -> Path:

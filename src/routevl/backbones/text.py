@@ -34,7 +34,7 @@ def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, Pr
     """Load a text model in float32, in evaluation mode and frozen, with its tokenizer.
 
     Its `name_or_path`, which libraries write into what they save, is its hub id where the folder is a copy of a hub model, and
-    its config has that model's commit; else it is the folder's `public_name`.
+    its config has that model's commit; else it is the folder's `public_name`. Its `is_pruned` is the folder's (`Origin`).
 
     Args:
         path: its folder.
@@ -51,6 +51,7 @@ def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, Pr
     origin = origin_of(folder)
     on_the_hub = origin.is_on_the_hub
     model.name_or_path = model.config.name_or_path = origin.hub_id if on_the_hub else public_name(path)
+    model.is_pruned = origin.is_pruned
     model.config._commit_hash = origin.commit if on_the_hub else None  # where transformers has it of a model from the hub
     return model, of_the_folder(AutoTokenizer, folder, "tokenizer")
 

@@ -93,7 +93,7 @@ def load_vision_backbone(path: str | Path) -> VisionBackbone:
     Raises:
         RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is not an image encoder.
     """
-    source = _source(check_folder(path))
+    source = vision_folder(check_folder(path))
     model = source.load().float().eval().requires_grad_(False)
     transform = source.transform(model)
     return VisionBackbone(source, model, fingerprint_of(source.folder), transform, _tokens_given_by(source))
@@ -105,10 +105,11 @@ def vision_tokens(path: str | Path) -> Tokens:
     Raises:
         RoutevlError: no such files; not an image encoder; it cannot run on what its preprocessing makes of images.
     """
-    return _tokens_given_by(_source(Path(path)))
+    return _tokens_given_by(vision_folder(Path(path)))
 
 
-def _source(folder: Path) -> VisionFolder:
+def vision_folder(folder: Path) -> VisionFolder:
+    """The library's reading of a vision model's folder. Raises RoutevlError where it is none that the library knows."""
     return (TimmFolder if "architecture" in read_json(folder / "config.json") else TransformersFolder)(folder)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from routevl.backbones.folder import check_folder, fingerprint_of
+from routevl.backbones.pruning import keep_zeros, pruned_weights
 from routevl.backbones.text import load_text_backbone
 from routevl.errors import RoutevlError
 from routevl.methods.base import Method
@@ -55,7 +56,9 @@ def load_task(
     text_model, tokenizer = load_text_backbone(arguments.text_backbone, TASKS[settings.task].text_model)
     text = fingerprint_of(arguments.text_backbone)
     refuse(method, text_model.config.model_type, arguments.text_backbone)
+    pruned = pruned_weights(text_model)
     task = task_class(settings.task)(settings, method, prepared, text_model, tokenizer, visual, data)
+    keep_zeros(task.model.text_model, pruned)
     return task, {"text_backbone": text, "vision_backbone": vision, **task.inputs()}
 
 

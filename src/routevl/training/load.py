@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from routevl.backbones.pruning import keep_zeros, pruned_weights
 from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.base import layer_norms
@@ -33,8 +34,10 @@ def load_run(text_model: nn.Module, folder: str | Path, weights: str = "") -> nn
     try:
         prepared, _ = load_prepared(method, folder / PREPARED if method.prepares() else None)
         task_class(settings.task).extend(text_model)
+        pruned = pruned_weights(text_model)
         model = method.build(text_model, prepared, [] if settings.freeze_layer_norm else layer_norms(text_model))
         method.load(model, folder / weights)
+        keep_zeros(model, pruned)
     except (KeyError, FileNotFoundError, RuntimeError) as error:
         raise RoutevlError(f"{folder / weights}: not a run of this text model, or damaged ({error})") from error
     return model.eval()
