@@ -29,11 +29,10 @@ class LiveVision:
     def __init__(self, folder: str | Path, method: Method, data: Path, tokens: str) -> None:
         backbone = load_vision_backbone(folder)
         self.length, self.width = backbone.tokens.shape(tokens)
-        backbone.model = method.adapt_vision(backbone.model)
         self.files = {image.image_id: image for image in read_image_lists(sorted(data.glob("*/images.json")))}
         self.image_ids = torch.tensor(sorted(self.files))
         self.transform = backbone.transform
-        self.encoder = _VisionEncoder(backbone, tokens)
+        self.encoder = VisionEncoder(backbone, method, tokens)
 
     def of(self, image_ids: Sequence[int]) -> Tensor:
         """Pixels, float32 (n, 3, H, W). Raises RoutevlError for unknown images, and for all that `read_image` refuses."""
@@ -48,12 +47,17 @@ class LiveVision:
                 raise RoutevlError(f"image {image_id}: no split lists it")
 
 
-class _VisionEncoder(nn.Module):
-    """Pixels (..., 3, H, W) -> visual tokens (..., L_v, d_v). In evaluation mode always, as where features are stored."""
+class VisionEncoder(nn.Module):
+    """Pixels (..., 3, H, W) -> visual tokens (..., L_v, d_v), by a vision model that the method adapts.
 
-    def __init__(self, backbone: VisionBackbone, tokens: str) -> None:
+    The vision model's own modules are in evaluation mode always, as where features are stored; the method's train.
+    """
+
+    def __init__(self, backbone: VisionBackbone, method: Method, tokens: str) -> None:
         super().__init__()
-        self.model = backbone.model
+        own = {*backbone.model.modules()}
+        self.model = backbone.model = method.adapt_vision(backbone.model)
+        self.of_method = [module for module in self.model.modules() if module not in own]
         self.encode = backbone.encode
         self.tokens = tokens
 
@@ -62,6 +66,9 @@ class _VisionEncoder(nn.Module):
         tokens = self.encode(pixels.flatten(0, -4), [self.tokens])[self.tokens]
         return (tokens if tokens.dim() == 3 else tokens.unsqueeze(1)).unflatten(0, images)
 
-    def train(self, mode: bool = True) -> _VisionEncoder:
-        """Keep evaluation mode."""
-        return super().train(False)
+    def train(self, mode: bool = True) -> VisionEncoder:
+        """Keep evaluation mode, but in the method's modules."""
+        super().train(False)
+        for module in self.of_method:
+            module.training = mode
+        return self

@@ -292,6 +292,7 @@ def check(experiments: Sequence[Experiment], config: Mapping[str, Any]) -> None:
         chosen = {
             "gradient_checkpointing": settings.gradient_checkpointing,
             "freeze_layer_norm=no": not settings.freeze_layer_norm,
+            "prefix=no": not settings.prefix,
         }
         of = {experiment.task: "task", model_type(config["backbones"]["text"], experiment.text_backbone): "text model"}
         for what, kind in (of | {name: "setting" for name, is_so in chosen.items() if is_so}).items():

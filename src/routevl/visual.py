@@ -81,14 +81,19 @@ def visual_source(
     """The source that a run's settings and method ask for.
 
     Args:
-        features: folder of stored features; of no use to a method that needs the pixels.
+        features: folder of stored features; None for a method that needs the pixels.
         backbone, fingerprint: the vision model's folder, and the sha256 that stored features must have been made by.
         data: prepared data, whose splits list the images.
 
     Raises:
-        RoutevlError: features or images are missing, or of another vision model.
+        RoutevlError: features or images are missing, or of another vision model; features for a method that needs the pixels.
     """
     if "pixels" in method.needs:
+        if features is not None:
+            raise RoutevlError(
+                f"--features {features}: the method {settings.method} changes the vision model in training, and stored features "
+                "are of the model as it was: drop --features"
+            )
         from routevl.live_vision import LiveVision  # timm takes seconds to load, and stored features do without it
 
         source: VisualSource = LiveVision(backbone, method, data, settings.visual_tokens)

@@ -22,7 +22,7 @@ from routevl.training.optimisation import Optimisation
 
 B, L, D, LAYERS, VOCABULARY, TASKS = 3, 6, 32, 2, 50, 3
 SMALL = {"vera": {"r": 16}, "fourierft": {"n_frequency": 50}} | {
-    m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning")
+    m: {"num_virtual_tokens": 3} for m in ("prompt_tuning", "prefix_tuning", "vpt", "vfpt")
 }
 SMALL |= {
     name: {"r": 4} for name in ("lora", "adapter", "houlsby", "pfeiffer", "peft_lora", "lora_bias", "dora", "pha", "context_lora")

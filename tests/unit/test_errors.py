@@ -549,6 +549,10 @@ def test_wrong_configuration(workflow: Path, key: str, value: Any, message: str)
             {"method": "lst", "options": "reduction=2"},
             "the method lst refuses the setting freeze_layer_norm=no: no gradient passes through the backbone",
         ),
+        (
+            {"method": "vfpt", "options": "", "prefix": "no"},
+            "the method vfpt refuses the setting prefix=no: only by the prefix does the text model read",
+        ),
         ({"versus": "nothing"}, "versus 'nothing' is no other experiment of the sheet"),
         ({"versus": "vqa_blind_r8_e8"}, "versus 'vqa_blind_r8_e8' is no other experiment of the sheet"),
         ({"versus": "caption_blind_r8_e2"}, "versus 'caption_blind_r8_e2' is an experiment of another task, caption"),

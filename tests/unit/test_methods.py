@@ -349,6 +349,8 @@ def counted_by_hand(method: str, kind: str, options: dict[str, Any]) -> int:
         "adapeft": attentions * 2 * r * 2 * D + BIASES[kind] + NORMS[kind] - 2 * D * (2 if kind == "bart" else 1),
         "prompt_tuning": 3 * D,
         "prefix_tuning": 3 * LAYERS * 2 * D,
+        "vpt": 0,  # its prompts are the vision model's
+        "vfpt": 0,
         "vl_prompt": tasks * (3 * D + D * 16 + 16 + 16 * D + D),
         "lst": side_network(kind, D // 4),
     }[method]

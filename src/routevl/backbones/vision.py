@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from routevl.backbones.folder import check_folder, fingerprint_of
+from routevl.backbones.skeleton import no_weights
 from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
 from routevl.backbones.vision_timm import TimmFolder
 from routevl.backbones.vision_transformers import TransformersFolder
@@ -97,6 +98,15 @@ def load_vision_backbone(path: str | Path) -> VisionBackbone:
     model = source.load().float().eval().requires_grad_(False)
     transform = source.transform(model)
     return VisionBackbone(source, model, fingerprint_of(source.folder), transform, _tokens_given_by(source))
+
+
+def vision_skeleton(path: str | Path) -> VisionBackbone:
+    """As `load_vision_backbone`, by config.json and preprocessor_config.json alone: its parameters are on the meta device, and it
+    has no fingerprint."""
+    source = vision_folder(Path(path))
+    with no_weights():
+        model = source.build().float().eval().requires_grad_(False)
+    return VisionBackbone(source, model, "", source.transform(model), _tokens_given_by(source))
 
 
 def vision_tokens(path: str | Path) -> Tokens:

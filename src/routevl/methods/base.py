@@ -32,8 +32,8 @@ class Method:
 
     Attributes:
         Options: a frozen dataclass of `routevl.options.option` fields.
-        refuses: what it cannot work with, a task, a model type of transformers, "gradient_checkpointing" or
-            "freeze_layer_norm=no" -> the reason.
+        refuses: what it cannot work with, a task, a model type of transformers, "gradient_checkpointing", "freeze_layer_norm=no"
+            or "prefix=no" -> the reason.
         needs: what batches must have beside text and stored features: "pixels", the images themselves, so that the vision model
             runs (and can be trained) in the training process.
     """

@@ -72,6 +72,10 @@ _PLAIN = {
 _OFFICIAL = "the faults of the official code (docs/DIFFERENCES.md)"
 _PEFT = "peft's own code, initialisation and choice of modules"
 _NO_EMBEDDING = "no visual embedding and no prompts of its own, which belong to the task"
+_VISUAL_PROMPTS = (
+    "a frozen language model reads the vision model's tokens as its prefix, in place of a classifier; "
+    "AdamW, as in all runs, in place of SGD"
+)
 _PORT = "a port to any text model; the original has encoder-decoders alone"
 _SPT_DIFFERS = (
     "a port from ViTs to any text model; chosen entries of norms are trained, which its code leaves out; each kind is "
@@ -170,6 +174,11 @@ METHODS = {
         "Prompt (VL-Adapter)", "prompt", _SUNG, "vl_prompt:VLPrompt", published="Prompt tuning",
         differs="no visual embedding of its own, which belongs to the task",
     ),
+    "vpt": MethodRow(
+        "VPT-deep", "prompt", "Jia et al., 2022 (arXiv 2203.12119)", "vfpt:Vfpt", {"fourier_share": 0.0, "dimension": "all"},
+        differs=_VISUAL_PROMPTS,
+    ),
+    "vfpt": MethodRow("VFPT", "prompt", "Zeng et al., 2024 (arXiv 2411.01327)", "vfpt:Vfpt", differs=_VISUAL_PROMPTS),
     "lst": MethodRow(
         "LST", "side network", "Sung et al., 2022 (arXiv 2206.06522)", "lst:Lst",
         differs="the image stands before the text; a port to any text model, the vision-language original is of T5 alone",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -20,11 +21,13 @@ from routevl.backbones.fetch import SMALL_FILES, hub_snapshot
 from routevl.backbones.skeleton import no_weights, run_for_shapes
 from routevl.backbones.structure import NAME_THEM
 from routevl.backbones.text import text_skeleton
-from routevl.backbones.vision import Tokens, vision_tokens
+from routevl.backbones.vision import BLANK, Tokens, vision_skeleton, vision_tokens
 from routevl.configuration import read_configuration
 from routevl.data.records import write_lines
 from routevl.errors import RoutevlError
 from routevl.files import write_json
+from routevl.live_vision import VisionEncoder
+from routevl.methods.base import Method
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.sheet import Experiment, read_sheet, settings_of
@@ -137,12 +140,12 @@ def check(settings: RunSettings, text_backbone: Path, vision_backbone: Path, dat
     Raises:
         RoutevlError: it cannot work, for any reason.
     """
-    visual = _Shapes(*_vision_tokens(vision_backbone).shape(settings.visual_tokens))
     skeleton, tokenizer = _text_skeleton(text_backbone, TASKS[settings.task].text_model)
     text_model, method = copy.deepcopy(skeleton), settings.new_method()
     refuse(method, text_model.config.model_type, str(text_backbone))
     method = bare(method) if method.prepares() else method
     try:
+        visual = _Shapes(vision_backbone, method, settings.visual_tokens)
         with no_weights():
             task = task_class(settings.task)(settings, method, {}, text_model, tokenizer, visual, data)
         run_for_shapes(task.model.eval(), task.collate(list(task.examples("train"))))
@@ -189,15 +192,20 @@ def write_data(folder: Path) -> None:
 
 
 class _Shapes:
-    """A `routevl.visual.VisualSource` of zeros."""
+    """A `routevl.visual.VisualSource` of zeros: features, or pixels for a method that needs them and adapts the vision model."""
 
-    def __init__(self, length: int, width: int) -> None:
-        self.length, self.width = length, width
+    def __init__(self, folder: Path, method: Method, tokens: str) -> None:
+        self.length, self.width = _vision_tokens(folder).shape(tokens)
         self.image_ids = torch.tensor(IMAGES)
-        self.encoder = nn.Identity()
+        self.encoder, self.shape = nn.Identity(), (self.length, self.width)
+        if "pixels" in method.needs:
+            backbone = vision_skeleton(folder)
+            self.shape = backbone.transform(Image.new("RGB", BLANK[0])).shape
+            with no_weights():
+                self.encoder = VisionEncoder(backbone, method, tokens)
 
     def of(self, image_ids: Sequence[int]) -> Tensor:
-        return torch.zeros(len(image_ids), self.length, self.width)
+        return torch.zeros(len(image_ids), *self.shape)
 
     def check(self, image_ids: Sequence[int]) -> None:
         """Nothing can be missing."""
