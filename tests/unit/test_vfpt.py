@@ -171,8 +171,8 @@ def test_tokens_are_as_many_and_as_wide_and_prompts_alone_train(kind: str) -> No
 # ------------------------------------------------------------------------------------------------- in a run
 
 
-def prompted(world: SmallWorld, root: Path, **values: Any) -> Run:
-    run = new_run(world, root, "vqa", method="vfpt", epochs=1)
+def prompted(world: SmallWorld, root: Path, task: str = "vqa", **values: Any) -> Run:
+    run = new_run(world, root, task, method="vfpt", epochs=1)
     left = {name: value for name, value in run.options.items() if name != "features"}
     return Run(root, {**left, "options": {"num_virtual_tokens": 3} | values})
 
@@ -197,6 +197,22 @@ def test_prompts_have_dropout_in_training_and_the_vision_model_none(small_world:
     assert training == {"PromptedLayer", "Dropout"}
     assert all(module.p == 0.5 for module in vision.modules() if module.training and isinstance(module, nn.Dropout))
     assert not any(module.training for module in vision.eval().modules())
+
+
+def test_pairs_of_images_are_seen_one_by_one(small_world: SmallWorld, tmp_path: Path) -> None:
+    """As in NLVR2, among questions about one image."""
+    task = prompted(small_world, tmp_path, "multitask").trainer().task
+    examples = [*task.training_examples()]
+    pair = next(example for example in examples if len(example["images"]) == 2)
+    one = next(example for example in examples if len(example["images"]) == 1)
+    batch = task.collate([pair, one])
+    assert batch["image"].shape[:2] == (2, 2)
+    vision = task.model.eval().vision
+    with torch.no_grad():
+        tokens = vision(batch["image"])  # (B, 2, L_v, d_v)
+        torch.testing.assert_close(tokens[0, 1:], vision(task.visual.of(pair["images"][1:])), rtol=1e-5, atol=1e-6)
+    task.model(**batch)["loss"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in task.model.named_parameters() if name.endswith("prompts"))
 
 
 def test_stored_features_are_refused(small_world: SmallWorld, tmp_path: Path) -> None:
