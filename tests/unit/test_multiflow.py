@@ -12,6 +12,7 @@ import torch
 from cases import B, batch_of
 from conftest import SmallWorld, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
+from runs import new_run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
@@ -22,6 +23,7 @@ from routevl.backbones.pruning import keep_zeros, matrix_of, prunable, pruned_we
 from routevl.backbones.text import load_text_backbone
 from routevl.errors import RoutevlError
 from routevl.methods.table import new_method
+from routevl.training.load import load_run
 
 SPARSITIES = (0.63, 0.75, 0.9)
 
@@ -219,6 +221,20 @@ def test_pruned_entries_stay_zero_in_training_and_adapters_are_not_merged(
         for merge in (built.merge_and_unload, built.merge_adapter):
             with pytest.raises(RoutevlError, match="the backbone is pruned" if method == "peft_lora" else "merge"):
                 merge()
+
+
+def test_a_run_on_a_pruned_backbone_keeps_its_zeros_and_loads_without_merging(small_world: SmallWorld, tmp_path: Path) -> None:
+    derived = derive(sources(small_world)["gpt2"], tmp_path / "derived", "--data", small_world.data)
+    weights = load_file(derived / "model.safetensors")
+    run = new_run(small_world, tmp_path / "full", "caption", method="full", text_backbone=derived, epochs=1).train()
+    trained = load_file(run.model / "method.safetensors")
+    for name in (name for name in weights if re.fullmatch(PARTS["gpt2"] + r"\.weight", name)):
+        assert not trained[name][weights[name] == 0].view(torch.int32).any()
+        assert not torch.equal(trained[name], weights[name])
+    plain = new_run(small_world, tmp_path / "lora", "caption", method="peft_lora", text_backbone=derived, epochs=1).train()
+    loaded = load_run(load_text_backbone(derived, "decoder")[0], plain.model)
+    with pytest.raises(RoutevlError, match="the backbone is pruned, and an adapter that is merged would fill its zeros"):
+        loaded.merge_and_unload()
 
 
 def test_a_backbone_that_is_not_pruned_has_no_weights_to_keep(small_world: SmallWorld) -> None:
