@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
+from routevl.backbones.skeleton import layers_in
 from routevl.methods.adapeft.candidates import OUTSIDE, partition
 from routevl.methods.adapeft.probe import SELECTED
 from routevl.methods.base import layer_norms
-from routevl.methods.das.layer import layers_in
 from routevl.methods.spt.choice import ENTRIES, MODULES, parameters_of, ranked
 from routevl.methods.table import METHODS, free_options, method_class, new_method
 from routevl.tasks.base import VisionLanguageModel

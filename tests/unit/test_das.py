@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RobertaConfig, RobertaModel
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from routevl.backbones.skeleton import no_weights
+from routevl.backbones.skeleton import layers_in, no_weights
 from routevl.errors import RoutevlError
 from routevl.methods.bottleneck.layer import InParallel, change_sub_layer, note_input
 from routevl.methods.das import search as das_search
-from routevl.methods.das.layer import Detour, NormedBottleneck, layers_in
+from routevl.methods.das.layer import Detour, NormedBottleneck
 from routevl.methods.das.search import chosen, drawn, drawn_apart, moved, search
 from routevl.methods.table import new_method
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from routevl.backbones.folder import origin_of
+from routevl.backbones.matrices import turned
 from routevl.backbones.multiflow import input_norms, modalities_of, pruned_entries, scores
-from routevl.backbones.pruning import keep_zeros, matrix_of, prunable, pruned_weights
+from routevl.backbones.pruning import keep_zeros, prunable, pruned_weights
 from routevl.backbones.text import load_text_backbone
 from routevl.errors import RoutevlError
 from routevl.methods.table import new_method
@@ -55,7 +56,7 @@ def test_recorded_norms_scores_and_masks() -> None:
     ]
     modules = prunable(model)
     norms = input_norms(modules, model, batches)
-    weights = {name: matrix_of(module) for name, module in modules.items()}
+    weights = {name: turned(module, module.weight.detach()) for name, module in modules.items()}
     for name, weight in weights.items():
         assert_agrees(norms[name].float(), tensors[f"{name}.weight.input_norm_n"])
         assert_agrees(scores(weight, norms[name]).float(), tensors[f"{name}.weight.score"])

@@ -10,7 +10,7 @@ from routevl.backbones.structure import Fused
 
 
 def turned(module: nn.Module, weight: Tensor) -> Tensor:
-    """A linear module's weight as (rows, columns) = (outputs, inputs), and back."""
+    """A linear module's weight as (rows, columns) = (outputs, inputs), and back; it shares its memory."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 

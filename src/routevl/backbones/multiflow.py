@@ -23,7 +23,8 @@ from transformers import AutoTokenizer
 
 from routevl.backbones.derivations import MultiflowOptions
 from routevl.backbones.from_transformers import of_the_folder
-from routevl.backbones.pruning import matrix_of, prunable, pruned_copy, smallest
+from routevl.backbones.matrices import turned
+from routevl.backbones.pruning import prunable, pruned_copy, smallest
 from routevl.backbones.vision import vision_folder
 from routevl.data.coco import read_captions
 from routevl.data.vqav2 import read_questions
@@ -59,7 +60,7 @@ def _prune(model: nn.Module, source: Path, data: Path, pairs: list[tuple[int, st
     twin = copy.deepcopy(model).float().eval()  # some models are stored in half precision
     forward, batches = _calibration(twin, source, data, pairs)
     norms = input_norms(prunable(twin), forward, batches)
-    weights = {name: matrix_of(module) for name, module in prunable(model).items() if name in norms}
+    weights = {name: turned(module, module.weight.detach()) for name, module in prunable(model).items() if name in norms}
     modalities = modalities_of(model)
     found: dict[str, int] = {}
     for name, mask in pruned_entries(weights, norms, modalities, sparsity).items():

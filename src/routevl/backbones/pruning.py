@@ -12,7 +12,6 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from routevl.backbones.skeleton import LINEAR
 from routevl.errors import RoutevlError
@@ -53,12 +52,6 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
     modules = getattr(model, "base_model", model).named_modules()
     return {name: module for name, module in modules if isinstance(module, LINEAR) and module is not head}
-
-
-def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a linear module, (outputs, inputs), that shares its memory; transformers' Conv1D has it transposed."""
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def smallest(values: Tensor, count: int) -> Tensor:

@@ -64,6 +64,12 @@ def layers_of(stack: nn.Module) -> nn.ModuleList:
     return next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
 
 
+def layers_in(text_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers of a text model by name, in order: an encoder's, then a decoder's."""
+    names = {module: name for name, module in text_model.named_modules()}
+    return {names[layer]: layer for stack in stacks_of(text_model).values() for layer in layers_of(stack)}
+
+
 @contextmanager
 def replaced(modules: Mapping[str, nn.Module], stand_in: Callable[[str, nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Let other functions stand in for modules' forward passes."""

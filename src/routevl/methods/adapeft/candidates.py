@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from routevl.backbones.skeleton import layers_in
 from routevl.backbones.structure import QUERY, VALUE, Fused
 from routevl.methods.base import is_layer_norm
 from routevl.methods.bottleneck.layer import parts_of
@@ -25,9 +25,9 @@ def partition(text_model: PreTrainedModel) -> dict[str, list[Adapted] | list[nn.
     Raises:
         RoutevlError: as `parts_of`.
     """
-    found, candidates = parts_of(text_model), {}
+    found, layers, candidates = parts_of(text_model), [*layers_in(text_model)], {}
     for name, module in text_model.named_modules():
-        layer = _layer_of(name)
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), OUTSIDE)
         roles = found.fused[name].roles if name in found.fused else found.roles.get(name, ())
         adapted = [number for number, role in enumerate(roles) if role in (QUERY, VALUE)]
         if adapted:
@@ -38,12 +38,6 @@ def partition(text_model: PreTrainedModel) -> dict[str, list[Adapted] | list[nn.
             elif parameter_name == "bias":
                 candidates.setdefault(f"{BIAS}.{layer}", []).append(parameter)
     return candidates
-
-
-def _layer_of(name: str) -> str:
-    """The layer that a module is in: its name up to the first number."""
-    match = re.match(r".*?\.\d+(?=\.|$)", name)
-    return match[0] if match else OUTSIDE
 
 
 def train(

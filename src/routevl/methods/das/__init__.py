@@ -46,9 +46,10 @@ class DAS(BottleneckMethod):
 
     def prepare(self, task: Task, batches: Batches) -> dict[str, Tensor]:
         """Name of each layer -> its gate, a scalar: see `routevl.methods.das.search.search`."""
+        from routevl.backbones.skeleton import layers_in
         from routevl.methods.base import layer_norms
         from routevl.methods.bottleneck.layer import parts_of
-        from routevl.methods.das.layer import layers_in, put_beside
+        from routevl.methods.das.layer import put_beside
         from routevl.methods.das.search import search
 
         text_model, options = task.model.text_model.requires_grad_(False), self.options
@@ -61,7 +62,7 @@ class DAS(BottleneckMethod):
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         """See `Method.build`. Raises RoutevlError as `chosen` and `put_beside`."""
-        from routevl.methods.das.layer import layers_in
+        from routevl.backbones.skeleton import layers_in
         from routevl.methods.das.search import chosen
 
         names = [*layers_in(text_model)]
@@ -72,7 +73,8 @@ class DAS(BottleneckMethod):
         return [name for name in train_also if not any(name.startswith(f"{layer}.") for layer in self.without)]
 
     def adapt(self, text_model: nn.Module, parts: Structure) -> None:
-        from routevl.methods.das.layer import layers_in, put_beside, renumber
+        from routevl.backbones.skeleton import layers_in
+        from routevl.methods.das.layer import put_beside, renumber
 
         kept = [name for name in layers_in(text_model) if name not in self.without]
         for detour in put_beside(text_model, parts, self.without, kept, self.rank, self.skip_rank).values():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routevl.backbones.skeleton import layers_of, stacks_of
+from routevl.backbones.skeleton import layers_in, layers_of, stacks_of
 from routevl.backbones.structure import Structure
 from routevl.errors import RoutevlError
 from routevl.methods.bottleneck.layer import InParallel, change_sub_layer, linear, note_input, noted_input
@@ -54,12 +54,6 @@ class Detour(nn.Module):
         if not isinstance(output, Tensor):
             raise RoutevlError("das: the text backbone's layers give more than hidden states: take another text backbone")
         return output + self.feed_forward(noted_input())
-
-
-def layers_in(text_model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a text model by name, in order: an encoder's, then a decoder's."""
-    names = {module: name for name, module in text_model.named_modules()}
-    return {names[layer]: layer for stack in stacks_of(text_model).values() for layer in layers_of(stack)}
 
 
 def put_beside(
