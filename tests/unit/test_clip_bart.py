@@ -15,7 +15,21 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from cases import CASES, LAYERS, TASKS, TEXT_MODELS, D, bart, name_of, one_step, rows, scores_of, shaken, tasks_of, trains_norms
+from cases import (
+    CASES,
+    LAYERS,
+    TASKS,
+    TEXT_MODELS,
+    D,
+    bart,
+    name_of,
+    one_step,
+    prepared_for,
+    rows,
+    shaken,
+    tasks_of,
+    trains_norms,
+)
 from recorded import assert_agrees, needs_reference, put, recorded
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
@@ -46,7 +60,7 @@ def clip_bart(
     text_model.requires_grad_(False)
     visual = SimpleNamespace(width=width, encoder=nn.Identity())
     train_also = layer_norms(text_model) if norms else []
-    arguments = (new_method(method, options, "test"), scores_of(text_model), train_also, visual, prefix)
+    arguments = (new_method(method, options, "test"), prepared_for(method, text_model), train_also, visual, prefix)
     return ClipBart(CHOICES, text_model, *arguments).eval()
 
 
