@@ -17,6 +17,7 @@ from routevl.signals import EXIT_STOPPED
 pytestmark = pytest.mark.slow
 SMALL = {"vera": {"r": 8}, "fourierft": {"n_frequency": 20}, "compacter": {"r": 4}, "gradient_norm": {"share": 0.2, "batches": 2}}
 SMALL |= {"lst": {"reduction": 2, "samples": 8, "dropout": 0.0}}
+SMALL |= {"genft": {"h": 4, "dropout": 0.0}}
 SMALL |= {"das": {"skipped": 1, "search_epochs": 2, "every": 2, "subsets": 2}}
 SMALL |= {name: {"r": 2} for name in ("peft_lora", "lora_bias", "dora")}
 SMALL |= {m: {"r": 2, "share": 0.1, "batches": 2, "dropout": 0.0, "drop_path": 0.0} for m in ("spt_lora", "spt_adapter")}
