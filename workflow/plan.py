@@ -237,7 +237,9 @@ class Plan:
             with no_weights():
                 model = _text_model(TASKS[experiment.task].text_model, layers, width)
                 norms = [] if settings.freeze_layer_norm else layer_norms(model)
-                model = method.build(model.requires_grad_(False), AnyScore(), norms)
+                budget = method.budget(model)
+                if budget is None:
+                    model = method.build(model.requires_grad_(False), AnyScore(), norms)
                 projects = visual_width != width and method.visual_projection(model, visual_width) is None
                 embedding = VisualEmbedding(visual_width, nn.Embedding(1, width).requires_grad_(False))
             task = 2 * width**2 + 2 * width * ANSWERS if experiment.task == "vqa" else 0
@@ -245,7 +247,8 @@ class Plan:
                 task += sum(p.numel() for p in embedding.parameters() if p.requires_grad) if sees_image else 0
             else:
                 task += visual_width * width + width if projects else 0
-            self.trained[key] = task + sum(p.numel() for p in model.parameters() if p.requires_grad)
+            own = sum(p.numel() for p in model.parameters() if p.requires_grad) if budget is None else round(budget)
+            self.trained[key] = task + own
         return self.trained[key]
 
 

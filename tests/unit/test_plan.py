@@ -12,7 +12,7 @@ import yaml
 from tiny_project import PROJECT, row
 
 from routevl.configuration import read_configuration
-from routevl.sheet import COLUMNS
+from routevl.sheet import COLUMNS, read_sheet
 
 EXPERIMENTS = [
     row("none", "vqa", epochs="4", seeds="1,2"),
@@ -161,6 +161,30 @@ def test_features_take_the_disk_of_their_tokens(config: dict[str, Any]) -> None:
         sizes = PLAN | {"vision": {"vit": PLAN["vision"]["vit"] | {"patches": patches}}}
         disk = plan.Plan(config | {"features": features, "plan": sizes}).cost("extract", {"vision": "vit"}).disk
         assert disk == 4 * 16 * count * 400 / features["shards"]
+
+
+def test_where_a_phase_before_training_chooses_its_budget_is_planned(config: dict[str, Any]) -> None:
+    import plan
+
+    methods = ("spt_lora", "spt_adapter", "adapeft")
+    rows = [row(method, "vqa", "share=0.01 freeze_layer_norm=yes", method=method) for method in methods]
+    Path(config["experiments"]).write_text("\n".join(["\t".join(COLUMNS), *rows]) + "\n")
+    of_model = sum(parameter.numel() for parameter in plan._text_model("encoder", 2, 16).parameters())
+    head = 2 * 16**2 + 2 * 16 * plan.ANSWERS
+    for method in methods:
+        disk = plan.Plan(config).cost("train", {"run": f"{method}_seed1"}).disk
+        assert disk == 8 * (head + round(0.01 * of_model))  # float32, twice
+
+
+def test_every_method_of_demo_full_can_be_planned(config: dict[str, Any]) -> None:
+    import plan
+
+    sheet = PROJECT / "config/experiments/full.tsv"
+    text = {name: sizes | {"width": 96} for name, sizes in PLAN["text"].items()}
+    costs = plan.Plan(config | {"experiments": str(sheet), "plan": PLAN | {"text": text}})
+    for experiment in read_sheet(sheet):
+        if "T7" in experiment.feeds and experiment.task == "vqa":
+            assert costs.cost("train", {"run": f"{experiment.experiment}_seed1"}).disk > 0, experiment.method
 
 
 # -------------------------------------------------------------------------------------- config/multitask.yaml

@@ -74,6 +74,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def budget(self, text_model: nn.Module) -> float | None:
+        """About how many parameters are trained where `prepare` chooses them; None where they are as many whatever it finds."""
+        return None
+
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         """Make the method's model of a frozen text model. The result keeps the text model's forward, generate and config.
 

@@ -42,12 +42,15 @@ class AdaPeft(Method):
         from routevl.methods.adapeft.probe import measured, table_of
 
         text_model = task.model.text_model
-        budget = self.options.share * sum(parameter.numel() for parameter in text_model.parameters())
+        budget = self.budget(text_model)  # before anything is put in
         candidates = train(text_model.requires_grad_(False), partition(text_model), self.options.r)
         batches = islice(batches, self.options.batches)
         model = extract_model_from_parallel(task.model, keep_fp32_wrapper=False)  # autocast would round changes of the loss away
         fits = measured(model, batches, candidates, task.settings.learning_rate, self.options.every)
         return table_of(fits, {name: sum(p.numel() for p in of) for name, of in candidates.items()}, budget)
+
+    def budget(self, text_model: nn.Module) -> float:
+        return self.options.share * sum(parameter.numel() for parameter in text_model.parameters())
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         """See `Method.build`. Raises RoutevlError where modules are to be trained beside the choice, and as `parts_of`."""

@@ -53,8 +53,10 @@ class Spt(Method):
         parts = ranked(text_model)  # refuses before the work
         task.model.train()
         squares = squared_gradients(task.model, islice(batches, self.options.batches))
-        budget = self.options.share * sum(parameter.numel() for parameter in text_model.parameters())
-        return choice_of(parts, squares, budget, self.options)
+        return choice_of(parts, squares, self.budget(text_model), self.options)
+
+    def budget(self, text_model: nn.Module) -> float:
+        return self.options.share * sum(parameter.numel() for parameter in text_model.parameters())
 
     def build(self, text_model: nn.Module, prepared: Mapping[str, Tensor], train_also: list[str]) -> nn.Module:
         """See `Method.build`. Raises RoutevlError where modules are to be trained beside the choice, and as `train_chosen`."""
