@@ -268,7 +268,9 @@ def test_a_kept_layer_is_that_of_the_formula(kind: str) -> None:
         if kind == "roberta":
             attended = layer.attention.self(x)[0]
             own = layer.attention.output
-            h = own.LayerNorm(nn.functional.linear(attended, own.dense.weight, own.dense.bias) + own.dense.adapter(x) + x)
+            h = own.LayerNorm(
+                nn.functional.linear(attended, own.dense.weight, own.dense.bias) + own.dense.adapter.bottleneck(x) + x
+            )
             inner = layer.intermediate.intermediate_act_fn(layer.intermediate.dense(h))
             expected = layer.output.LayerNorm(layer.output.dense(inner) + h)
         else:
@@ -276,7 +278,7 @@ def test_a_kept_layer_is_that_of_the_formula(kind: str) -> None:
             handle = projection.register_forward_pre_hook(lambda _, args: weights.update(read=args[0]))
             layer.attn(layer.ln_1(x))
             handle.remove()
-            h = weights["read"] @ projection.weight + projection.bias + projection.adapter(x) + x
+            h = weights["read"] @ projection.weight + projection.bias + projection.adapter.bottleneck(x) + x
             expected = h + layer.mlp(layer.ln_2(h))
         torch.testing.assert_close(layer(x), expected + layer.adapter.feed_forward(h))
 
