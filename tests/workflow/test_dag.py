@@ -271,7 +271,7 @@ def test_outputs_made_again_alone_are_bit_equal(copy: Path, monkeypatch: pytest.
 def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = copy / "config/config.yaml"
     text = config.read_text()
-    config.write_text(text.replace("learning_rate: 0.004", "learning_rate: 0.005", 1))
+    config.write_text(text.replace("\n    learning_rate: 0.004\n", "\n    learning_rate: 0.005\n"))
     changed = routevl(copy, "audit", "results/models/caption_attn_seed1")
     assert changed.returncode == 1
     assert "stale: --learning-rate 0.004 then, 0.005 now" in changed.stdout

@@ -119,7 +119,7 @@ def project(chromium: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
     text, vision = config["backbones"]["text"], config["backbones"]["vision"]
     config["backbones"] = {
-        "text": {"roberta_demo": text["roberta"], "gpt2_demo": text["gpt2"]},
+        "text": {f"{name}_demo": text[name] for name in ("roberta", "gpt2", "bart")},
         "vision": {"vit_demo": vision["vit"]},
     }
     config["experiments"] = "results/experiments.tsv"
