@@ -168,7 +168,7 @@ def show(browser: Browser, label: str, content: str) -> dict[str, str]:
 
 
 def test_every_figure_is_drawn(browser: Browser) -> None:
-    assert entries(browser, "Figures") == list(FIGURES)
+    assert sorted(entries(browser, "Figures")) == sorted(FIGURES)
     for name in FIGURES:
         image = show(browser, name, f"img[contains(@src, 'filename={name}.svg')]")
         script = "const [image, done] = arguments; image.decode().then(() => done(image.naturalWidth), () => done(0));"
