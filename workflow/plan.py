@@ -315,7 +315,9 @@ def report(config: dict[str, Any], jobs: list[tuple[str, dict[str, str]]]) -> st
     lines.append(
         "Speeds are measured by finished runs, rehearsed (make rehearse), or estimated, under `plan` in the configuration."
     )
-    lines.append("Not in the hours is what jobs take to start and to probe; estimated validation is twice as fast as training.")
+    lines.append(
+        "Not in the hours is what jobs take to start, to probe and to derive; estimated validation is twice as fast as training."
+    )
     if plan.unsized:
         lines.append(f"Not counted are archives without `bytes` in {config['data']['downloads']}: {', '.join(plan.unsized)}.")
     if plan.lacking:

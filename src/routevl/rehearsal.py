@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from routevl.backbones.derivations import DERIVATIONS
 from routevl.sheet import Experiment, read_sheet, settings_of, write_sheet
 
 FOLDER = "rehearsal"  # of the results, with results of its own
 PRETRAINING = {"sentences": 1000, "images": 500, "epochs": 1}  # at most
+DERIVATION = {"search_epochs": 1, "tune_epochs": 1}  # of one that trains
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,7 @@ def rehearsed(config: Mapping[str, Any], experiments: Sequence[Experiment]) -> d
     if "world" in config and Path(data["root"]).is_relative_to(config["results"]):  # the demo world is made again
         data["root"] = str(results / Path(data["root"]).relative_to(config["results"]))
     backbones = {
-        modality: {name: _pretrained_briefly(entry) for name, entry in entries.items()}
+        modality: {name: _made_briefly(entry) for name, entry in entries.items()}
         for modality, entries in config["backbones"].items()
     }
     return {
@@ -61,7 +63,9 @@ def rehearsed(config: Mapping[str, Any], experiments: Sequence[Experiment]) -> d
     }
 
 
-def _pretrained_briefly(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+def _made_briefly(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "derive" in entry and DERIVATIONS[entry["derive"]["by"]].trains:
+        return {**entry, "derive": {**entry["derive"], "options": entry["derive"].get("options", {}) | DERIVATION}}
     if "pretrain" not in entry:
         return entry
     options = entry["pretrain"]

@@ -235,17 +235,32 @@ def test_wrong_sources_are_refused_before_anything_runs(workflow: Path, source: 
     expect_message(workflow, message)
 
 
-def test_a_derivation_that_calibrates_reads_the_prepared_data(workflow: Path) -> None:
-    def derived(by: str, **options: float) -> tuple[str, set[str]]:
-        """How a backbone is derived, and what is made before."""
-        change_configuration(workflow, "backbones.text.sparse", {"derive": {"by": by, "from": "roberta", "options": options}})
-        jobs = dict(planned(workflow, "--printshellcmds", "results/backbones/sparse"))
-        _, output = dry_run(workflow, "--printshellcmds", "results/backbones/sparse")
-        [command] = [line for line in output.splitlines() if "derive-backbone" in line]
-        return command, jobs.keys() - {"derive_backbone", "pretrain_text"}
+def derived(workflow: Path, by: str, kind: str = "text", source: str = "roberta", **options: float) -> tuple[str, set[str], str]:
+    """How a backbone is derived, what is made before, and what the job asks for."""
+    change_configuration(workflow, f"backbones.{kind}.derived", {"derive": {"by": by, "from": source, "options": options}})
+    jobs = dict(planned(workflow, "--printshellcmds", "results/backbones/derived"))
+    _, output = dry_run(workflow, "--printshellcmds", "results/backbones/derived")
+    [command] = [line for line in output.splitlines() if "derive-backbone" in line]
+    return command, jobs.keys() - {"derive_backbone", f"pretrain_{kind}"}, jobs["derive_backbone"]["resources"]
 
-    command, before = derived("magnitude", sparsity=0.5)
+
+def test_a_derivation_that_calibrates_reads_the_prepared_data(workflow: Path) -> None:
+    command, before, _ = derived(workflow, "magnitude", sparsity=0.5)
     assert "--source results/backbones/roberta --by magnitude --options sparsity=0.5" in command and not before
-    command, before = derived("multiflow", sparsity=0.63)
+    command, before, _ = derived(workflow, "multiflow", sparsity=0.63)
     assert "--source results/backbones/roberta --data results/data --by multiflow --options sparsity=0.63" in command
     assert before == {"world", "prepare"}
+
+
+@pytest.mark.parametrize("flag", ["gpus", "gres"])
+def test_a_derivation_that_trains_asks_for_what_training_does_and_has_a_checkpoint(workflow: Path, flag: str) -> None:
+    change_configuration(workflow, "gpu_flag", flag)
+    change_configuration(workflow, "training.runtime", 90)
+    change_configuration(workflow, "training.mem_mb", 5000)
+    gpu = {"gpus": "gpu=1", "gres": "gres=gpu:1"}[flag]
+    command, before, resources = derived(workflow, "spvit", "vision", "vit", flops=0.5)
+    assert before == {"world", "prepare"} and all(words in resources for words in ("mem_mb=5000", "runtime=90", gpu))
+    assert "--source results/backbones/vit --data results/data --by spvit --options flops=0.5 --checkpoint" in command
+    assert "--checkpoint results/checkpoints/derived --checkpoint-every 500 --threads 1 --workers 0 --output" in command
+    command, _, resources = derived(workflow, "magnitude", "vision", "vit", sparsity=0.5)
+    assert "--checkpoint" not in command and gpu not in resources and "mem_mb=8000" in resources and "runtime=60" in resources

@@ -64,6 +64,7 @@ rule pretrain_vision:
         + "routevl pretrain-vision {params.options} --threads {resources.cpus_per_task} --output {output:q} &> {log:q}"
 
 
+# One that trains has what training has of the cluster, and resumes from its checkpoint.
 rule derive_backbone:
     input:
         unpack(derived_from),
@@ -75,12 +76,16 @@ rule derive_backbone:
         f"{R}/benchmarks/derive_backbone/{{derived}}.tsv"
     wildcard_constraints:
         derived=backbones_from("derive"),
+    threads: where_it_trains(config["training"]["threads"], 1)
     resources:
-        mem_mb=memory(8000),
-        runtime=time_to_restart(RULE_RUNTIME),
+        **{name: where_it_trains(count, type(count)()) for name, count in gpus(min(config["training"]["gpus"], 1)).items()},
+        cpus_per_task=where_it_trains(config["training"]["threads"], 1),
+        mem_mb=where_it_trains(memory(config["training"]["mem_mb"]), memory(8000)),
+        runtime=where_it_trains(config["training"]["runtime"], time_to_restart(RULE_RUNTIME)),
     params:
         inputs=lambda wildcards, input: options({name: input[name] for name in derived_from(wildcards)}),
+        execution=derived_with,
         options=lambda wildcards: derivation(BACKBONES[wildcards.derived]["derive"]),
     shell:
         recorded("derive_backbone", "derived")
-        + "routevl derive-backbone {params.inputs} {params.options} --output {output:q} &> {log:q}"
+        + "routevl derive-backbone {params.inputs} {params.options} {params.execution} --output {output:q} &> {log:q}"

@@ -219,11 +219,33 @@ def options(values):
     return " ".join(option(name, value) for name, value in values.items())
 
 
+def derivation_of(wildcards):
+    """The row of the list of derivations that a derived backbone is made by."""
+    return DERIVATIONS[BACKBONES[wildcards.derived]["derive"]["by"]]
+
+
 def derived_from(wildcards):
     """What a derived backbone is made of: another one, and the data where the derivation calibrates."""
-    entry = BACKBONES[wildcards.derived]["derive"]
-    data = {"data": f"{R}/data"} if DERIVATIONS[entry["by"]].calibrates else {}
-    return {"source": backbone(entry["from"]), **data}
+    data = {"data": f"{R}/data"} if derivation_of(wildcards).calibrates else {}
+    return {"source": backbone(BACKBONES[wildcards.derived]["derive"]["from"]), **data}
+
+
+def derived_with(wildcards):
+    """How a derivation that trains does so, as options of the command line."""
+    if not derivation_of(wildcards).trains:
+        return ""
+    names = ("checkpoint_every", "threads", "workers")
+    return options({"checkpoint": f"{R}/checkpoints/{wildcards.derived}", **{name: config["training"][name] for name in names}})
+
+
+def where_it_trains(trained, otherwise):
+    """What a derivation asks for that trains, and any other one: values, or functions of wildcards and attempt."""
+
+    def asked_for(wildcards, attempt):
+        chosen = trained if derivation_of(wildcards).trains else otherwise
+        return chosen(wildcards, attempt) if callable(chosen) else chosen
+
+    return asked_for
 
 
 def derivation(entry):

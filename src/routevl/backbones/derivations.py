@@ -1,8 +1,8 @@
 """The list of derivations, free of torch: how a backbone is made of another one, before anything is trained on it.
 
 A derived backbone is an ordinary model folder, which extraction and training read like any other. To add a derivation: a module
-beside this one with a function of (source folder, options, output folder), and of prepared data where it calibrates, and one row
-in DERIVATIONS.
+beside this one with a function of (source folder, options, output folder), and of prepared data where it calibrates, of an
+`Execution` where it trains, and one row in DERIVATIONS.
 """
 
 from __future__ import annotations
@@ -47,6 +47,25 @@ class MultiflowOptions:
 
 
 @dataclass(frozen=True)
+class SpvitOptions:
+    """Options of SPViT."""
+
+    flops: float = option("share of an image's multiply-adds that the search is to keep; DeiT-S's is 0.7", 0.7, above=0, below=1)
+    penalty: float = option(
+        "weight of the squared distance from that share; DeiT-S's is 3 for multiply-adds in 10^9, which is 60 for their share",
+        60.0, above=0,
+    )  # fmt: skip
+    search_epochs: int = option("epochs of the search, which trains weights and gates", 10, least=1)
+    tune_epochs: int = option("epochs of the fine-tuning after the cut, from the original weights", 130, least=1)
+    batch_size: int = option("images per step", 64, least=1)
+    learning_rate: float = option(
+        "highest of the weights, in both phases; the source's is 5e-5 for batches of 512", 6e-6, above=0
+    )
+    gate_learning_rate: float = option("of the gates, which stays", 5e-4, above=0)
+    seed: int = option("seed of the gates that are drawn, and of the order of images", 0, least=0)
+
+
+@dataclass(frozen=True)
 class Derivation:
     """One way of deriving a backbone.
 
@@ -56,6 +75,7 @@ class Derivation:
         options: a frozen dataclass of `routevl.options.option` fields.
         prunes: whether weights become zero, which training then leaves at zero.
         calibrates: whether the function also gets prepared data, whose training split it runs the model on.
+        trains: whether it trains, so that it also gets a `routevl.backbones.derive.Execution`, and resumes.
         differs: in what it is not its source's.
     """
 
@@ -65,6 +85,7 @@ class Derivation:
     options: type
     prunes: bool = False
     calibrates: bool = False
+    trains: bool = False
     differs: str = ""
 
 
@@ -77,6 +98,13 @@ DERIVATIONS = {
         prunes=True, calibrates=True,
         differs="calibrated with a few pairs of the own training split, each model alone; the weights of an encoder-decoder's "
         "decoder are those of the fusion; of equal scores the first go, so that the sparsity is exact",
+    ),
+    "spvit": Derivation(
+        "Compressed by SPViT", "He et al., 2021 (arXiv 2111.11802)", "spvit.compress:compress", SpvitOptions,
+        calibrates=True, trains=True,
+        differs="both phases learn the original model's tokens of the own training split's images, without labels or "
+        "augmentation; the aim and the penalty are of the share of multiply-adds; a layer with nothing adds nothing, where the "
+        "source's fine-tuning adds its normed input; the mixed and normed convolutions are stored as plain ones",
     ),
     "crop": Derivation("A vision model of timm with another crop", "timm (create_transform)", "crop:crop", CropOptions),
 }  # fmt: skip

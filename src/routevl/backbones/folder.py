@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +63,14 @@ def check_folder(path: str | Path) -> Path:
         found = f" (found {', '.join(pickles)}; pickled weights are not loaded, convert them)" if pickles else ""
         raise RoutevlError(f"backbone {path}: no *.safetensors weights{found}")
     return folder
+
+
+def copy_but_weights(source: Path, output: Path) -> None:
+    """Copy what a backbone's folder holds beside its weights: config.json, tokenizer, preprocessing, where it comes from."""
+    output.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+            shutil.copy(path, output)
 
 
 def fingerprint_of(folder: str | Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from routevl.backbones.folder import copy_but_weights
 from routevl.backbones.skeleton import LINEAR
 from routevl.errors import RoutevlError
 from routevl.files import read_json
@@ -29,11 +29,13 @@ def pruned_copy(source: Path, output: Path, prune: Callable[[nn.Module], dict[st
     """
     config = read_json(source / "config.json")
     if "architecture" in config:
-        import timm  # takes seconds to load
+        from timm.models import save_for_hf  # takes seconds to load
 
-        model = timm.create_model(f"local-dir:{source}", pretrained=True)
+        from routevl.backbones.spvit.form import load_timm
+
+        model = load_timm(source, pretrained=True)
         found = prune(model)
-        timm.models.save_for_hf(model, str(output), model_args=dict(config.get("model_args", {})), safe_serialization=True)
+        save_for_hf(model, str(output), model_args=dict(config.get("model_args", {})), safe_serialization=True)
     else:
         model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
         if model_class is None:
@@ -41,9 +43,7 @@ def pruned_copy(source: Path, output: Path, prune: Callable[[nn.Module], dict[st
         model = model_class.from_pretrained(source, dtype="auto", use_safetensors=True)
         found = prune(model)
         model.save_pretrained(output)
-    for path in source.iterdir():  # tokenizer, preprocessing, and a config.json as it was
-        if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
-            shutil.copy(path, output)
+    copy_but_weights(source, output)  # config.json as it was, too
     return found
 
 

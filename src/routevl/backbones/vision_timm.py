@@ -6,7 +6,6 @@ from collections.abc import Callable
 from math import ceil
 from typing import Any
 
-import timm
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
@@ -14,12 +13,13 @@ from timm.layers import Format
 from timm.layers.format import get_channel_dim
 from torch import Tensor, nn
 
+from routevl.backbones.spvit.form import load_timm
 from routevl.backbones.vision_folder import Layout, Unreadable, VisionFolder, shape_text
 from routevl.errors import RoutevlError, first_line
 
 
 class TimmFolder(VisionFolder):
-    """As `timm.models.save_for_hf` makes it, and as timm's models on the Hugging Face hub are."""
+    """As `timm.models.save_for_hf` makes it, and as timm's models on the Hugging Face hub are; or compressed by SPViT."""
 
     def load(self) -> nn.Module:
         return self._create(pretrained=True)
@@ -29,7 +29,7 @@ class TimmFolder(VisionFolder):
 
     def _create(self, pretrained: bool) -> nn.Module:
         try:
-            return timm.create_model(f"local-dir:{self.folder}", pretrained=pretrained, num_classes=0)
+            return load_timm(self.folder, pretrained, num_classes=0)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise RoutevlError(f"backbone {self.folder}: timm cannot load it ({first_line(error)})") from None
 

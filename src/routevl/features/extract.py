@@ -11,26 +11,23 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone
-from routevl.features.images import BadImages, ImageFile, read_image_lists, read_images, slice_of_shard
+from routevl.features.images import BadImages, ImageFile, read_image_lists, slice_of_shard
 from routevl.features.index import TOKENS, digest_of_ids
+from routevl.features.loading import load_batches
 from routevl.files import atomic_file
 from routevl.options import at_least
 from routevl.progress import progress
-from routevl.signals import ignore_stop_signals_of_others
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 IMAGES_PER_CHUNK = 512  # 196 patches of width 768 in float32: 0.3 GB on the device, and as much in memory while it is written
@@ -208,7 +205,7 @@ def _encode_chunks(
     backbone.model.to(device)
     size = arguments.batch_size
     batches = [chunk.images[start : start + size] for chunk in chunks for start in range(0, len(chunk.images), size)]
-    loaded = progress(_load_batches(batches, backbone, device, arguments.workers), len(batches), "extract")
+    loaded = progress(load_batches(batches, backbone.transform, device, arguments.workers), len(batches), "extract")
     for chunk in chunks:
         parts, known = [], len(problems)
         for _ in range(math.ceil(len(chunk.images) / size)):
@@ -223,22 +220,6 @@ def _encode_chunks(
         tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in tokens}
         yield {"image_ids": torch.tensor([image.image_id for image in chunk.images]), **tensors}
     next(loaded, None)  # lets the progress report its end
-
-
-def _load_batches(
-    batches: list[list[ImageFile]], backbone: VisionBackbone, device: torch.device, workers: int
-) -> Iterator[Tensor | list[str]]:
-    """Of each batch the pixels (B, 3, H, W), or what is wrong with its images."""
-    load = partial(_pixels, transform=backbone.transform)
-    options = {"num_workers": workers, "worker_init_fn": ignore_stop_signals_of_others}
-    yield from DataLoader(batches, batch_size=None, collate_fn=load, pin_memory=device.type == "cuda", **options)
-
-
-def _pixels(images: list[ImageFile], transform: Callable[[Image], Tensor]) -> Tensor | list[str]:
-    try:
-        return torch.stack([transform(image) for image in read_images(images)])
-    except BadImages as error:  # which a worker process could not raise in one line
-        return error.problems
 
 
 def _encode_batch(

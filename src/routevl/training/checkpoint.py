@@ -241,6 +241,36 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RoutevlError(f"{path}: a damaged checkpoint ({error}); delete it to start the run again") from error
 
 
+def load_checkpoint_of(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote, of one run alone.
+
+    Args:
+        run: what the record has under "run".
+
+    Raises:
+        RoutevlError: the file is damaged, or of another run.
+    """
+    tensors, record = load_checkpoint(path)
+    before = record.get("run", {})
+    for name in run | before:
+        if before.get(name) != run.get(name):
+            raise RoutevlError(
+                f"{path}: the unfinished run has {name} {before.get(name)!r}, now it is {run.get(name)!r}: "
+                f"delete {path.parent} to start again"
+            )
+    return tensors, record
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Where the body, which restores what a checkpoint holds, finds that something lacks or does not fit: raise RoutevlError."""
+    try:
+        yield
+    except (KeyError, RoutevlError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise RoutevlError(f"{path}: a damaged checkpoint ({reason}); delete it to start again") from error
+
+
 def _checksum(tensors: dict[str, Tensor]) -> int:
     """The CRC-32 of all bytes, by which a page that never reached the disk is noticed."""
     checksum = 0

@@ -31,9 +31,10 @@ from routevl.training.card import Card
 from routevl.training.checkpoint import (
     CHECKPOINT,
     digests,
-    load_checkpoint,
+    load_checkpoint_of,
     refuse_other_names,
     restore_training_state,
+    restoring,
     save_checkpoint,
     training_state,
 )
@@ -259,30 +260,18 @@ class Trainer:
         if not self.checkpoint.exists():
             return
         tensors, record = self._read_checkpoint()
-        try:
+        with restoring(self.checkpoint):
             self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
             self.clock = Clock(self.accelerator.device, **record["clock"])
             self.best = {name.removeprefix("best/"): tensors.pop(name) for name in sorted(tensors) if name.startswith("best/")}
             refuse_other_names(self.best, self.task.model.tensors() if self.best_epoch else ())
             restore_training_state(tensors, record["optimiser"], self.task.model, self.optimisation.optimiser)
             self.optimisation.schedule.load_state_dict(record["schedule"])
-        except (KeyError, RoutevlError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise RoutevlError(f"{self.checkpoint}: a damaged checkpoint ({reason}); delete it to start again") from error
         print(f"train {self.run}: resuming from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
 
     def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The checkpoint's tensors and record. Raises RoutevlError where it is damaged, or of another run than this one."""
-        tensors, record = load_checkpoint(self.checkpoint)
-        before = record.get("run", {})
-        now = self.identity | self._environment()
-        for name in now | before:
-            if before.get(name) != now.get(name):
-                raise RoutevlError(
-                    f"{self.checkpoint}: the unfinished run has {name} {before.get(name)!r}, now it is {now.get(name)!r}: "
-                    f"delete {self.checkpoint.parent} to start again"
-                )
-        return tensors, record
+        return load_checkpoint_of(self.checkpoint, self.identity | self._environment())
 
     def _environment(self) -> dict[str, str]:
         """What else changes the last bits, so that a run cannot go on with another. The model of the CPU or GPU does so too, but
