@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from routevl.backbones.folder import origin_of
 from routevl.backbones.spvit import compress as phases
 from routevl.backbones.spvit.compress import Kept, cut, in_stored_form, kept_by, whole
-from routevl.backbones.spvit.form import BRANCHES, KEY, SIDES, Convolution, Nothing, compress
+from routevl.backbones.spvit.form import BRANCHES, KEY, SIDES, Convolution, Nothing, take_form
 from routevl.backbones.spvit.search import (
     TAPS,
     GatedUnits,
@@ -226,7 +226,7 @@ def test_multiply_adds_are_those_that_a_counter_counts(float64: None) -> None:
         norms = (2 * 4 + 1) * 2 * 12 * 7
         assert kept.multiply_adds(costs) == counter.get_total_flops() // 2 - 2 * 12 * units + norms
     stored = transformer()
-    compress(stored, some_kept().branches, [len(units) for units in some_kept().units])
+    take_form(stored, some_kept().branches, [len(units) for units in some_kept().units])
     assert [(name, tensor.shape) for name, tensor in stored.state_dict().items()] == [
         (name, tensor.shape) for name, tensor in smaller.state_dict().items()
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from routevl.backbones.derivations import DERIVATIONS, read_options
 from routevl.backbones.folder import DERIVED, check_folder, fingerprint_of, origin_of
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, check_replaceable, write_json
+from routevl.files import atomic_folder, write_json
 from routevl.options import at_least, read_words
 
 
@@ -58,7 +58,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     options = read_options(arguments.by, read_words(arguments.options, "--options"), "--options")
     source, row = check_folder(arguments.source), DERIVATIONS[arguments.by]
-    check_replaceable(arguments.output, "config.json")  # before the work, not after it
     data = _needed(arguments, "data", row.calibrates, ("calibrates with prepared data", "reads no data"))
     checkpoint = _needed(arguments, "checkpoint", row.trains, ("trains", "does not train"))
     more: list[Any] = [Path(data)] if row.calibrates else []

@@ -168,7 +168,7 @@ def cut(model: nn.Module, kept: Kept) -> None:
 
 
 def in_stored_form(model: nn.Module) -> nn.Module:
-    """A cut model in evaluation, in the form that `form.compress` gives, in place."""
+    """A cut model in evaluation, in the form that `take_form` gives, in place."""
     for block in model.blocks:
         if isinstance(block.attn, MixedConvolution):
             block.attn = block.attn.plain()

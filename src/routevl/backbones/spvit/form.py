@@ -32,13 +32,13 @@ def load_timm(folder: Path, pretrained: bool, **options: Any) -> nn.Module:
     layers = read_json(folder / "config.json").get(KEY)
     model = timm.create_model(f"local-dir:{folder}", pretrained=pretrained and layers is None, **options)
     if layers is not None:
-        compress(model, **layers)
+        take_form(model, **layers)
         if pretrained:
             model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
 
 
-def compress(model: nn.Module, branches: Sequence[str], units: Sequence[int]) -> None:
+def take_form(model: nn.Module, branches: Sequence[str], units: Sequence[int]) -> None:
     """Give a plain vision transformer of timm, in place, new modules in the place of those that it is compressed to.
 
     Args:
