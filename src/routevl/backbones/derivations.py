@@ -59,7 +59,7 @@ class SpvitOptions:
     tune_epochs: int = option("epochs of the fine-tuning after the cut, from the original weights", 130, least=1)
     batch_size: int = option("images per step", 64, least=1)
     learning_rate: float = option(
-        "highest of the weights, in both phases; the source's is 5e-5 for batches of 512", 6e-6, above=0
+        "highest of the weights, in both phases; the source's is 5e-5 for batches of 512", 6.25e-6, above=0
     )
     gate_learning_rate: float = option("of the gates, which stays", 5e-4, above=0)
     seed: int = option("seed of the gates that are drawn, and of the order of images", 0, least=0)

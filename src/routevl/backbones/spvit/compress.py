@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 SEARCH, TUNING = PHASES = ("search", "fine-tuning")
 WARM_UP = 0.05  # of a phase's steps
-WEIGHT_DECAY = 0.05
+WEIGHT_DECAY = 0.05  # of the weights, as of DeiT's
 
 
 class Kept(NamedTuple):
