@@ -93,6 +93,19 @@ class Run:
         return [json.loads(line) for line in (self.model / "training.jsonl").read_text().splitlines()]
 
 
+def probe(run: Run, output: Path) -> Path:
+    """`routevl probe` with a run's settings, in this process."""
+    with own_signals():
+        run_stage("probe", *probe_words(run, output))
+    return output
+
+
+def probe_words(run: Run, output: Path) -> list[str]:
+    """Its options; its checkpoint is where the run's is later."""
+    options = {name: value for name, value in run.options.items() if name not in ("log_every", "prepared")}
+    return command_line(options | {"output": output, "checkpoint": run.checkpoint.parent})
+
+
 def new_run(world: SmallWorld, root: Path, task: str, **changes: Any) -> Run:
     """A small run of `task`, with some options changed; the captioning runs have a visual projection."""
     return Run(root, run_options(world, task, **{"width": VISION_WIDTH[task], "batch_size": BATCH_SIZE[task], **changes}))

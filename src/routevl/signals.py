@@ -38,6 +38,13 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def leave(number: int, message: str) -> NoReturn:
+    """End the process, which that signal told to stop, with a message on stderr."""
+    ignore_stop_signals()  # one is enough
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(exit_status(number))
+
+
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
     """In the body a stop signal raises Stopped, so that files that are being written are removed on the way out.
@@ -110,15 +117,10 @@ class StopSignal:
     def exit_at_once(self, message: str) -> None:
         """From here on a stop signal, or one that came before, ends the process with a message on stderr."""
 
-        def leave(number: int, frame: Any) -> NoReturn:
-            ignore_stop_signals()  # one is enough
-            print(message, file=sys.stderr, flush=True)
-            raise SystemExit(exit_status(number))
-
         for number in handled():
-            signal.signal(number, leave)
+            signal.signal(number, lambda number, frame: leave(number, message))
         if self.number:
-            leave(self.number, None)
+            leave(self.number, message)
 
 
 def ignore_stop_signals_of_others(worker: int) -> None:

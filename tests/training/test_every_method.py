@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import TEXT_ARCHITECTURES, SmallWorld, command_line, run_stage
-from runs import TASKS, Run, assert_same_outcome, contents, new_run, own_signals, without_dropout
+from runs import TASKS, Run, assert_same_outcome, contents, new_run, own_signals, probe, without_dropout
 from test_several_processes import exit_statuses, start_processes
 
 from routevl.methods.table import METHODS, free_options, method_class
@@ -36,10 +36,7 @@ def method_run(world: SmallWorld, root: Path, task: str, method: str, **changes:
     left_out = {"features"} if "pixels" in method_class(method).needs else set()
     run = Run(root, {name: value for name, value in run.options.items() if name not in left_out} | {"options": options})
     if method_class(method).prepares():
-        prepared = root / "prepared.safetensors"
-        left_out = ("checkpoint_every", "log_every")
-        run_stage("probe", *command_line({k: v for k, v in run.options.items() if k not in left_out} | {"output": prepared}))
-        run = Run(root, {**run.options, "prepared": prepared})
+        run = run.changed(prepared=probe(run, root / "prepared.safetensors"))
     return run
 
 

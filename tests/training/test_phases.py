@@ -17,7 +17,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import SmallWorld, command_line, run_stage
-from runs import EPOCHS, STEPS, Run, assert_same_outcome, exit_status, new_run, outcome, signal_at_call, start
+from runs import (
+    EPOCHS,
+    STEPS,
+    Run,
+    assert_same_outcome,
+    exit_status,
+    new_run,
+    outcome,
+    probe,
+    probe_words,
+    signal_at_call,
+    start,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +43,7 @@ from routevl.methods.table import METHODS, MethodRow
 from routevl.options import option
 from routevl.settings import CONTROLS, RunSettings
 from routevl.tasks.base import VisionLanguageModel
+from routevl.training.checkpoint import load_checkpoint, save_checkpoint
 from routevl.training.trainer import Trainer
 from routevl.visual import Control, StoredFeatures
 
@@ -49,13 +62,6 @@ def killed_and_finished(run: Run) -> Run:
 # ------------------------------------------------------------------------------------- a method that prepares
 
 SHARE = 0.2  # of the text model's parameters
-
-
-def probe(run: Run, output: Path, **changes: Any) -> Path:
-    """`routevl probe` with a run's settings."""
-    options = {name: value for name, value in run.options.items() if not name.endswith("_every")}
-    run_stage("probe", *command_line(options | {"output": output} | changes))
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +163,73 @@ def test_an_unfinished_run_refuses_another_preparation(selective: Run, tmp_path:
     save_file(scores | {name: scores[name] * 0}, tmp_path / "other.safetensors")
     with pytest.raises(RoutevlError, match="the unfinished run has prepared .* delete .* to start again"):
         run.changed(prepared=tmp_path / "other.safetensors").train()
+
+
+# -------------------------------------------------------------------------- a phase before training that trains long
+
+
+@pytest.fixture(scope="module")
+def search(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A run whose layers to skip are searched for in 24 steps, and what the search has found undisturbed."""
+    options = {"skipped": 1, "r": 2, "subsets": 2, "every": 2}
+    run = new_run(small_world, tmp_path_factory.mktemp("search"), "vqa", method="das", options=options)
+    return run, probe(run, run.root / "prepared.safetensors")
+
+
+def killed_search(search: tuple[Run, Path], root: Path, number: int = signal.SIGKILL) -> Run:
+    """The same run in another folder, whose search got a signal in its second epoch, when the gates had moved already."""
+    run = Run(root, search[0].options)
+    sabotage = signal_at_call(VisionLanguageModel, "text_inputs", 22, number)
+    process = start(run, sabotage, ["probe", *probe_words(run, root / "prepared.safetensors")])
+    assert exit_status(process) == (-number if number == signal.SIGKILL else 143)
+    assert not (root / "prepared.safetensors").exists()
+    gates, record = load_checkpoint(run.checkpoint)
+    assert gates["own/values"].any() and STEPS["vqa"] // EPOCHS < record["step"] < STEPS["vqa"]
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_search_that_was_killed_finds_the_same_gates(search: tuple[Run, Path], tmp_path: Path, number: int) -> None:
+    run = killed_search(search, tmp_path, number)
+    reached = load_checkpoint(run.checkpoint)[1]["step"]
+    assert exit_status(start(run, words=["probe", *probe_words(run, tmp_path / "prepared.safetensors")])) == 0
+    log = (tmp_path / "log").read_text()
+    assert (f"probe: told to stop, checkpoint at step {reached}\n" in log) == (number == signal.SIGTERM)
+    assert f"probe: resuming from step {reached} of 24\n" in log and "Traceback" not in log
+    assert (tmp_path / "prepared.safetensors").read_bytes() == search[1].read_bytes()
+    assert any(gate != 0 for gate in load_file(search[1]).values())
+    assert not run.checkpoint.parent.exists()
+
+
+def test_a_search_refuses_a_checkpoint_that_is_damaged_or_of_another_one(search: tuple[Run, Path], tmp_path: Path) -> None:
+    run, output = killed_search(search, tmp_path), tmp_path / "prepared.safetensors"
+    content = run.checkpoint.read_bytes()
+    tensors, record = load_checkpoint(run.checkpoint)
+    for other, message in (
+        (run.changed(options={"every": 3}), "the unfinished run has options .* delete .* to start again"),
+        (run.changed(learning_rate=0.01), "the unfinished run has learning_rate 0.02, now it is 0.01: delete"),
+        (run.changed(threads=2), "the unfinished run has threads 1, now it is 2: delete"),
+    ):
+        with pytest.raises(RoutevlError, match=message):
+            probe(other, output)
+    assert run.checkpoint.read_bytes() == content
+    for path, message in (
+        (content[:-1] + bytes([content[-1] ^ 1]), "a damaged checkpoint .*its checksum is another"),
+        (content[: len(content) // 2], "a damaged checkpoint"),
+    ):
+        run.checkpoint.write_bytes(path)
+        with pytest.raises(RoutevlError, match=message):
+            probe(run, output)
+    without = {name: tensor for name, tensor in tensors.items() if name != "own/since"}
+    save_checkpoint(run.checkpoint, without, record)
+    with pytest.raises(RoutevlError, match="a damaged checkpoint .it lacks since.; delete it to start again"):
+        probe(run, output)
+    training = run.changed(prepared=search[1])
+    run.checkpoint.unlink()
+    assert exit_status(start(training, KILL)) == -signal.SIGKILL
+    with pytest.raises(RoutevlError, match="the unfinished run has .* now it is None: delete .* to start again"):
+        probe(run, output)
+    assert not output.exists()
 
 
 # ------------------------------------------------------------------------------------------- derived backbones

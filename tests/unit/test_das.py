@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,11 +131,14 @@ class Stub(nn.Module):
 class StubBatches:
     """Batches without anything in them."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, in_epoch: int) -> None:
+        self.in_epoch = in_epoch
 
     def of_epoch(self, epoch: int) -> list[dict[str, Tensor]]:
-        return [{}] * self.steps
+        return [{}] * self.in_epoch
+
+    def steps(self, epochs: int, *_: Any) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        return ((epoch, batch) for epoch in range(epochs) for batch in self.of_epoch(epoch))
 
     def validation(self) -> dict[str, Tensor]:
         return {}

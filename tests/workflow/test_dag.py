@@ -277,10 +277,13 @@ def test_an_audit_names_what_the_configuration_and_the_code_have_changed(copy: P
     assert "stale: --learning-rate 0.004 then, 0.005 now" in changed.stdout
     config.write_text(text.replace("sparsity: 0.5", "sparsity: 0.6"))
     sheet = copy / "config/experiments/tiny.tsv"
-    sheet.write_text(sheet.read_text().replace("r=2 lora_alpha=2 routing=mul", "r=3 lora_alpha=2 routing=mul"))
+    text = sheet.read_text().replace("r=2 lora_alpha=2 routing=mul", "r=3 lora_alpha=2 routing=mul")
+    sheet.write_text(text.replace("share=0.1 batches=2", "share=0.1 batches=3"))
     found = problems_of(copy, monkeypatch)
     [stale] = [problem for problem in found["results/manifests/train/vqa_mul_seed1.json"] if problem.startswith("stale")]
     assert stale.startswith("stale: --options r=2 routing=mul ") and " then, r=3 routing=mul " in stale
+    for job in ("probe/vqa_chosen_seed1", "train/vqa_chosen_seed1"):
+        assert "stale: --options share=0.1 batches=2 then, share=0.1 batches=3 now" in found[f"results/manifests/{job}.json"]
     pruned = found["results/manifests/derive_backbone/pruned.json"]
     assert "stale: --options sparsity=0.5 then, sparsity=0.6 now" in pruned
     assert "config/experiments/tiny.tsv: changed" in found["results/manifests/table/T1_vqa.json"]

@@ -1,8 +1,9 @@
-# Where a row's learning rate is tuned its trials, then training and the test split's predictions, in one process. A job that was stopped resumes from its checkpoint,
-# which is no output of the rule: Snakemake removes the outputs of unfinished jobs.
+# A method's phase before training, the trials of a row whose learning rate is tuned, then training with the test split's
+# predictions. A job that was stopped resumes from its checkpoint, which is no output of the rule: Snakemake removes the outputs of
+# unfinished jobs.
 
 
-# Only for runs whose method looks at the model and the data before training.
+# Only for runs whose method looks at the model and the data before training. A phase that is short starts over, a search resumes.
 rule probe:
     input:
         unpack(run_inputs),
@@ -21,10 +22,13 @@ rule probe:
     params:
         inputs=run_input_options,
         settings=lambda wildcards: run_settings([wildcards.run]),
+        checkpoint=lambda wildcards: f"{R}/checkpoints/{wildcards.run}.probe",
         threads=config["training"]["threads"],
         workers=config["training"]["workers"],
+        checkpoint_every=config["training"]["checkpoint_every"],
     shell:
         recorded("probe", "run") + "routevl probe {params.inputs} --output {output:q} "
+        "--checkpoint {params.checkpoint:q} --checkpoint-every {params.checkpoint_every} "
         "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 

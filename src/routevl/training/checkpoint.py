@@ -8,11 +8,11 @@ import os
 import random
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -26,6 +26,9 @@ from torch.optim import Optimizer
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file, lock
 from routevl.tasks.base import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from routevl.training.optimisation import Optimisation
 
 CHECKPOINT = "checkpoint.safetensors"  # in a folder of its own, beside the lock of the job that writes it
 
@@ -221,6 +224,76 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+class Checkpoint:
+    """The file that holds the state of something that is being trained, from which another process goes on to the same bits.
+
+    Args:
+        folder: where it is; it may be missing.
+        identity: what is alike where two of them end in the same bits.
+        accelerator: of this process. Its kind of device, and torch, change the last bits too, so that a file of others is
+            refused. The model of the CPU or GPU does so as well, but the scheduler chooses it, and a run that it has stopped must
+            go on.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], accelerator: Accelerator | PartialState) -> None:
+        self.path = Path(folder) / CHECKPOINT
+        self.accelerator = accelerator
+        self.run = {**identity, "device": accelerator.device.type, "torch": torch.__version__}
+
+    def save(
+        self, model: VisionLanguageModel, optimisation: Optimisation, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    ) -> None:
+        """Write it; all processes must call this.
+
+        Args:
+            tensors, record: what is kept beside the state of the model, of its optimisation and of the random generators, by
+                names that these do not have; the record is JSON.
+        """
+        state, optimiser = training_state(model, optimisation.optimiser)
+        if self.accelerator.is_main_process:
+            own = {"run": self.run, "optimiser": optimiser, "schedule": optimisation.schedule.state_dict()}
+            save_checkpoint(self.path, {**state, **tensors}, {**own, **record})
+
+    def resume(
+        self,
+        model: VisionLanguageModel,
+        optimisation: Optimisation,
+        take: Callable[[dict[str, Tensor], dict[str, Any]], None],
+    ) -> bool:
+        """Undo `save`, in place, where there is a file; whether there is one.
+
+        Args:
+            take: gets all tensors and the record, and takes out the tensors that were kept beside the state; what it raises
+                by KeyError and RoutevlError is what is wrong with them.
+
+        Raises:
+            RoutevlError: the file is damaged or of another run.
+        """
+        if not self.path.exists():
+            return False
+        tensors, record = self.read()
+        try:
+            take(tensors, record)
+            restore_training_state(tensors, record["optimiser"], model, optimisation.optimiser)
+            optimisation.schedule.load_state_dict(record["schedule"])
+        except (KeyError, RoutevlError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise RoutevlError(f"{self.path}: a damaged checkpoint ({reason}); delete it to start again") from error
+        return True
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Its tensors and record. Raises RoutevlError where it is damaged, or of another run than this one."""
+        tensors, record = load_checkpoint(self.path)
+        before = record.get("run", {})
+        for name in self.run | before:
+            if before.get(name) != self.run.get(name):
+                raise RoutevlError(
+                    f"{self.path}: the unfinished run has {name} {before.get(name)!r}, now it is {self.run.get(name)!r}: "
+                    f"delete {self.path.parent} to start again"
+                )
+        return tensors, record
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     """Write tensors and a JSON record as one safetensors file, whole or not at all."""
     with atomic_file(path) as temporary:
@@ -239,36 +312,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, record
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise RoutevlError(f"{path}: a damaged checkpoint ({error}); delete it to start the run again") from error
-
-
-def load_checkpoint_of(path: Path, run: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote, of one run alone.
-
-    Args:
-        run: what the record has under "run".
-
-    Raises:
-        RoutevlError: the file is damaged, or of another run.
-    """
-    tensors, record = load_checkpoint(path)
-    before = record.get("run", {})
-    for name in run | before:
-        if before.get(name) != run.get(name):
-            raise RoutevlError(
-                f"{path}: the unfinished run has {name} {before.get(name)!r}, now it is {run.get(name)!r}: "
-                f"delete {path.parent} to start again"
-            )
-    return tensors, record
-
-
-@contextmanager
-def restoring(path: Path) -> Iterator[None]:
-    """Where the body, which restores what a checkpoint holds, finds that something lacks or does not fit: raise RoutevlError."""
-    try:
-        yield
-    except (KeyError, RoutevlError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise RoutevlError(f"{path}: a damaged checkpoint ({reason}); delete it to start again") from error
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from routevl.backbones.folder import check_folder, fingerprint_of
 from routevl.backbones.pruning import keep_zeros, pruned_weights
 from routevl.backbones.text import load_text_backbone
 from routevl.errors import RoutevlError
+from routevl.files import sha256_of
 from routevl.methods.base import Method
 from routevl.options import at_least
 from routevl.settings import RunSettings
@@ -42,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint_every(parser: argparse.ArgumentParser) -> None:
+    """The option of every stage that writes checkpoints of training steps."""
+    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+
+
 def load_task(
     settings: RunSettings, method: Method, prepared: Mapping[str, Tensor], arguments: argparse.Namespace
 ) -> tuple[Task, dict[str, str]]:
@@ -66,3 +73,9 @@ def refuse(method: Method, model_type: str, folder: str) -> None:
     """Raise RoutevlError where the method refuses the type of a text model."""
     if model_type in method.refuses:
         raise RoutevlError(f"backbone {folder}: the method refuses {model_type}: {method.refuses[model_type]}")
+
+
+def fingerprint_of_data(task: Task) -> str:
+    """sha256 (hexadecimal) over the texts that are trained on and validated with."""
+    paths = [task.data / split / name for split in ("train", "val") for name in task.files]
+    return hashlib.sha256("".join(map(sha256_of, [*paths, *task.vocabulary])).encode()).hexdigest()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -18,14 +19,28 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_file, sha256_of
 from routevl.methods.base import Method, NoOptions
 from routevl.methods.selective import Full
+from routevl.progress import progress
+from routevl.signals import StopSignal, leave, stop_handlers_kept
 from routevl.tasks.base import Task
+from routevl.training.checkpoint import Checkpoint, forget, held, refuse_other_names
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import load_task
-from routevl.training.optimisation import prepare_torch
+from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
+from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import data_loader, epoch_batches, training_batches
 
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
+OWN = "own/"  # in a checkpoint, before the names of what a phase has beside the model and its optimisation
+
+
+class State(Protocol):
+    """What the next step of a phase that trains depends on, beside the model, its optimisation and the random generators."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo `tensors`."""
 
 
 class Batches:
@@ -34,24 +49,62 @@ class Batches:
     Args:
         task: of the run.
         workers: processes that load batches.
+        checkpoint: of `steps`, which writes it after every `checkpoint_every` of them.
     """
 
-    def __init__(self, task: Task, accelerator: Accelerator, workers: int) -> None:
+    def __init__(self, task: Task, accelerator: Accelerator, workers: int, checkpoint: Checkpoint, checkpoint_every: int) -> None:
         self.task, self.accelerator, self.workers = task, accelerator, workers
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.examples = task.training_examples()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.of_epoch(0))
 
-    def of_epoch(self, epoch: int) -> Any:
-        """The training batches of an epoch, in the order of training; they have a length."""
-        batches = epoch_batches(self.task, self.examples, epoch)
+    def of_epoch(self, epoch: int, first: int = 0) -> Any:
+        """The training batches of an epoch from the `first` on, in the order of training; they have a length."""
+        batches = epoch_batches(self.task, self.examples, epoch)[first:]
         return training_batches(self.task, self.task.of_epoch(self.examples, epoch), self.accelerator, self.workers, batches)
 
     def validation(self) -> dict[str, Tensor]:
         """The first `batch_size` examples of the validation split."""
         size = self.task.settings.batch_size
         return next(iter(data_loader(self.task, self.task.examples("val"), self.accelerator, 0, batch_size=size)))
+
+    def steps(self, epochs: int, optimisation: Optimisation, own: State) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The batches of several epochs, each with its epoch's number, for a phase that trains on one after another.
+
+        It can be killed in them and run again in a new process, to the same bits: what its last checkpoint has seen is left out.
+
+        Args:
+            optimisation: of the task's model.
+
+        Raises:
+            RoutevlError: the checkpoint is damaged or of another run.
+            SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
+        """
+        model, stop, in_epoch, done = self.task.model, StopSignal(), len(self.of_epoch(0)), 0
+
+        def take(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+            nonlocal done
+            done, names = record["step"], [name for name in sorted(tensors) if name.startswith(OWN)]
+            kept = {name.removeprefix(OWN): tensors.pop(name) for name in names}
+            refuse_other_names(kept, own.tensors())
+            own.restore(kept)
+
+        with stop_handlers_kept():
+            stop.remember()
+            if self.checkpoint.resume(model, optimisation, take):
+                print(f"probe: resuming from step {done} of {epochs * in_epoch}", file=sys.stderr, flush=True)
+            first = {done // in_epoch: done % in_epoch}  # batch of the epoch that is gone on with
+            epochs_left = range(done // in_epoch, epochs)
+            left = ((epoch, batch) for epoch in epochs_left for batch in self.of_epoch(epoch, first.get(epoch, 0)))
+            for step, numbered in enumerate(progress(left, epochs * in_epoch - done, "probe"), start=done + 1):
+                yield numbered
+                if stop.number or step % self.checkpoint_every == 0:
+                    kept = {OWN + name: tensor for name, tensor in own.tensors().items()}
+                    self.checkpoint.save(model, optimisation, kept, {"step": step})
+                if stop.number:
+                    leave(stop.number, f"probe: told to stop, checkpoint at step {step}")
 
 
 def bare(method: Method) -> Method:
@@ -83,6 +136,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl probe`."""
     add_inputs(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="where the result goes, a safetensors file")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished search; resumed from when there"
+    )
+    add_checkpoint_every(parser)
     run_settings.add_arguments(parser)
 
 
@@ -90,7 +147,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Let a run's method look at the bare text model with the task's head and the training split, and keep what it found.
 
     Raises:
-        RoutevlError: wrong settings or inputs, or a method without such a phase.
+        RoutevlError: wrong settings or inputs, or a method without such a phase; see also `Batches.steps`.
+        SystemExit: as `Batches.steps`.
     """
     settings = run_settings.from_arguments(arguments)
     method = settings.new_method()
@@ -99,8 +157,13 @@ def run(arguments: argparse.Namespace) -> None:
     accelerator = new_accelerator(settings)
     prepare_torch(arguments.threads)
     set_seed(settings.seed)
-    task, _ = load_task(settings, bare(method), {}, arguments)
-    task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
-    tensors = method.prepare(task, Batches(task, accelerator, arguments.workers))
-    with atomic_file(arguments.output) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    folder = Path(arguments.checkpoint)
+    with held(folder, accelerator):
+        task, inputs = load_task(settings, bare(method), {}, arguments)
+        identity = settings.as_record() | inputs | {"data": fingerprint_of_data(task), "threads": arguments.threads}
+        task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
+        checkpoint = Checkpoint(folder, identity, accelerator)
+        tensors = method.prepare(task, Batches(task, accelerator, arguments.workers, checkpoint, arguments.checkpoint_every))
+        with atomic_file(arguments.output) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        forget(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -20,28 +19,18 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 
 from routevl.errors import RoutevlError
-from routevl.files import atomic_folder, read_json, sha256_of, write_json
+from routevl.files import atomic_folder, read_json, write_json
 from routevl.methods.base import Method
 from routevl.options import at_least, words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
-from routevl.signals import StopSignal, exit_status, ignore_stop_signals
-from routevl.tasks.base import Task
+from routevl.signals import StopSignal, leave
 from routevl.training.card import Card
-from routevl.training.checkpoint import (
-    CHECKPOINT,
-    digests,
-    load_checkpoint_of,
-    refuse_other_names,
-    restore_training_state,
-    restoring,
-    save_checkpoint,
-    training_state,
-)
+from routevl.training.checkpoint import Checkpoint, digests, refuse_other_names, training_state
 from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import load_task
+from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
 from routevl.training.optimisation import compile_layers, optimisation_of, prepare_torch
 from routevl.training.order import data_loader, epoch_batches, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
@@ -53,7 +42,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the stages that train, beside those of the settings."""
     add_inputs(parser)
     parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares; of one seed")
-    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+    add_checkpoint_every(parser)
     parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
 
 
@@ -90,7 +79,7 @@ class Trainer:
         self.to_predict = self.task.to_predict("test")  # now, so that a wrong test split is noticed before training
         for items in (self.examples, self.validation, self.to_predict):
             self.task.visual.check(self.task.image_ids(items))  # an error where an image is not there
-        self.inputs = inputs | of_prepared | {"data": _fingerprint_of_data(self.task)}
+        self.inputs = inputs | of_prepared | {"data": fingerprint_of_data(self.task)}
         self.execution = {"processes": accelerator.num_processes, "threads": arguments.threads}
         self.identity = settings.as_record() | self.inputs | self.execution
         self.batches_per_epoch = sum(math.ceil(len(part) / size) for part, size in self.task.parts(self.examples))
@@ -107,7 +96,7 @@ class Trainer:
         self.best_epoch: dict[str, Any] = {}  # its line of the history
         self.clock = Clock(accelerator.device)
         self.stop = StopSignal()
-        self.checkpoint = Path(arguments.checkpoint) / CHECKPOINT
+        self.checkpoint = Checkpoint(arguments.checkpoint, self.identity, accelerator)
 
     # -- the loop
 
@@ -174,10 +163,8 @@ class Trainer:
     def _stop_if_told(self) -> None:
         if number := greatest(self.accelerator, self.stop.number):
             self._save()
-            print(f"train {self.run}: told to stop, checkpoint at step {self.step}", file=sys.stderr, flush=True)
             self.accelerator.end_training()
-            ignore_stop_signals()
-            raise SystemExit(exit_status(number))
+            leave(number, f"train {self.run}: told to stop, checkpoint at step {self.step}")
 
     def _end_epoch(self, epoch: int) -> None:
         """Validate, and remember the epoch's weights if they are the best so far."""
@@ -241,42 +228,25 @@ class Trainer:
     # -- the state
 
     def _save(self) -> None:
-        tensors, optimiser = training_state(self.task.model, self.optimisation.optimiser)
-        if not self.accelerator.is_main_process:
-            return
-        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        best = {f"best/{name}": tensor for name, tensor in self.best.items()}
         record = {
-            "run": self.identity | self._environment(),
             "step": self.step,
             "history": self.history,
             "best_epoch": self.best_epoch,
-            "optimiser": optimiser,
-            "schedule": self.optimisation.schedule.state_dict(),
             "clock": self.clock.as_record(),
         }
-        save_checkpoint(self.checkpoint, tensors, record)
+        self.checkpoint.save(self.task.model, self.optimisation, best, record)
 
     def _resume(self) -> None:
-        if not self.checkpoint.exists():
-            return
-        tensors, record = self._read_checkpoint()
-        with restoring(self.checkpoint):
-            self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
-            self.clock = Clock(self.accelerator.device, **record["clock"])
-            self.best = {name.removeprefix("best/"): tensors.pop(name) for name in sorted(tensors) if name.startswith("best/")}
-            refuse_other_names(self.best, self.task.model.tensors() if self.best_epoch else ())
-            restore_training_state(tensors, record["optimiser"], self.task.model, self.optimisation.optimiser)
-            self.optimisation.schedule.load_state_dict(record["schedule"])
-        print(f"train {self.run}: resuming from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
+        if self.checkpoint.resume(self.task.model, self.optimisation, self._take):
+            print(f"train {self.run}: resuming from step {self.step} of {self.total_steps}", file=sys.stderr, flush=True)
 
-    def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The checkpoint's tensors and record. Raises RoutevlError where it is damaged, or of another run than this one."""
-        return load_checkpoint_of(self.checkpoint, self.identity | self._environment())
-
-    def _environment(self) -> dict[str, str]:
-        """What else changes the last bits, so that a run cannot go on with another. The model of the CPU or GPU does so too, but
-        the scheduler chooses it, and a run that it has stopped must go on."""
-        return {"device": self.accelerator.device.type, "torch": torch.__version__}
+    def _take(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Of a checkpoint what is the trainer's own; see `Checkpoint.resume`."""
+        self.step, self.history, self.best_epoch = record["step"], record["history"], record["best_epoch"]
+        self.clock = Clock(self.accelerator.device, **record["clock"])
+        self.best = {name.removeprefix("best/"): tensors.pop(name) for name in sorted(tensors) if name.startswith("best/")}
+        refuse_other_names(self.best, self.task.model.tensors() if self.best_epoch else ())
 
     # -- the result
 
@@ -331,8 +301,8 @@ class Trainer:
         record = read_json(folder / "run.json")
         if record.get("settings", {}) | record.get("inputs", {}) | record.get("execution", {}) != self.identity:
             return False
-        if self.checkpoint.exists():
-            self._read_checkpoint()
+        if self.checkpoint.path.exists():
+            self.checkpoint.read()
         self.task.model.load(folder)
         return True
 
@@ -340,9 +310,3 @@ class Trainer:
         tensors = self.task.model.tensors()
         for name, tensor in self.best.items():
             tensors[name].copy_(tensor)
-
-
-def _fingerprint_of_data(task: Task) -> str:
-    """sha256 (hexadecimal) over the texts that are trained on and validated with."""
-    paths = [task.data / split / name for split in ("train", "val") for name in task.files]
-    return hashlib.sha256("".join(map(sha256_of, [*paths, *task.vocabulary])).encode()).hexdigest()

@@ -34,15 +34,8 @@ from routevl.features.images import BadImages, ImageFile, read_image_lists
 from routevl.features.loading import load_batches
 from routevl.files import read_json, sha256_of, write_json
 from routevl.progress import progress
-from routevl.signals import StopSignal, exit_status, ignore_stop_signals, stop_handlers_kept
-from routevl.training.checkpoint import (
-    CHECKPOINT,
-    load_checkpoint_of,
-    restore_training_state,
-    restoring,
-    save_checkpoint,
-    training_state,
-)
+from routevl.signals import StopSignal, leave, stop_handlers_kept
+from routevl.training.checkpoint import Checkpoint
 from routevl.training.optimisation import Optimisation, prepare_torch
 
 if TYPE_CHECKING:
@@ -91,8 +84,6 @@ def compress(source: Path, options: SpvitOptions, output: Path, data: Path, exec
         "source": fingerprint_of(source),
         "images": sha256_of(lists["train"]),
         "threads": execution.threads,
-        "device": PartialState().device.type,
-        "torch": torch.__version__,
     }
     phases = Phases(original, transform, images["train"], options, execution, identity)
     kept = phases.kept or phases.search()
@@ -218,15 +209,13 @@ class Phases:
         execution: Execution,
         identity: dict[str, Any],
     ) -> None:
-        self.device = PartialState().device
+        process = PartialState()
+        self.device = process.device
         self.original = original.to(self.device)
         self.transform, self.images, self.options, self.execution = transform, images, options, execution
-        self.identity = identity
-        self.checkpoint = execution.checkpoint / CHECKPOINT
-        self.tensors, self.record = {}, {"kept": None, "phase": None}
-        if self.checkpoint.exists():
-            self.tensors, self.record = load_checkpoint_of(self.checkpoint, identity)
-        self.kept = Kept(*self.record["kept"]) if self.record["kept"] else None
+        self.checkpoint = Checkpoint(execution.checkpoint, identity, process)
+        record = self.checkpoint.read()[1] if self.checkpoint.path.exists() else {"kept": None, "phase": None}
+        self.kept, self.unfinished = Kept(*record["kept"]) if record["kept"] else None, record["phase"]
 
     def search(self) -> Kept:
         """Train weights and gates, and see which gates are open."""
@@ -292,11 +281,12 @@ class Phases:
         total = epochs * math.ceil(len(self.images) / self.options.batch_size)
         optimisation = Optimisation(groups, WEIGHT_DECAY, lambda optimiser: _schedule(optimiser, total), max_grad_norm=None)
         student, step = Student(model), 0
-        if self.record["phase"] == phase:
-            with restoring(self.checkpoint):
-                step = self.record["step"]
-                restore_training_state(self.tensors, self.record["optimiser"], student, optimisation.optimiser)
-                optimisation.schedule.load_state_dict(self.record["schedule"])
+
+        def take(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+            nonlocal step
+            step = record["step"]
+
+        if self.unfinished == phase and self.checkpoint.resume(student, optimisation, take):
             print(f"spvit: {phase}: resuming from step {step} of {total}", file=sys.stderr, flush=True)
         with stop_handlers_kept():
             stop = StopSignal()
@@ -309,11 +299,9 @@ class Phases:
                 optimisation.step()
                 step += 1
                 if stop.number or step == total or step % self.execution.checkpoint_every == 0:
-                    self._save(phase, step, student, optimisation)
+                    self.checkpoint.save(student, optimisation, {}, {"kept": self.kept, "phase": phase, "step": step})
                 if stop.number:
-                    print(f"spvit: {phase}: told to stop, checkpoint at step {step}", file=sys.stderr, flush=True)
-                    ignore_stop_signals()
-                    raise SystemExit(exit_status(stop.number))
+                    leave(stop.number, f"spvit: {phase}: told to stop, checkpoint at step {step}")
 
     def _batches(self, phase: str, epochs: int) -> list[list[ImageFile]]:
         """The images of each step of a phase: in every epoch all of them, in an order that seed, phase and epoch decide."""
@@ -330,18 +318,6 @@ class Phases:
             if isinstance(pixels, list):
                 raise BadImages(pixels)
             yield pixels.to(self.device, non_blocking=True)
-
-    def _save(self, phase: str, step: int, student: Student, optimisation: Optimisation) -> None:
-        tensors, optimiser = training_state(student, optimisation.optimiser)
-        record = {
-            "run": self.identity,
-            "kept": self.kept,
-            "phase": phase,
-            "step": step,
-            "optimiser": optimiser,
-            "schedule": optimisation.schedule.state_dict(),
-        }
-        save_checkpoint(self.checkpoint, tensors, record)
 
 
 def _schedule(optimiser: torch.optim.Optimizer, total: int) -> LambdaLR:

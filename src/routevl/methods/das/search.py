@@ -7,7 +7,7 @@ step, gates move along the policy gradient of a reward on validation examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from routevl.errors import RoutevlError
 from routevl.methods.das.layer import Detour
-from routevl.progress import progress
 from routevl.training.optimisation import optimisation_of
 
 if TYPE_CHECKING:
+    from routevl.methods.das import DAS
     from routevl.tasks.base import Task
     from routevl.training.prepared import Batches
 
@@ -64,50 +64,75 @@ def moved(gates: Tensor, sets: Sequence[Sequence[int]], losses: Tensor, reward_s
     return new
 
 
+class Gates:
+    """The gates of a search, and which layers are skipped at each of its steps.
+
+    Attributes:
+        values: g of each layer, (n,) float64.
+
+    Raises:
+        RoutevlError: as `chosen`; fewer sets of layers than are to be compared.
+    """
+
+    def __init__(self, layers: int, options: DAS.Options, seed: int) -> None:
+        self.values = torch.zeros(layers, dtype=torch.float64)
+        chosen(self.values.tolist(), options.skipped)
+        if (sets := math.comb(layers, options.skipped)) < options.subsets:
+            raise RoutevlError(
+                f"das: subsets is {options.subsets}, but there are {sets} sets of layers to skip: set a smaller subsets"
+            )
+        self.options = options
+        self.since = 0  # steps since they moved; it runs on through the epochs in which they do not
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def next_step(self, epoch: int, losses_of: Callable[[Sequence[Sequence[int]]], Tensor]) -> tuple[int, ...]:
+        """The layers that are skipped at the next step, which is in this epoch; before, the gates move where it is time.
+
+        Args:
+            losses_of: sets of layers -> losses as `moved` gets them.
+        """
+        if epoch >= self.options.still_epochs and self.since >= self.options.every:
+            sets = drawn_apart(self.values, self.options.skipped, self.options.subsets, self.generator)
+            self.values = moved(self.values, sets, losses_of(sets), self.options.reward_scale)
+            self.since = 0
+        self.since += 1
+        return drawn(self.values, self.options.skipped, self.generator)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `routevl.training.prepared.State`."""
+        return {"values": self.values, "since": torch.tensor(self.since), "generator": self.generator.get_state()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `routevl.training.prepared.State`."""
+        self.values, self.since = tensors["values"], int(tensors["since"])
+        self.generator.set_state(tensors["generator"])
+
+
 def search(
-    task: Task, batches: Batches, groups: Callable[..., list[dict[str, Any]]], detours: list[Detour], options: Any
+    task: Task, batches: Batches, groups: Callable[..., list[dict[str, Any]]], detours: list[Detour], options: DAS.Options
 ) -> Tensor:
     """Train the adapters with other layers skipped at each step, and move the gates.
 
     Args:
         task: its model has detours that are not skipped yet.
         groups: as `Method.groups`.
-        options: of `routevl.methods.das.DAS`.
 
     Returns:
         The gate of each detour: (n,) float64.
 
     Raises:
-        RoutevlError: as `chosen`; fewer sets of layers than are to be compared.
+        RoutevlError: as `Gates`, and as `Batches.steps`.
     """
-    gates = torch.zeros(len(detours), dtype=torch.float64)
-    chosen(gates.tolist(), options.skipped)  # refuses before the work
-    refuse_too_many_sets(len(detours), options)
-    generator = torch.Generator().manual_seed(task.settings.seed)
+    gates = Gates(len(detours), options, task.settings.seed)  # refuses before the work
     model, validation = task.model, batches.validation()
     steps = options.search_epochs * len(batches.of_epoch(0))
     optimisation = optimisation_of(task.settings, groups(model, task.settings.learning_rate), steps)
     model.train()
-    since = 0  # steps since the gates moved; it runs on through the epochs in which they do not
-    numbered = ((epoch, batch) for epoch in range(options.search_epochs) for batch in batches.of_epoch(epoch))
-    for epoch, batch in progress(numbered, steps, "search"):
-        if epoch >= options.still_epochs and since >= options.every:
-            sets = drawn_apart(gates, options.skipped, options.subsets, generator)
-            gates = moved(gates, sets, losses_without(model, detours, sets, validation), options.reward_scale)
-            since = 0
-        skip(detours, drawn(gates, options.skipped, generator))
+    for epoch, batch in batches.steps(options.search_epochs, optimisation, gates):
+        skip(detours, gates.next_step(epoch, lambda sets: losses_without(model, detours, sets, validation)))
         model(**batch)["loss"].backward()
         optimisation.step()
-        since += 1
-    return gates
-
-
-def refuse_too_many_sets(layers: int, options: Any) -> None:
-    """Raise RoutevlError where there are fewer sets of skipped layers than are compared."""
-    if (sets := math.comb(layers, options.skipped)) < options.subsets:
-        raise RoutevlError(
-            f"das: subsets is {options.subsets}, but there are {sets} sets of layers to skip: set a smaller subsets"
-        )
+    return gates.values
 
 
 @torch.no_grad()
