@@ -146,7 +146,7 @@ def write_model(folder: Path, settings: RunSettings, run: str, skill: float, gen
     write(
         folder / "run.json",
         {"run": run, "settings": settings.as_record(), "trainable_params": trainable, "trainable_params_by_part": parts,
-         "total_params": 900_000 + trainable, "text_model_params": 900_000, "learned": learned,
+         "total_params": 900_000 + trainable, "text_model_params": 900_000, "forward_flops": 7_000_000 + own, "learned": learned,
          "constant": {"val_loss": 4.0} if settings.task == "caption" else {VALIDATED[settings.task]: 20.0}},
     )  # fmt: skip
     write(

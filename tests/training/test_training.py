@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
 from runs import (
+    BATCH_SIZE,
     EPOCHS,
     STEPS,
     TASKS,
@@ -43,6 +44,7 @@ from routevl.signals import EXIT_STOPPED, STOP_SIGNALS
 from routevl.signals import exit_status as stopped_by
 from routevl.tasks.base import VisionLanguageModel
 from routevl.training.checkpoint import load_checkpoint, save_checkpoint
+from routevl.training.flops import forward_flops
 from routevl.training.order import epoch_batches
 from routevl.training.predict import write_predictions
 from routevl.training.trainer import Trainer
@@ -407,6 +409,14 @@ def test_run_json_counts_the_parameters(baseline: Run, task: str) -> None:
     assert record["trainable_params"] == sum(tensor.numel() for tensor in saved.values())
     bottleneck = 2 * 2 * (16 + 16) * 2  # layers * (query and value) * (A and B) * rank
     assert record["trainable_params_by_part"]["method"] == bottleneck
+
+
+def test_run_json_counts_the_flops_of_an_example_of_the_validation_split(baseline: Run, task: str) -> None:
+    trainer = baseline.trainer()
+    examples = trainer.validation.select(range(BATCH_SIZE[task])).with_format(None)
+    batch = trainer.task.collate(list(examples))
+    record = json.loads((baseline.model / "run.json").read_text())
+    assert record["forward_flops"] == round(forward_flops(trainer.task.model, batch) / BATCH_SIZE[task]) > 0
 
 
 # ------------------------------------------------------------------------------------------ what the model sees

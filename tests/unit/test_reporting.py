@@ -408,6 +408,25 @@ def test_cost_table_reads_sizes_and_timings(scored, tmp_path):
     assert (row["device"], row["peak_memory_mb_mean"]) == ("cpu", "612")
 
 
+def test_cost_tables_show_flops_and_leave_blank_what_was_not_counted(tmp_path):
+    """By an earlier version. Of runs that leave out other layers, the mean."""
+    plain, ia3 = experiment(seeds="1,2", feeds="T6,T7"), experiment(method="ia3", feeds="T6,T7")
+    folder = results_of(tmp_path / "results", plain, ia3)
+    for run, value in ((f"{plain['experiment']}_seed2", {"forward_flops": 5_000_000}), (f"{ia3['experiment']}_seed1", {})):
+        path = folder / "models" / run / "run.json"
+        record = json.loads(path.read_text())
+        del record["forward_flops"]
+        write(path, record | value)
+    first = json.loads((folder / "models" / f"{plain['experiment']}_seed1" / "run.json").read_text())["forward_flops"]
+    for name in ("T6_cost", "T7_methods"):
+        output = make_table(name, folder, tmp_path / f"{name}.csv")
+        rows = rows_of(output)
+        assert rows["vqa_ia3_e2"]["forward_flops"] == ""
+        assert float(rows[plain["experiment"]]["forward_flops"]) == pytest.approx((first + 5_000_000) / 2, rel=1e-5)
+        _, shown = table_of(output)
+        assert [row["Forward (MFLOPs)"] for row in shown] == [f"{(first + 5_000_000) / 2e6:.1f}", ""]
+
+
 def test_cost_table_shows_every_part_that_some_run_has(own_copy, tmp_path):
     path = own_copy / "models" / "vqa_ia3_e2_seed1" / "run.json"
     record = json.loads(path.read_text())
@@ -431,9 +450,9 @@ def test_methods_table_has_a_row_per_experiment_in_the_order_of_the_list(scored,
     columns = """
         n_seeds n_not_learned trainable_params trainable_params_percent label family differs learning_rates_tried at_edge
         learning_rate accuracy_mean accuracy_std CIDEr_mean CIDEr_std gain_vs_lora gain_ci_low gain_ci_high ci_over p p_holm
-        no_verdict step_ms peak_memory_mb saved_bytes
+        no_verdict forward_flops step_ms peak_memory_mb saved_bytes
     """
-    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-24:] == columns.split()
+    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-25:] == columns.split()
     assert [row["method"] for row in rows] == ["ia3", "bitfit", "full", "prompt_tuning"]
     assert [row["family"] for row in rows] == [METHODS[row["method"]].family for row in rows]
     assert [bool(row["gain_vs_lora"]) for row in rows] == [True, False, False, False]

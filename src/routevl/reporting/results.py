@@ -35,6 +35,7 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
     Returns:
         The sheet's columns, `run`, `seed`, the counts of models/<run>/run.json, all of models/<run>/timing.json, of
         scores/<run>/metrics.json `n`, every metric, and `missing`, the reasons by metric (a missing metric is NaN); and:
+        forward_flops: of a forward pass per example; NaN of runs that an earlier version trained, which did not count them.
         root: the experiment at the end of the chain of `versus`; figures group by it.
         versus_runs: the runs of `versus`.
         rank, routing: of the method's options; missing and "none" where it has no such option.
@@ -93,6 +94,7 @@ def _read_run(results: Path, run: str, experiment: Experiment) -> dict[str, Any]
         "learned": has_learned(model),
         "blind": not (settings.prefix or settings.new_method().uses_image),
         **{name: content[name] for name in _COUNTS},
+        "forward_flops": content.get("forward_flops", math.nan),
         **read_json(model / "timing.json"),
         "n": scored["n"],
         "missing": scored.get("missing", {}),

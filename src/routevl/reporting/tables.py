@@ -33,6 +33,13 @@ _IDENTITY = [
 ]  # fmt: skip
 _PARTS = ("method", "layer_norm", "head", "visual_projection")  # of the trainable parameters; a method may have others
 _TIMINGS = {"step_ms_median": 1, "samples_per_second": 0, "peak_memory_mb": 0, "train_seconds": 0}  # column -> digits shown
+_FORWARD = "Forward (MFLOPs)"
+_FORWARD_NOTE = (
+    f"{_FORWARD}: millions of floating-point operations of a forward pass for each of the first examples of the validation "
+    "split, padding included, a multiplication with its addition being two. They are counted by shapes, as torch counts products "
+    "of matrices, attention and convolutions: what is masked or pruned to zero costs what any other weight does, a layer that is "
+    "skipped nothing. Stored features cost nothing, a vision model that runs in training is counted."
+)
 _SAVED = ("adapter_model.safetensors", WEIGHTS)  # where a run has its method's own tensors
 
 COMPARISONS = {
@@ -250,6 +257,7 @@ def cost_table(arguments: argparse.Namespace) -> Table:
         first = group.iloc[0]
         record = _identity(group)
         record |= {f"{part}_params": first["trainable_params_by_part"].get(part, 0) for part in parts}
+        record["forward_flops"] = _forward_flops(group)
         record |= _over_seeds(group, _TIMINGS)
         record["saved_bytes"] = _saved_bytes(arguments.results, group)
         record["device"] = "; ".join(sorted(set(group["device"])))
@@ -259,6 +267,7 @@ def cost_table(arguments: argparse.Namespace) -> Table:
             {"Task": TASKS[record["task"]].label}
             | _head(group, settings)
             | _size(record)
+            | {_FORWARD: number(record["forward_flops"] / 1e6, 1)}
             | {"Step (ms)": step, "Samples/s": samples, "Peak memory (MB)": memory}
             | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Training (s)": train}
             | {"Runs": str(len(group)), "Device": record["device"]}
@@ -269,6 +278,8 @@ def cost_table(arguments: argparse.Namespace) -> Table:
         "compare only within one device and an otherwise idle machine. Saved: size of the method's own tensors, without the task "
         "head. %: of all parameters of the adapted model, frozen ones included. The last columns, in millions (M): the parts of "
         "Params.",
+        "",
+        _FORWARD_NOTE,
         *_not_learned_notes(runs),
     ]
     details = ["Routing", *settings, "Runs", "Device", *(f"{heading_of(part)} (M)" for part in parts)]
@@ -305,6 +316,7 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         record |= {"learning_rate": first["details"]["learning_rate"], **scores}
         record |= gain.absolute.columns(f"gain_vs_{BASELINE}" if of_methods else "gain", "gain_ci")
         record |= {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
+        record["forward_flops"] = _forward_flops(group)
         record |= {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
         record["saved_bytes"] = _saved_bytes(arguments.results, group)
         records.append(record)
@@ -315,6 +327,7 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
             | {"Gain [95% CI]": signed(gain.absolute.times(task.scale)), "Verdict": _verdict(gain)}
             | {"Interval over": gain.absolute.over, "Seeds": str(len(group)), **_size(record)}
+            | {_FORWARD: number(record["forward_flops"] / 1e6, 1)}
             | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}
             | {"Saved (MB)": f"{record['saved_bytes'] / 1e6:.2f}", "Rates tried": str(record["learning_rates_tried"])}
             | settings
@@ -330,6 +343,8 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         "number of comparisons of the task in this table. Params: all trainable parameters, with the layer norms, task head and "
         "visual projection. Saved: the method's own tensors. Timings compare only within one device."
         + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
+        "",
+        _FORWARD_NOTE,
         *_tuning_notes(runs),
         *_not_learned_notes(runs),
     ]
@@ -364,6 +379,11 @@ def _tuning_notes(runs: pd.DataFrame) -> list[str]:
     which = f" It is the smallest or largest of them, so that a better one may lie beyond, in {edge}." if edge else ""
     rows = plural(len(tuned), "row")
     return ["", f"The learning rate of {rows} was chosen among {tried} on the validation split, by runs of another seed.{which}"]
+
+
+def _forward_flops(group: pd.DataFrame) -> float:
+    """FLOPs of an experiment's forward pass, the mean over its seeds, which may leave other layers out."""
+    return group["forward_flops"].astype(float).mean()
 
 
 def _saved_bytes(results: Path, group: pd.DataFrame) -> int:

@@ -10,6 +10,7 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 
 from routevl.signals import ignore_stop_signals_of_others
 from routevl.tasks.base import LENGTH, Task
@@ -100,6 +101,11 @@ def training_batches(
     """Those of `epoch_batches` that are given, this process's share of each."""
     own = ShareOfBatches(batches, accelerator.process_index, accelerator.num_processes)
     return data_loader(task, examples, accelerator, workers, batch_sampler=own)
+
+
+def first_batch(task: Task, examples: Dataset, accelerator: Accelerator) -> dict[str, Tensor]:
+    """The first `batch_size` of some examples, as a batch on the accelerator's device."""
+    return next(iter(data_loader(task, examples, accelerator, 0, batch_size=task.settings.batch_size)))
 
 
 def data_loader(task: Task, examples: Any, accelerator: Accelerator, workers: int, **options: Any) -> Any:

@@ -27,7 +27,7 @@ from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
 from routevl.training.optimisation import Optimisation, prepare_torch
-from routevl.training.order import data_loader, epoch_batches, training_batches
+from routevl.training.order import epoch_batches, first_batch, training_batches
 
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
 OWN = "own/"  # in a checkpoint, before the names of what a phase has beside the model and its optimisation
@@ -67,8 +67,7 @@ class Batches:
 
     def validation(self) -> dict[str, Tensor]:
         """The first `batch_size` examples of the validation split."""
-        size = self.task.settings.batch_size
-        return next(iter(data_loader(self.task, self.task.examples("val"), self.accelerator, 0, batch_size=size)))
+        return first_batch(self.task, self.task.examples("val"), self.accelerator)
 
     def steps(self, epochs: int, optimisation: Optimisation, own: State) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """The batches of several epochs, each with its epoch's number, for a phase that trains on one after another.

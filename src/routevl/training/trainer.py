@@ -29,10 +29,11 @@ from routevl.training.card import Card
 from routevl.training.checkpoint import Checkpoint, digests, refuse_other_names, training_state
 from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
+from routevl.training.flops import forward_flops
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
 from routevl.training.optimisation import compile_layers, optimisation_of, prepare_torch
-from routevl.training.order import data_loader, epoch_batches, lengths_of, share_of_padding, training_batches
+from routevl.training.order import data_loader, epoch_batches, first_batch, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
 
 LEAST_LEARNED = 0.001  # of a constant answer's value
@@ -225,6 +226,11 @@ class Trainer:
         epochs = (epoch_batches(self.task, self.examples, epoch) for epoch in range(self.settings.epochs))
         return round(statistics.fmean(share_of_padding(lengths, batches) for batches in epochs), 4)
 
+    def _forward_flops(self) -> int:
+        """FLOPs of a forward pass for each of the first `batch_size` examples of the validation split, with their padding."""
+        batch = first_batch(self.task, self.validation, self.accelerator)
+        return round(forward_flops(self.model, batch) / min(self.settings.batch_size, len(self.validation)))
+
     # -- the state
 
     def _save(self) -> None:
@@ -258,6 +264,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             self._restore_best()
             return
+        # now: the pass that counts FLOPs would raise the peak of memory
+        timing = self.clock.summary() | {"processes": self.accelerator.num_processes, "padding": self._padding()}
         counts = model.trainable_params_by_part()
         with atomic_folder(folder, "run.json") as temporary:
             model.save(temporary / "last")
@@ -281,13 +289,13 @@ class Trainer:
                 "trainable_params_by_part": counts,
                 "total_params": sum(parameter.numel() for parameter in model.parameters()),
                 "text_model_params": self.task.text_model_params,
+                "forward_flops": self._forward_flops(),
             }
             write_json(temporary / "run.json", record)
             examples = {"train": len(self.examples), "val": len(self.validation), "test": len(self.to_predict)}
             card = Card(record, self.arguments, examples, model.text_model)
             card.write(temporary)
             card.write(temporary / "last", self.history[-1])
-            timing = self.clock.summary() | {"processes": self.accelerator.num_processes, "padding": self._padding()}
             write_json(temporary / "timing.json", timing)
 
     def load_model(self, folder: Path) -> bool:
