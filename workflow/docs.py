@@ -200,8 +200,7 @@ def methods() -> str:
 
 def published() -> str:
     """The published figures of the methods that have some, a line for each."""
-    figures = read_published(PROJECT / "config/published.csv")
-    names = {row.published: name for name, row in METHODS.items() if row.published}
+    figures, names = read_published(PROJECT / "config/published.csv"), _named_there()
     figures = figures[figures["method"].isin(names)]
     metrics = list(dict.fromkeys(figures["metric"]))
     rows = []
@@ -209,6 +208,26 @@ def published() -> str:
         values = {row.metric: f"{row.value:g}" + (f" ± {row.std:g}" if row.std == row.std else "") for row in group.itertuples()}
         rows.append((code(names[of]), of, f"{source}, {setting}", *(values.get(metric, "") for metric in metrics)))
     return table(("method", "there", "source and setting", *(metric.replace("_", " ") for metric in metrics)), rows)
+
+
+def published_elsewhere() -> str:
+    """The other published figures, which are of other settings, a line for each system and setting."""
+    figures = read_published(PROJECT / "config/published.csv")
+    figures = figures[~figures["method"].isin(_named_there())]
+    rows = []
+    for (method, setting, source), group in figures.groupby(["method", "setting", "source"], sort=False):
+        values = [
+            f"{row.metric.replace('_', ' ')} {row.value:g}" + (f" ({row.note})" if row.note else "")
+            for row in group.itertuples()
+            if row.value == row.value
+        ]
+        rows.append((method, setting, source, "; ".join(values)))
+    return table(("system", "setting", "source", "figures"), rows)
+
+
+def _named_there() -> dict[str, str]:
+    """What a method is called among the published figures -> its name in the list of methods."""
+    return {row.published: name for name, row in METHODS.items() if row.published}
 
 
 def options() -> str:
@@ -267,7 +286,8 @@ PARTS: Parts = {
         "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
     },
     "docs/METHODS.md": {
-        "methods": methods, "published": published, "options": options, "config-fields": config_fields,
+        "methods": methods, "published": published, "published-elsewhere": published_elsewhere,
+        "options": options, "config-fields": config_fields,
     },
 }  # fmt: skip
 PARTS_OF_MODELS: Parts = {"docs/COMPATIBILITY.md": {"text-models": text_models, "vision-models": vision_models}}
