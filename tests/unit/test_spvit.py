@@ -350,7 +350,7 @@ def test_a_derived_folder_gives_the_tokens_that_the_fine_tuned_model_gave_and_is
 
 @pytest.fixture
 def handlers_kept() -> Iterator[None]:
-    """A stage that was told to stop leaves no handlers, as its process ends."""
+    """A stage that ends by an exception leaves its handlers of stop signals to the end of its process."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
@@ -408,7 +408,9 @@ def test_a_split_without_images_is_named(small_world: SmallWorld, tmp_path: Path
         run_stage("derive-backbone", "--by", "spvit", *paths, "--output", tmp_path / "derived")
 
 
-def test_a_loss_that_is_no_number_and_wrong_options_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_and_wrong_options_are_named(
+    small_world: SmallWorld, tmp_path: Path, handlers_kept: None
+) -> None:
     with pytest.raises(RoutevlError, match="spvit: the loss of the search is nan: set a lower learning_rate"):
         derive(small_world, tmp_path / "derived", learning_rate=1e30)
     for option, message in (
