@@ -22,7 +22,6 @@ from typing import Any
 import yaml
 
 from routevl.backbones.derivations import DERIVATIONS
-from routevl.features.index import TOKENS
 from routevl.files import atomic_file
 from routevl.methods.table import METHODS, method_class, method_records
 from routevl.options import describe, text_of, words_of
@@ -273,9 +272,9 @@ def text_models() -> str:
 
 def vision_models() -> str:
     """What the package reads of each family of vision models."""
-    from vision_models import rows  # beside this file; timm takes seconds to load
+    from vision_models import KINDS, rows  # beside this file; timm takes seconds to load
 
-    return table(("family", "library", "model", *TOKENS), rows())
+    return table(("family", "library", "model", *KINDS), rows())
 
 
 # ------------------------------------------------------------------------------------------- all of them

@@ -33,6 +33,8 @@ from transformers import (
     RobertaModel,
 )
 
+from routevl.backbones.co_attention import CoAttentionConfig, CoAttentionModel
+from routevl.backbones.derivations import DERIVATIONS, read_options
 from routevl.backbones.skeleton import no_weights
 from routevl.configuration import check_schema, read_configuration
 from routevl.data.datasets import read_datasets
@@ -186,7 +188,7 @@ class Plan:
         if kind == "pooled":
             return 1
         patches = self._shape("vision", vision, "patches")
-        return patches if kind == "patches" else min(patches, SIDE**2)
+        return {"patches": patches, "grid": min(patches, SIDE**2), "all": 1 + patches}[kind]
 
     def _training(self, experiment: Experiment) -> Cost:
         """The hours of all steps, of validation after each epoch, and of prediction; by what a step or an item took, else by the
@@ -223,11 +225,18 @@ class Plan:
         weights = 2 * BYTES * self._trainable_params(experiment, settings)  # the best epoch's and the last's
         return Cost(hours=hours, disk=weights)
 
+    def _joins(self, name: str) -> Any:
+        """The options of a text backbone's derivation that joins a vision model to it; None where it has none."""
+        entry = self.config["backbones"]["text"][name].get("derive")
+        if entry is None or not DERIVATIONS[entry["by"]].joins:
+            return None
+        return read_options(entry["by"], entry.get("options", {}), f"configuration: backbones.text.{name}.derive")
+
     def _trainable_params(self, experiment: Experiment, settings: RunSettings) -> float:
         """Counted on a model of the backbone's shape that has no memory."""
         layers, width = (self._shape("text", experiment.text_backbone, key) for key in ("layers", "width"))
-        method = settings.new_method()
-        sees_image = settings.prefix or method.uses_image
+        method, joins = settings.new_method(), self._joins(experiment.text_backbone)
+        sees_image = method.uses_image or (settings.prefix and joins is None)  # beside the text, not in a stream of its own
         visual_width = self._shape("vision", experiment.vision_backbone, "width") if sees_image else width
         if math.isnan(layers + width + visual_width):
             return math.nan
@@ -236,13 +245,17 @@ class Plan:
         if key not in self.trained:
             with no_weights():
                 model = _text_model(TASKS[experiment.task].text_model, layers, width)
+                if joins is not None:
+                    model = _two_streams(model, self._shape("vision", experiment.vision_backbone, "width"), joins)
+                    width = model.config.hidden_size
                 norms = [] if settings.freeze_layer_norm else layer_norms(model)
                 budget = method.budget(model)
                 if budget is None:
                     model = method.build(model.requires_grad_(False), AnyScore(), norms)
                 projects = visual_width != width and method.visual_projection(model, visual_width) is None
                 embedding = VisualEmbedding(visual_width, nn.Embedding(1, width).requires_grad_(False))
-            task = 2 * width**2 + 2 * width * ANSWERS if experiment.task == "vqa" else 0
+            read = width if joins is None else 2 * width
+            task = 2 * width * read + 2 * width * ANSWERS if experiment.task == "vqa" else 0
             if experiment.task == "multitask":
                 task += sum(p.numel() for p in embedding.parameters() if p.requires_grad) if sees_image else 0
             else:
@@ -250,6 +263,13 @@ class Plan:
             own = sum(p.numel() for p in model.parameters() if p.requires_grad) if budget is None else round(budget)
             self.trained[key] = task + own
         return self.trained[key]
+
+
+def _two_streams(model: PreTrainedModel, image_width: float, options: Any) -> PreTrainedModel:
+    """A model of two streams with a text encoder's shape."""
+    width = options.hidden_size or model.config.hidden_size
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": options.layers, "num_attention_heads": 1}
+    return CoAttentionModel(CoAttentionConfig(model.config, image_width=round(image_width), **sizes))
 
 
 def _text_model(kind: str, layers: int, width: int) -> PreTrainedModel:

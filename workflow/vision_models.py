@@ -16,8 +16,8 @@ import timm
 import transformers
 
 from routevl.backbones.vision import Tokens, vision_tokens
-from routevl.features.index import TOKENS
 
+KINDS = ("pooled", "patches", "grid")  # of tokens that the table has; there are all tokens where there are patches
 FLAT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 64,
         "patch_size": 16}  # fmt: skip
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 32,
@@ -176,7 +176,7 @@ def rows(families: Iterable[Timm | Transformers] = FAMILIES) -> Iterator[tuple[s
         with tempfile.TemporaryDirectory() as folder:
             of.write_config(Path(folder))
             tokens = vision_tokens(folder)
-        yield of.family, of.library, f"`{of.model}`", *(_text(tokens, kind) for kind in TOKENS)
+        yield of.family, of.library, f"`{of.model}`", *(_text(tokens, kind) for kind in KINDS)
 
 
 def _text(tokens: Tokens, kind: str) -> str:

@@ -20,7 +20,7 @@ class LiveVision:
     Args:
         folder: the vision model's, which the method adapts.
         data: prepared data, whose splits list the images.
-        tokens: "pooled", "patches" or "grid".
+        tokens: one of TOKENS.
 
     Raises:
         RoutevlError: as `load_vision_backbone`; the model gives no such tokens; a bad list of images.

@@ -16,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from routevl.backbones.derivations import DERIVATIONS
 from routevl.errors import RoutevlError
 from routevl.features.index import TOKENS
 from routevl.files import atomic_file, read_json
@@ -320,7 +321,7 @@ def model_type(backbones: Mapping[str, Any], name: str) -> str | None:
     """The transformers model type of a text backbone, as far as the configuration and the disk tell before anything runs."""
     entry = backbones[name]
     if "derive" in entry:
-        return model_type(backbones, entry["derive"]["from"])
+        return DERIVATIONS[entry["derive"]["by"]].model_type or model_type(backbones, entry["derive"]["from"])
     if "pretrain" in entry:
         return entry["pretrain"]["architecture"]
     path = Path(entry["path"]) / "config.json"

@@ -239,10 +239,10 @@ def test_fetching_brings_the_card_with_the_licence(
 def test_transformers_vit_uses_its_pooler(folders: dict[str, Path]) -> None:
     backbone = load_vision_backbone(folders["vit"])
     pixels = torch.randn(2, 3, 32, 32)
-    pooled, patches, grid = backbone.encode(pixels, TOKENS).values()
+    pooled, patches, grid, whole = backbone.encode(pixels, TOKENS).values()
     output = ViTModel.from_pretrained(folders["vit"])(pixel_values=pixels)
     assert torch.equal(pooled, output.pooler_output) and torch.equal(patches, output.last_hidden_state[:, 1:])
-    assert torch.equal(grid, patches)
+    assert torch.equal(grid, patches) and torch.equal(whole, output.last_hidden_state)
     assert pooled.shape == (2, 16) and (backbone.tokens.shape("pooled"), backbone.tokens.shape("patches")) == ((1, 16), (16, 16))
     assert pooled.abs().max() <= 1  # tanh
 
@@ -259,7 +259,8 @@ def test_timm_and_clip_folders(folders: dict[str, Path]) -> None:
         backbone = load_vision_backbone(folders[name])
         pixels = backbone.transform(Image.new("RGB", (100, 60), "red"))
         assert pixels.shape == (3, size, size) and pixels.dtype == torch.float32
-        pooled, tokens, _ = backbone.encode(pixels[None], TOKENS).values()
+        pooled, tokens, _, whole = backbone.encode(pixels[None], TOKENS).values()
+        assert torch.equal(whole[:, -patches:], tokens) and whole.shape[1] == 1 + patches
         assert pooled.shape == (1, 16) and tokens.shape == (1, patches, 16) and backbone.tokens.shape("patches") == (patches, 16)
     assert len({fingerprint_of(folder) for folder in folders.values()}) == len(folders)
 
@@ -335,11 +336,13 @@ def test_the_grid_of_patches_is_pooled_to_six_a_side(tmp_path: Path) -> None:
     """Where it is larger, as the maxima of parts that overlap, which torch's own pooling takes as well."""
     options = ("--architecture", "resnet", "--patch-size", "8", "--image-size", "72", "--images", "8")
     backbone = load_vision_backbone(pretrain(pretrain_vision, tmp_path / "resnet", *options))
-    _, patches, grid = backbone.encode(torch.randn(2, 3, 72, 72), TOKENS).values()
+    _, patches, grid, whole = backbone.encode(torch.randn(2, 3, 72, 72), TOKENS).values()
     rows = patches.transpose(1, 2).unflatten(2, (9, 9))
     assert backbone.tokens.shape("grid") == (36, 16)
     assert torch.equal(grid, torch.nn.functional.adaptive_max_pool2d(rows, 6).flatten(2).transpose(1, 2))
     assert grid[0, 1].equal(patches.unflatten(1, (9, 9))[0, 0:2, 1:3].amax((0, 1)))
+    assert torch.equal(whole[:, 1:], patches)  # there is no class token: their mean stands before them
+    torch.testing.assert_close(whole[:, 0], patches.mean(1))
 
 
 @pytest.mark.parametrize("side", [4, 7, 14, 17])

@@ -93,7 +93,7 @@ def make_features(folder: Path, backbone_folder: Path, shards: int = 2) -> Path:
 def test_stored_features_are_the_backbones_own(images: Path, backbone_folder: Path, backbone: VisionBackbone) -> None:
     folder = make_features(images, backbone_folder)
     stored = {tokens: Features(folder, tokens) for tokens in TOKENS}
-    assert (stored["pooled"].length, stored["patches"].length, stored["grid"].length, stored["pooled"].width) == (1, 4, 4, 16)
+    assert [(stored[tokens].length, stored[tokens].width) for tokens in TOKENS] == [(1, 16), (4, 16), (4, 16), (5, 16)]
     listed = read_image_lists([images / "train.json", images / "test.json"])
     assert len(listed) == len(stored["pooled"]) == 11
     for image in listed:
@@ -128,7 +128,7 @@ def test_each_kind_of_tokens_has_its_own_width(images: Path, narrow: Path) -> No
     folder = make_features(images, narrow)
     stored = {tokens: Features(folder, tokens) for tokens in TOKENS}
     assert {name: (of.length, of.width) for name, of in stored.items()} == {
-        "pooled": (1, 1024), "patches": (4, 288), "grid": (4, 288),
+        "pooled": (1, 1024), "patches": (4, 288), "grid": (4, 288), "all": (5, 288),
     }  # fmt: skip
     model = timm.create_model(f"local-dir:{narrow}", pretrained=True, num_classes=0).eval()
     transform = load_vision_backbone(narrow).transform
@@ -404,6 +404,7 @@ def test_index_and_reader_refuse_what_does_not_fit(images: Path, backbone_folder
     assert index["n"] == 11
     assert index["tokens"] == {
         "pooled": {"length": 1, "width": 16}, "patches": {"length": 4, "width": 16}, "grid": {"length": 4, "width": 16},
+        "all": {"length": 5, "width": 16},
     }  # fmt: skip
     assert [shard["file"] for shard in index["shards"]] == ["shard-0.safetensors", "shard-1.safetensors"]
     assert Features(folder, expected_fingerprint=backbone.fingerprint).fingerprint == backbone.fingerprint

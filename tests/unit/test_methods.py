@@ -361,7 +361,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     method, kind, options = case
     counts = build(method, kind, options).trainable_params_by_part()
     everything = sum(p.numel() for p in TEXT_MODELS[kind]().parameters())
-    if method == "full":
+    if method in ("full", "full_both"):
         assert counts["method"] == everything - NORMS[kind]
     elif method == "gradient_norm":  # a budget, filled as far as whole tensors allow
         assert 0 < counts["method"] <= options["share"] * (everything - NORMS[kind])
@@ -370,7 +370,7 @@ def test_parameters_are_counted_as_by_hand(case: tuple[str, str, dict[str, Any]]
     assert counts["layer_norm"] == norms_by_hand(method, kind)
     without = build(method, kind, options, norms=False).trainable_params_by_part()
     assert without["method"] + without["layer_norm"] - counts["method"] == {
-        "ln_tuning": NORMS[kind], "full": NORMS[kind], "bitfit": NORMS[kind] // 2,
+        "ln_tuning": NORMS[kind], "full": NORMS[kind], "full_both": NORMS[kind], "bitfit": NORMS[kind] // 2,
     }.get(method, without["method"] - counts["method"])  # fmt: skip
 
 

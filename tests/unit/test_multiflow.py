@@ -189,7 +189,7 @@ def test_data_that_are_missing_or_too_much_are_named(small_world: SmallWorld, tm
         derive(source, tmp_path / "derived", "--data", small_world.data, by="magnitude")
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "captions.json").write_text('{"annotations": []}')
-    with pytest.raises(RoutevlError, match=r"captions\.json: no captions, so nothing to calibrate with; set .* option pairs"):
+    with pytest.raises(RoutevlError, match=r"captions\.json: no captions, so nothing to run the model on; .* option pairs"):
         derive(source, tmp_path / "derived", "--data", tmp_path / "data")
     assert not (tmp_path / "derived").exists()
 

@@ -155,7 +155,7 @@ def test_features_take_the_disk_of_their_tokens(config: dict[str, Any]) -> None:
     import plan
 
     for tokens, patches, count in (
-        (["pooled"], 49, 1), (["grid"], 49, 36), (["grid"], 9, 9), (["pooled", "patches", "grid"], 9, 19),
+        (["pooled"], 49, 1), (["grid"], 49, 36), (["grid"], 9, 9), (["pooled", "patches", "grid", "all"], 9, 29),
     ):  # fmt: skip
         features = config["features"] | {"tokens": tokens}
         sizes = PLAN | {"vision": {"vit": PLAN["vision"]["vit"] | {"patches": patches}}}

@@ -168,11 +168,15 @@ def keep_signals(model: nn.Module, size: tuple[int, ...]) -> None:
 def test_tokens_are_those_of_the_models_own_forward_pass(of: Timm | Transformers, folder: Path) -> None:
     backbone, given = load_vision_backbone(folder), vision_tokens(folder)
     expected = (of_timm if isinstance(of, Timm) else of_transformers)(of, folder, size_of(backbone))
+    pixels = pixels_of(size_of(backbone))
     if "patches" in expected:
         expected["grid"] = pooled_by_torch(expected["patches"])
+        with torch.inference_mode():
+            before = backbone.encode(pixels, ["all"])["all"][:, : -expected["patches"].shape[1]]
+        assert before.shape[1] >= 1  # which tokens these are, test_backbones.py asks
+        expected["all"] = torch.cat([before, expected["patches"]], dim=1)
     assert (backbone.tokens.shapes, backbone.tokens.refused) == (given.shapes, given.refused)
     assert given.shapes.keys() == expected.keys() and given.refused.keys() == set(TOKENS) - expected.keys()
-    pixels = pixels_of(size_of(backbone))
     with torch.inference_mode():
         encoded = backbone.encode(pixels, expected)
     for kind, tokens in encoded.items():

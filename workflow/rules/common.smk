@@ -225,9 +225,11 @@ def derivation_of(wildcards):
 
 
 def derived_from(wildcards):
-    """What a derived backbone is made of: another one, and the data where the derivation calibrates."""
+    """What a derived backbone is made of: another one, the data where the derivation calibrates, a vision model that it joins."""
+    entry = BACKBONES[wildcards.derived]["derive"]
     data = {"data": f"{R}/data"} if derivation_of(wildcards).calibrates else {}
-    return {"source": backbone(BACKBONES[wildcards.derived]["derive"]["from"]), **data}
+    joined = {"vision_backbone": backbone(entry["with"])} if "with" in entry else {}
+    return {"source": backbone(entry["from"]), **data, **joined}
 
 
 def derived_with(wildcards):

@@ -66,6 +66,21 @@ class SpvitOptions:
 
 
 @dataclass(frozen=True)
+class CoAttentionOptions:
+    """Options of a model of two streams that attend to each other."""
+
+    layers: int = option("layers in which each stream attends to the other", 6, least=1)
+    heads: int = option("attention heads of these layers", 12, least=1)
+    hidden_size: int | None = option("their width, a multiple of the heads; `none`: the text model's", None, least=1)
+    dropout: float = option("dropout in these layers", 0.1, least=0, below=1)
+    epochs: int = option("passes over the pairs in pretraining; with 0 the layers stay as they are drawn", 10, least=0)
+    examples: int = option("pairs of the training split's captions to learn from, or all if it has fewer", 20000, least=1)
+    batch_size: int = option("pairs per optimiser step", 32, least=2)
+    learning_rate: float = option("highest learning rate of the one-cycle schedule", 0.001, above=0)
+    seed: int = option("seed of the first weights, and of the order and the masks of pretraining", 0, least=0, below=2**32)
+
+
+@dataclass(frozen=True)
 class Derivation:
     """One way of deriving a backbone.
 
@@ -76,6 +91,9 @@ class Derivation:
         prunes: whether weights become zero, which training then leaves at zero.
         calibrates: whether the function also gets prepared data, whose training split it runs the model on.
         trains: whether it trains, so that it also gets a `routevl.backbones.derive.Execution`, and resumes.
+        joins: whether it also gets the folder of a vision model, whose tokens the new model reads; its module then has
+            `write_untrained`, which writes all but the weights.
+        model_type: transformers' type of the new model, where that is not its source's.
         differs: in what it is not its source's.
     """
 
@@ -86,6 +104,8 @@ class Derivation:
     prunes: bool = False
     calibrates: bool = False
     trains: bool = False
+    joins: bool = False
+    model_type: str = ""
     differs: str = ""
 
 
@@ -106,6 +126,12 @@ DERIVATIONS = {
         "augmentation; the aim and the penalty are of the share of multiply-adds; a layer with nothing adds nothing, where the "
         "source's fine-tuning adds its normed input; the mixed and normed convolutions are stored as plain ones",
     ),
+    "co_attention": Derivation(
+        "METER: two streams that attend to each other", "Dou et al., 2022 (arXiv 2111.02387)", "pretrain_co_attention:derive",
+        CoAttentionOptions, calibrates=True, joins=True, model_type="co_attention",
+        differs="pretrained on the captions of the own training split alone, in place of four million pairs; the vision model "
+        "stays frozen; one learning rate for all that is trained",
+    ),
     "crop": Derivation("A vision model of timm with another crop", "timm (create_transform)", "crop:crop", CropOptions),
 }  # fmt: skip
 
@@ -115,6 +141,13 @@ def read_options(by: str, values: Mapping[str, Any], where: str) -> Any:
     if by not in DERIVATIONS:
         raise RoutevlError(f"{where}: by {by!r} is not a derivation: choose one of {', '.join(DERIVATIONS)}")
     return read(DERIVATIONS[by].options, values, f"{where}: {by}")
+
+
+def check_joined(by: str, joined: object, name: str) -> None:
+    """Raise RoutevlError where a derivation joins a vision model and the key or option `name` gives none, or the reverse."""
+    if DERIVATIONS[by].joins != (joined is not None):
+        needs = "is missing: the vision backbone whose images it reads" if DERIVATIONS[by].joins else "is given: drop it"
+        raise RoutevlError(f"{name} {needs} ({by})")
 
 
 def check_backbones(backbones: Mapping[str, Mapping[str, Any]]) -> None:
@@ -128,7 +161,12 @@ def check_backbones(backbones: Mapping[str, Mapping[str, Any]]) -> None:
             if "derive" not in entry:
                 continue
             where = f"configuration: backbones.{modality}.{name}.derive"
-            read_options(entry["derive"]["by"], entry["derive"].get("options", {}), where)
+            by, joined = entry["derive"]["by"], entry["derive"].get("with")
+            read_options(by, entry["derive"].get("options", {}), where)
+            check_joined(by, joined, f"{where}: with")
+            if joined is not None and (modality != "text" or joined not in backbones["vision"]):
+                of = "is none of backbones.vision" if modality == "text" else "is for a text backbone"
+                raise RoutevlError(f"{where}: with {joined!r} {of}")
             seen, source = [name], entry["derive"]["from"]
             while source in entries and "derive" in entries[source] and source not in seen:
                 seen.append(source)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from routevl.backbones.derivations import DERIVATIONS, read_options
+from routevl.backbones.derivations import DERIVATIONS, check_joined, read_options
 from routevl.backbones.folder import DERIVED, check_folder, fingerprint_of, origin_of
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, write_json
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", required=True, help=f"how: {', '.join(DERIVATIONS)}")
     parser.add_argument("--source", required=True, metavar="FOLDER", help="the backbone that it is made of")
     parser.add_argument("--data", metavar="FOLDER", help="prepared data (routevl prepare), for a derivation that calibrates")
+    parser.add_argument("--vision-backbone", metavar="FOLDER", help="another one, for a derivation that joins it to the source")
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", help="state of an unfinished derivation that trains; resumed from when there"
     )
@@ -53,14 +54,17 @@ def run(arguments: argparse.Namespace) -> None:
     of a source that is from the hub, or derived itself, also where that comes from (`Origin`).
 
     Raises:
-        RoutevlError: not a backbone, an unknown derivation, or a wrong option; data or a checkpoint that are missing or too much.
+        RoutevlError: not a backbone, an unknown derivation, or a wrong option; data, a vision backbone or a
+            checkpoint that are missing or too much.
         SystemExit: with `exit_status`, after a stop signal, where the derivation trains; the checkpoint is then on disk.
     """
     options = read_options(arguments.by, read_words(arguments.options, "--options"), "--options")
     source, row = check_folder(arguments.source), DERIVATIONS[arguments.by]
     data = _needed(arguments, "data", row.calibrates, ("calibrates with prepared data", "reads no data"))
     checkpoint = _needed(arguments, "checkpoint", row.trains, ("trains", "does not train"))
+    check_joined(arguments.by, arguments.vision_backbone, "--vision-backbone")
     more: list[Any] = [Path(data)] if row.calibrates else []
+    more += [check_folder(arguments.vision_backbone)] if row.joins else []
     with ExitStack() as stack:
         if row.trains:
             from accelerate import PartialState

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -24,11 +23,9 @@ from transformers import AutoTokenizer
 from routevl.backbones.derivations import MultiflowOptions
 from routevl.backbones.from_transformers import of_the_folder
 from routevl.backbones.matrices import turned
+from routevl.backbones.pairs import pairs_of
 from routevl.backbones.pruning import prunable, pruned_copy, smallest
 from routevl.backbones.vision import vision_folder
-from routevl.data.coco import read_captions
-from routevl.data.vqav2 import read_questions
-from routevl.errors import RoutevlError
 from routevl.features.images import read_image_lists, read_images
 
 BATCH_SIZE = 32  # which changes no result but in the last bits
@@ -51,7 +48,7 @@ def prune(source: Path, options: MultiflowOptions, output: Path, data: Path) -> 
         RoutevlError: the training split has no such pairs, or unreadable images; config.json does not say which class of
             transformers the weights are of.
     """
-    pairs = _pairs(data, options)
+    pairs = pairs_of(data / "train" / f"{options.pairs}.json", options.examples, options.seed)
     found = pruned_copy(source, output, partial(_prune, source=source, data=data, pairs=pairs, sparsity=options.sparsity))
     return {"pairs": len(pairs), **found}
 
@@ -73,19 +70,6 @@ def _prune(model: nn.Module, source: Path, data: Path, pairs: list[tuple[int, st
 
 
 # ------------------------------------------------------------------------------------------- calibration
-
-
-def _pairs(data: Path, options: MultiflowOptions) -> list[tuple[int, str]]:
-    """Image id and text of the pairs to calibrate with, in the order of the training split."""
-    path = data / "train" / f"{options.pairs}.json"
-    if options.pairs == "captions":
-        pairs = [(caption["image_id"], caption["caption"]) for caption in read_captions(path)["annotations"]]
-    else:
-        pairs = [(question["image_id"], question["question"]) for question in read_questions(path)]
-    if not pairs:
-        raise RoutevlError(f"{path}: no {options.pairs}, so nothing to calibrate with; set the derivation's option pairs")
-    chosen = numpy.random.default_rng(options.seed).permutation(len(pairs))[: options.examples]
-    return [pairs[place] for place in sorted(chosen)]
 
 
 def _calibration(

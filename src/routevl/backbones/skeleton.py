@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from routevl.backbones.co_attention import has_image_stream
+
 LINEAR = (nn.Linear, Conv1D)
 LARGEST = 1e9  # parameters of a model that is run on random weights: 4 GB
 
@@ -51,8 +53,11 @@ def widths_of(module: nn.Module) -> tuple[int, int]:
     return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
 
 
-def stacks_of(text_model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """Name -> what runs through one list of layers: encoder and decoder, or the model without its head."""
+def stacks_of(text_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> what runs through one list of layers: encoder and decoder, two streams that attend to each other, or the model
+    without its head."""
+    if has_image_stream(text_model):
+        return text_model.streams
     both = text_model.config.is_encoder_decoder
     stacks = (text_model.get_encoder(), text_model.get_decoder()) if both else (text_model.base_model,)
     names = {module: name for name, module in text_model.named_modules()}
@@ -65,7 +70,7 @@ def layers_of(stack: nn.Module) -> nn.ModuleList:
 
 
 def layers_in(text_model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers of a text model by name, in order: an encoder's, then a decoder's."""
+    """The layers of a text model by name, in order: an encoder's, then a decoder's; or one stream's, then the other's."""
     names = {module: name for name, module in text_model.named_modules()}
     return {names[layer]: layer for stack in stacks_of(text_model).values() for layer in layers_of(stack)}
 

@@ -31,12 +31,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from routevl.backbones.co_attention import has_image_stream
 from routevl.backbones.skeleton import LINEAR, base_of, ready_to_run, replaced, widths_of
 from routevl.errors import RoutevlError
 
 QUERY, KEY, VALUE = "query", "key", "value"
 BATCH = 2
-LENGTHS = ((1, 1), (2, 3))  # positions of the text, and of what an encoder has read
+LENGTHS = ((1, 1), (2, 3))  # positions of the text, and of what an encoder has read, or of an image
 NEGLIGIBLE = 1e-3  # of the largest gradient: rounding, where the true one is zero
 NAME_THEM = "name the modules to adapt: `target_modules` of the text backbone in the configuration, or of the peft config"
 
@@ -58,9 +59,9 @@ class Structure:
         roles: name of a module that computes queries, keys or values -> which of them.
         fused: name of a module that computes more than one of them -> how.
         attention_outputs: output projections of attention over the text itself.
-        cross_attention_outputs: of attention over what an encoder has read.
+        cross_attention_outputs: of attention over what an encoder has read, or of one stream over another.
         cross_attention_values: the modules that compute its values.
-        cross_attention_inputs: the modules that read what an encoder has read: these, and those that compute its keys.
+        cross_attention_inputs: the modules that read this: these, and those that compute its keys.
         feed_forward_outputs: the last module of each layer's feed-forward part.
         sub_layer_inputs: name of one of these outputs -> the last module before it that has read what the output is added to;
             only where there is one.
@@ -193,6 +194,9 @@ def _run(
         return torch.randn(BATCH, length, width, generator=generator).to(device)
 
     inputs = {"inputs_embeds": embeddings(length)}
+    if has_image_stream(model):
+        image = torch.randn(BATCH, encoder_length, model.config.image_width, generator=generator)
+        inputs["image_embeds"] = image.to(device)
     if model.config.is_encoder_decoder:
         inputs = {"inputs_embeds": embeddings(encoder_length), "decoder_inputs_embeds": embeddings(length)}
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from routevl.backbones.co_attention import CoAttentionConfig
 from routevl.backbones.folder import check_folder, origin_of, public_name
 from routevl.backbones.from_transformers import check_complete, load_transformers, of_the_folder, transformers_config
 from routevl.backbones.skeleton import no_weights
@@ -38,8 +39,9 @@ def load_text_backbone(path: str | Path, kind: str) -> tuple[PreTrainedModel, Pr
 
     Args:
         path: its folder.
-        kind: "encoder" loads a bidirectional encoder without pooling layer (RoBERTa ships no weights for it);
-            "decoder" loads a causal language model; "encoder-decoder" one with an encoder before it.
+        kind: "encoder" loads a bidirectional encoder without pooling layer (RoBERTa ships no weights for it), or a model of two
+            streams (`routevl.backbones.co_attention`); "decoder" loads a causal language model; "encoder-decoder" one with an
+            encoder before it.
 
     Raises:
         RoutevlError: as `check_folder`; the folder cannot be read, lacks weights, or is the wrong kind of model.
@@ -81,6 +83,7 @@ def _kind_of(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "encoder-decoder" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
     # RoBERTa also has a causal class: what counts is whether its configuration makes it a decoder.
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING or isinstance(config, CoAttentionConfig)
+    if bidirectional and not getattr(config, "is_decoder", False):
         return "encoder"
     return "decoder" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None

@@ -31,7 +31,8 @@ class Tokens:
 
     Attributes:
         folder: the model's.
-        shapes: kind -> length and width; (1, d) for "pooled", (L, d') for "patches", (36 at most, d') for "grid".
+        shapes: kind -> length and width; (1, d) for "pooled", (L, d') for "patches", (36 at most, d') for "grid", (1 + L or more,
+            d') for "all".
         refused: why the model gives no tokens of the other kinds.
         layout: where the patches stand in its hidden states, if it gives any.
     """
@@ -70,11 +71,13 @@ class VisionBackbone:
     tokens: Tokens
 
     def encode(self, pixels: Tensor, kinds: Iterable[str]) -> dict[str, Tensor]:
-        """Pixels (B, 3, H, W) -> of each kind asked for, "pooled" (B, d), "patches" (B, L, d') or "grid" (B, 36 at most, d').
+        """Pixels (B, 3, H, W) -> of each kind asked for, "pooled" (B, d), "patches" (B, L, d'), "grid" (B, 36 at most, d') or
+        "all" (B, 1 + L or more, d').
 
         The pooled token is the model's own: transformers' `pooler_output` (ViT: dense + tanh on [CLS], the
         paper's choice) where its weights are there, else the normalised [CLS]; for timm what its head reads. The
-        grid is that of the patches, max-pooled to 6 x 6 where it is larger.
+        grid is that of the patches, max-pooled to 6 x 6 where it is larger. All tokens are those of the last hidden states as
+        they stand there, the class token first; of a model without one the mean of the patches stands before them.
 
         Raises:
             RoutevlError: a kind that the model does not give, or gives in another shape than `tokens` says.
@@ -152,8 +155,10 @@ def _tokens_of_twin(source: VisionFolder) -> Tokens:
             try:
                 if kind == "patches":
                     layout = source.layout(twin, output, pixels)
+                if kind in ("grid", "all") and "patches" not in shapes:
+                    raise Unreadable("it gives no patches")
                 if kind == "grid":
-                    _check_square(size, shapes)
+                    _check_square(size)
                 tokens = _tokens_of(source, twin, output, kind, layout)
                 if tokens.dim() != (2 if kind == "pooled" else 3) or len(tokens) != len(pixels):
                     raise Unreadable(f"they are {shape_text(tokens)}")
@@ -183,22 +188,22 @@ def _size_of_images(source: VisionFolder, model: nn.Module) -> tuple[int, ...]:
     return sizes[0]
 
 
-def _check_square(size: tuple[int, ...], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise Unreadable where images (3, H, W) are not square, or have no patches."""
-    if "patches" not in shapes:
-        raise Unreadable("it gives no patches")
+def _check_square(size: tuple[int, ...]) -> None:
+    """Raise Unreadable where images (3, H, W) are not square."""
     if size[1] != size[2]:
         raise Unreadable(f"its images have {size[1]} x {size[2]} pixels, so that their patches are no square grid")
 
 
 def _tokens_of(source: VisionFolder, model: nn.Module, output: Any, kind: str, layout: Layout | None) -> Tensor:
-    """Pooled (B, d), patches (B, L, d) or their grid (B, 36 at most, d) from a model's output."""
+    """Pooled (B, d), patches (B, L, d), their grid (B, 36 at most, d) or all tokens (B, 1 + L or more, d) of a model's output."""
     if kind == "pooled":
         return source.pooled(model, output)
+    if kind == "all":
+        return layout.whole(source.hidden_states(output))
     patches = layout.patches(source.hidden_states(output))
     return pooled_grid(patches) if kind == "grid" else patches
 
 
 def _length_and_width(tokens: Tensor) -> tuple[int, int]:
-    """Of pooled (B, d), or patches or a grid (B, L, d)."""
+    """Of pooled (B, d), or other tokens (B, L, d)."""
     return (1, *tokens.shape[1:]) if tokens.dim() == 2 else tuple(tokens.shape[1:])

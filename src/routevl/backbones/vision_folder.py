@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from timm.layers import Format
 from torch import Tensor, nn
@@ -36,6 +37,12 @@ class Layout:
         if self.format is Format.NHWC:
             return hidden_states.flatten(1, 2)
         return hidden_states.flatten(2).transpose(1, 2)
+
+    def whole(self, hidden_states: Tensor) -> Tensor:
+        """All tokens (B, before + L, d), the class token first; where none stands before the patches, their mean does."""
+        patches = self.patches(hidden_states)
+        first = hidden_states[:, : self.before] if self.before else patches.mean(dim=1, keepdim=True)
+        return torch.cat([first, patches], dim=1)
 
 
 class VisionFolder(ABC):

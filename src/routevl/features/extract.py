@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Encode one shard's images and write them as one safetensors file, whole or not at all.
 
-    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d), `patches` (n, L, d') and `grid` (n, 36 at most, d'),
-    float32.
+    The file holds `image_ids` (n,) int64 and, as asked, `pooled` (n, d), `patches` (n, L, d'), `grid` (n, 36 at most, d') and
+    `all` (n, 1 + L or more, d'), float32.
     Finished chunks are kept beside it in `<output>.partial` until it is complete: an interrupted extraction resumes from them.
 
     Raises:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from routevl.errors import RoutevlError
 from routevl.files import sha256_of, write_json
 
-# What can be stored of an image: one token, all patches, or a square grid of them, of 6 x 6 where it has more.
-TOKENS = ("pooled", "patches", "grid")
+# What can be stored of an image: one token, all patches, a square grid of them, of 6 x 6 where it has more, or the patches behind
+# the class token.
+TOKENS = ("pooled", "patches", "grid", "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

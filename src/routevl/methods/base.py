@@ -105,7 +105,8 @@ class Method:
                 them, with a prefix, image_positions (B, P + L_t) bool, true at these; task_id (B,) int64 where the run's task is
                 of several; and visual_mask (B, L_v) bool where some of `visual` is not real.
             visual: the tokens of the image, or of its `stand_in`: (B, L_v, d), or as wide as the vision model gives them where
-                the built model projects them itself; None where the run is blind.
+                the built model projects them itself; None where the run is blind, or the image is in a stream of the text model's
+                alone.
         """
         return {}
 

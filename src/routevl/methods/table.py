@@ -132,7 +132,8 @@ METHODS = {
     ),
     "das": MethodRow(
         "DAS", "adapter", _DAS, "das:DAS",
-        differs="layers of any text model in place of METER's fusion layers, and no vector in the place of the first position",
+        differs="layers of any text model, of METER those of both streams; no vector in the place of the first position, and "
+        "poolers and type embeddings stay frozen",
     ),
     "peft_lora": MethodRow("LoRA (peft)", "low-rank", _HU, "from_peft:Lora", differs=_PEFT),
     "lora_bias": MethodRow("LoRA + biases", "low-rank", _HU, "from_peft:Lora", {"bias": "all"}, differs=_PEFT),
@@ -185,6 +186,10 @@ METHODS = {
     ),
     "full": MethodRow(
         "Full fine-tuning", "full", "all parameters of the text model", "selective:Full", published="Full fine-tuning"
+    ),
+    "full_both": MethodRow(
+        "Full fine-tuning (both models)", "full", "all parameters of text and vision model", "selective:FullBoth",
+        differs="the vision model has no dropout, as where features are stored",
     ),
 }  # fmt: skip
 

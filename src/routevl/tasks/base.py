@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from routevl.backbones.co_attention import has_image_stream
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.methods.base import Method, layer_norms, load_tensors, save_tensors
@@ -29,6 +30,9 @@ TASK_WEIGHTS = "task.safetensors"  # beside the method's: the head, the visual p
 class VisionLanguageModel(nn.Module):
     """A text model fine-tuned by a method, which sees the image by the method, by a visual prefix, by both or not at all.
 
+    A model that has a stream of its own for an image's tokens (`routevl.backbones.co_attention`) reads them there, as the vision
+    model gives them, in the prefix's place.
+
     Attributes:
         routed_tokens: which of an image's tokens a method reads that does not say so itself, "all" or their "mean".
 
@@ -40,10 +44,10 @@ class VisionLanguageModel(nn.Module):
         visual: where the image comes from; where its width is not d, one trainable linear layer brings it to d, for the prefix
             and for the method alike: the method's own where it has one, so that its adapter can be used without this class. Where
             the text model's embeddings have another width d_e than its hidden states, the prefix has a layer of its own.
-        prefix: put the visual tokens before the text's embeddings.
+        prefix: put the visual tokens before the text's embeddings, or into the image's stream.
 
     Raises:
-        RoutevlError: `prepared` is of another text model.
+        RoutevlError: `prepared` is of another text model; the visual tokens have not the width of the image's stream.
     """
 
     routed_tokens = "all"
@@ -59,8 +63,15 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = method
-        self.prefix = prefix
-        self.sees_image = prefix or method.uses_image
+        self.two_streams = has_image_stream(text_model)
+        self.image_stream, self.prefix = prefix and self.two_streams, prefix and not self.two_streams
+        if self.image_stream and text_model.config.image_width != visual.width:
+            raise RoutevlError(
+                f"the text backbone's image stream reads tokens of width {text_model.config.image_width}, and the vision "
+                f"backbone gives {visual.width}: derive it with this vision backbone (backbones.text.<name>.derive.with)"
+            )
+        self.read_beside = self.prefix or method.uses_image  # not, or not only, in a stream of its own
+        self.sees_image = self.read_beside or self.image_stream
         self.width = text_model.config.hidden_size
         self.vision = visual.encoder
         try:
@@ -77,7 +88,7 @@ class VisionLanguageModel(nn.Module):
         embedding_width = self.text_model.get_input_embeddings().weight.shape[1]
         width = self.width if self.method.uses_image else embedding_width
         self.method_projects = own is not None
-        self.visual_projection = own or _linear(visual_width, width if self.sees_image else visual_width)
+        self.visual_projection = own or _linear(visual_width, width if self.read_beside else visual_width)
         shared = (own.out_features if own else width) == embedding_width
         self.prefix_projection = None if shared or not self.prefix else _linear(visual_width, embedding_width)
 
@@ -105,10 +116,14 @@ class VisionLanguageModel(nn.Module):
         Shapes: input_ids and attention_mask (B, L_t) int64; image as the visual source gives it, features (B, L_v, d_v) or pixels
         (B, 3, H, W), float32; routed_image as image, where the method has a `stand_in`, which it reads instead; inputs_embeds
         (B, P + L_t, d_e) with P = L_v with the prefix, else 0; task_id (B,) int64, for methods that have tensors of each task;
-        visual_mask (B, L_v) int64, 0 where a batch that mixes one image and two has none, left out where all have as many.
+        visual_mask (B, L_v) int64, 0 where a batch that mixes one image and two has none, left out where all have as many. With
+        an image stream image_embeds (B, L_v, d_v) are among them, and there is no prefix.
         """
         embeddings = self.text_model.get_input_embeddings()(input_ids)
         visual = self.vision(image) if self.sees_image else None  # (B, L_v, d_v)
+        stream = {"image_embeds": visual} if self.image_stream else {}
+        if not self.read_beside:
+            visual = None
         if visual is not None:
             tokens = None if self.prefix_projection is None else self.prefix_projection(visual)  # (B, L_v, d_e)
             if not self.method_projects or (self.prefix and tokens is None):
@@ -122,9 +137,9 @@ class VisionLanguageModel(nn.Module):
             if self.method.stand_in is not None:
                 routed = self.vision(routed_image)  # (B, L_v, d_v)
                 visual = routed if self.method_projects else self.visual_projection(routed)
-        inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
+        inputs = {"inputs_embeds": embeddings, "attention_mask": attention_mask, **stream}
         known = inputs if task_id is None else inputs | {"task_id": task_id}
-        if self.prefix:
+        if self.prefix or self.two_streams:
             text = torch.zeros_like(input_ids, dtype=torch.bool)
             known = known | {"image_positions": nn.functional.pad(text, (embeddings.shape[1] - text.shape[1], 0), value=True)}
         if visual is not None:
@@ -231,7 +246,8 @@ class Task(ABC):
         own = getattr(text_model.config, "max_position_embeddings", None) or math.inf
         positions = min(self.tokenizer.model_max_length, own if own > 0 else math.inf)  # XLNet's is -1
         name, length = self.longest_text()
-        visual = self.visual.length if self.settings.prefix and self.image_takes_positions else 0
+        before = self.settings.prefix and self.image_takes_positions and not has_image_stream(text_model)
+        visual = self.visual.length if before else 0
         if length + visual > positions:
             raise RoutevlError(
                 f"{name} {getattr(self.settings, name)} is too large: {length} text tokens after {visual} visual tokens, but the "

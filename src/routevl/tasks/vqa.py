@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 
 class VqaModel(VisionLanguageModel):
-    """An encoder whose hidden state at the first text position ([CLS]) is classified; no pooler, for RoBERTa ships none."""
+    """An encoder whose hidden state at the first text position ([CLS]) is classified; no pooler, for RoBERTa ships none.
+
+    Of a model of two streams what its poolers give is classified.
+    """
 
     def __init__(self, n_answers: int, *arguments: Any) -> None:
         super().__init__(*arguments)
         d = self.width
-        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.LayerNorm(2 * d), nn.GELU(), nn.Linear(2 * d, n_answers))
+        read = 2 * d if self.two_streams else d
+        self.head = nn.Sequential(nn.Linear(read, 2 * d), nn.LayerNorm(2 * d), nn.GELU(), nn.Linear(2 * d, n_answers))
 
     def forward(
         self,
@@ -42,8 +46,12 @@ class VqaModel(VisionLanguageModel):
         `count`.
         """
         inputs = self.text_inputs(input_ids, attention_mask, image, routed_image)
-        hidden_states = self.text_model(**inputs).last_hidden_state  # (B, ... + L_t, d): a prompt's positions stand first
-        logits = self.head(hidden_states[:, -input_ids.shape[1]]).float()
+        output = self.text_model(**inputs)
+        if self.two_streams:
+            read = output.pooler_output  # (B, 2 d)
+        else:
+            read = output.last_hidden_state[:, -input_ids.shape[1]]  # of (B, ... + L_t, d): a prompt's positions stand first
+        logits = self.head(read).float()
         if answer_scores is None:
             return {"logits": logits}
         losses = nn.functional.binary_cross_entropy_with_logits(logits, answer_scores, reduction="none").sum(-1)

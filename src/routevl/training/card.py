@@ -172,10 +172,13 @@ class Card:
         arguments += [f"revision={json.dumps(adapter['revision'])}"] if adapter["revision"] else []
         arguments += ["add_pooling_layer=False"] if getattr(self.text_model, "pooler", "") is None else []
         config = type(self.text_model.active_peft_config)
-        own = [f"from routevl.methods import {config.__name__}  # makes {adapter['peft_type']} known to peft"]
+        home = type(self.text_model.get_base_model()).__module__
+        own = [f"import {home}  # makes the model known to transformers"] if home.startswith("routevl.") else []
+        if config.__module__.startswith("routevl.methods."):
+            own += [f"from routevl.methods import {config.__name__}  # makes {adapter['peft_type']} known to peft"]
         return _python(
             "from peft import PeftModel",
-            *(own if config.__module__.startswith("routevl.methods.") else []),
+            *own,
             f"from transformers import {auto}",
             "",
             f"text_model = {auto}.from_pretrained({', '.join(arguments)})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from routevl.backbones import pretrain_text, pretrain_vision
+from routevl.backbones.derivations import DERIVATIONS, read_options
 from routevl.backbones.fetch import SMALL_FILES, hub_snapshot
 from routevl.backbones.skeleton import no_weights, run_for_shapes
 from routevl.backbones.structure import NAME_THEM
@@ -84,7 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 class Folders:
     """Where the configurations and tokenizers of the backbones are: the user's folder, a hub model's small files in the hub's
-    cache, or what the demo's pretraining would begin with, written into `scratch`. A derived backbone counts as its source."""
+    cache, or what the demo's pretraining would begin with, written into `scratch`. A derived backbone counts as its source,
+    unless it is another kind of model."""
 
     def __init__(self, backbones: Mapping[str, Any], scratch: Path) -> None:
         self.backbones, self.scratch = backbones, scratch
@@ -93,7 +96,7 @@ class Folders:
         """The folder of a text or a vision backbone. Raises RoutevlError as `routevl fetch-backbone`."""
         entry = self.backbones[kind][name]
         if "derive" in entry:
-            return self.of(kind, entry["derive"]["from"])
+            return self._derived(kind, name, entry["derive"])
         if "path" in entry:
             path = Path(entry["path"])
             return path if path.is_dir() else hub_snapshot(entry["path"], entry.get("revision", "main"), SMALL_FILES)
@@ -101,6 +104,18 @@ class Folders:
         if not folder.exists():
             stage = pretrain_text if kind == "text" else pretrain_vision
             stage.write_untrained(folder, entry["pretrain"])
+        return folder
+
+    def _derived(self, kind: str, name: str, entry: Mapping[str, Any]) -> Path:
+        source, row, folder = self.of(kind, entry["from"]), DERIVATIONS[entry["by"]], self.scratch / name
+        if not row.joins:
+            return source
+        if not folder.exists():
+            where = f"configuration: backbones.{kind}.{name}.derive"
+            options = read_options(entry["by"], entry.get("options", {}), where)
+            name_of_module, _, _ = row.implementation.partition(":")
+            module = importlib.import_module(f"routevl.backbones.{name_of_module}")
+            module.write_untrained(source, options, folder, self.of("vision", entry["with"]))
         return folder
 
 

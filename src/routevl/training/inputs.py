@@ -63,6 +63,12 @@ def load_task(
     text_model, tokenizer = load_text_backbone(arguments.text_backbone, TASKS[settings.task].text_model)
     text = fingerprint_of(arguments.text_backbone)
     refuse(method, text_model.config.model_type, arguments.text_backbone)
+    trained_with = getattr(text_model.config, "vision_fingerprint", None)
+    if trained_with not in (None, vision):
+        raise RoutevlError(
+            f"backbone {arguments.text_backbone}: its image stream was trained with the vision model {trained_with}, and "
+            f"{arguments.vision_backbone} is {vision}: set the run's vision_backbone to the one that it was derived with"
+        )
     pruned = pruned_weights(text_model)
     task = task_class(settings.task)(settings, method, prepared, text_model, tokenizer, visual, data)
     keep_zeros(task.model.text_model, pruned)

@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from routevl.backbones.co_attention import has_image_stream
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.methods.routed.layer import RoutedLayer
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl inside`."""
     add_inputs(parser)
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="a trained run whose method routes; of no encoder-decoder"
+        "--model", required=True, metavar="FOLDER", help="a trained run whose method routes, on a text model of one stream"
     )
     parser.add_argument(
         "--examples", type=at_least(2), default=256, help="examples of the validation split to look at, drawn by the run's seed"
@@ -42,11 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Put validation examples through a trained run and measure each of its bottlenecks.
 
     Raises:
-        RoutevlError: as `routevl predict`; the run has no routing function, or an encoder-decoder.
+        RoutevlError: as `routevl predict`; the run has no routing function, or an encoder-decoder or a model of two streams.
     """
     task, accelerator = load_trained(arguments)
-    if task.model.text_model.config.is_encoder_decoder:  # a decoder's positions are not those of the text
-        raise RoutevlError(f"{arguments.model}: its text model is an encoder-decoder, which this stage does not look into")
+    text_model = task.model.text_model
+    if text_model.config.is_encoder_decoder or has_image_stream(text_model):  # whose positions are not all those of the text
+        kind = "a model of two streams" if has_image_stream(text_model) else "an encoder-decoder"
+        raise RoutevlError(f"{arguments.model}: its text model is {kind}, which this stage does not look into")
     layers = {name: module for name, module in task.model.named_modules() if isinstance(module, RoutedLayer)}
     tapped = {name: layer for name, layer in layers.items() if mixers_of(layer)}
     if not tapped:

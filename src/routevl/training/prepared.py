@@ -17,7 +17,7 @@ from torch import Tensor
 from routevl import settings as run_settings
 from routevl.errors import RoutevlError
 from routevl.files import atomic_file, sha256_of
-from routevl.methods.base import Method, NoOptions
+from routevl.methods.base import Method
 from routevl.methods.selective import Full
 from routevl.progress import progress
 from routevl.signals import StopSignal, leave, stop_handlers_kept
@@ -108,7 +108,7 @@ class Batches:
 
 def bare(method: Method) -> Method:
     """What stands in for a method while it prepares: the text model as it is, all of it trainable."""
-    full = Full(NoOptions())
+    full = Full(Full.Options())
     full.needs, full.refuses = method.needs, method.refuses
     return full
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from routevl.errors import RoutevlError
 from routevl.methods.base import NoOptions
@@ -26,6 +26,8 @@ class ContextPeft(BottleneckMethod):
     that a decoder beside it writes is text. A position of the image has nothing where no position of the text can see what
     would become of it: in the last layer of a model without a decoder beside it, but for keys and values.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {"co_attention": "its contexts are those of the positions of one stream"}
 
     def adapt(self, text_model: nn.Module, parts: Structure) -> None:
         from routevl.methods.context_peft.layer import streams_of_contexts

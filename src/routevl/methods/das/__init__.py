@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routevl.methods.bottleneck import BottleneckMethod, BottleneckOptions
+from routevl.methods.rates import RateOptions, groups_by_rate
 from routevl.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from routevl.backbones.structure import Structure
-    from routevl.tasks.base import Task
+    from routevl.tasks.base import Task, VisionLanguageModel
     from routevl.training.prepared import Batches
 
 
@@ -21,7 +22,7 @@ class DAS(BottleneckMethod):
     """x + A(x) in place of a skipped layer, A(x) = U relu(D LN(x)); in the others A(x) beside each sub-layer, x what it reads."""
 
     @dataclass(frozen=True)
-    class Options(BottleneckOptions):
+    class Options(RateOptions, BottleneckOptions):
         """Options of DAS and of its search."""
 
         skipped: int = option("layers that are skipped", 4, least=1)
@@ -80,6 +81,9 @@ class DAS(BottleneckMethod):
         for detour in put_beside(text_model, parts, self.without, kept, self.rank, self.skip_rank).values():
             detour.skipped = detour.skip is not None
         renumber(text_model, self.without)
+
+    def groups(self, model: VisionLanguageModel, learning_rate: float) -> list[dict[str, Any]]:
+        return groups_by_rate(model, learning_rate, self.options)
 
     def skip_rank(self, width: int) -> int:
         """The width of a bottleneck in a layer's place, on hidden states of some width."""

@@ -140,7 +140,11 @@ _ENCODER_DECODER = "prompts of an encoder-decoder are not implemented here"
 class PromptLearning(FromPeft):
     """Trained vectors that the text model reads before its input."""
 
-    refuses: ClassVar[Mapping[str, str]] = {"bart": _ENCODER_DECODER, "t5": _ENCODER_DECODER}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "bart": _ENCODER_DECODER,
+        "t5": _ENCODER_DECODER,
+        "co_attention": "prompts of a model of two streams are not implemented here",
+    }
 
     def config(self, text_model: nn.Module, train_also: list[str]) -> PeftConfig:
         config = super().config(text_model, train_also)

@@ -24,6 +24,7 @@ class Lst(Method):
     alone."""
 
     refuses: ClassVar[Mapping[str, str]] = {
+        "co_attention": "its side network has one stream",
         "gradient_checkpointing": "the backbone keeps no activations for the backward pass, and the side network's are small",
         "freeze_layer_norm=no": NORMS_STAY_FROZEN,
     }

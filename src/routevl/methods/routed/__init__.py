@@ -54,7 +54,7 @@ class RoutedOptions:
     )  # fmt: skip
     routed_positions: str = option(
         "which positions are routed: `all`, or those of the `text`, so that a visual prefix keeps x_t; those of a decoder behind "
-        "an encoder are text", "all", choices=("all", "text"),
+        "an encoder are text, and of two streams one is", "all", choices=("all", "text"),
     )  # fmt: skip
     up_init: str | None = option(
         "how the up-projection starts, at zero or drawn as nn.Linear's; `none`: at zero, but at random in an Adapter without "

@@ -30,6 +30,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         parts: adapter -> how many bottlenecks P it has side by side, each with a stream, an update and a mixer of its own.
         after_up: adapter -> whether the streams meet after the up-projection.
         text_alone: adapter -> whether those of the input's positions that are an image's keep x_t.
+        image_alone: adapter -> whether all of them are, and keep it.
     """
 
     def __init__(self, base_layer: nn.Module, conditioning: Conditioning) -> None:
@@ -41,6 +42,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.parts: dict[str, int] = {}
         self.after_up: dict[str, bool] = {}
         self.text_alone: dict[str, bool] = {}
+        self.image_alone: dict[str, bool] = {}
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True  # peft's `disable_input_dtype_casting` sets it
 
@@ -86,7 +88,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if up is not None:
             texts, images = up(texts), up(images)
         streams = zip(self.mixers[adapter], texts, images, strict=True)
-        mixed = [mix(text, image, mask) for mix, text, image in streams]
+        mixed = texts if self.image_alone[adapter] else [mix(text, image, mask) for mix, text, image in streams]
         if self.text_alone[adapter]:
             of_image = self.conditioning.per_position("image_positions", x_t.shape[:2], "image_positions")
             of_image = of_image.to(x_t.device).unsqueeze(-1)  # (B, L_t, 1)

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from routevl.backbones.co_attention import has_image_stream
 from routevl.backbones.skeleton import LINEAR
 from routevl.backbones.structure import Structure, structure_of, targets
 from routevl.conditioning import PER_EXAMPLE, PER_POSITION, Conditioning, refuse_a_second
@@ -74,7 +75,8 @@ class RoutedTuner(BaseTuner):
         self.conditioning = Conditioning(model, STREAMS, self._prepare)
         self.visual_projection = nn.ModuleDict()
         self.routed_width: dict[str, int] = {}
-        self.of_decoder: frozenset[str] = frozenset()
+        self.of_text: frozenset[str] = frozenset()
+        self.of_image: frozenset[str] = frozenset()
 
     def default_targets(self, structure: Structure, config: RoutedConfig, model: nn.Module) -> list[str]:
         """The names of the modules that are adapted unless others are named. Raises RoutevlError where there are none."""
@@ -115,7 +117,7 @@ class RoutedTuner(BaseTuner):
             if any(getattr(config, name) is None for name in self.left_to_the_model):
                 self.complete(config, model)
             if config.routed_positions != "all":
-                self.of_decoder = _reading_decoder(model, config)
+                self.of_text, self.of_image = _of_one_kind(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if config.layers_to_transform is not None:
                 _in_layers(self.targeted_module_names, config)
@@ -147,7 +149,9 @@ class RoutedTuner(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, RoutedLayer) else self._new_layer(target, current_key)
         layer.update_layer(adapter_name, peft_config, current_key)
-        layer.text_alone[adapter_name] = peft_config.routed_positions == "text" and current_key not in self.of_decoder
+        mixed = peft_config.routed_positions == "text" and current_key not in self.of_text
+        layer.image_alone[adapter_name] = mixed and current_key in self.of_image
+        layer.text_alone[adapter_name] = mixed and current_key not in self.of_image
         if routes(peft_config) and self.routed_width.setdefault(adapter_name, layer.width) != layer.width:
             raise RoutevlError(
                 f"target module {current_key} works on width {layer.width} but others on {self.routed_width[adapter_name]}: "
@@ -301,17 +305,23 @@ class RoutedTuner(BaseTuner):
         return model
 
 
-def _reading_decoder(model: nn.Module, config: RoutedConfig) -> frozenset[str]:
-    """The modules of an encoder-decoder outside its encoder that do not compute keys or values of what it has read; of any other
-    model none. Raises RoutevlError where they are not found."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return frozenset()
+def _of_one_kind(model: nn.Module, config: RoutedConfig) -> tuple[frozenset[str], frozenset[str]]:
+    """The modules whose positions are all text, and those whose positions are all an image's: of an encoder-decoder those outside
+    its encoder that do not compute keys or values of what it has read, and none; of a model of two streams all of either kind; of
+    any other model none. Raises RoutevlError where they are not found."""
+    of_streams, config_of_model = has_image_stream(model), getattr(model, "config", None)
+    if not of_streams and not getattr(config_of_model, "is_encoder_decoder", False):
+        return frozenset(), frozenset()
     try:
-        of_encoder = structure_of(model).cross_attention_inputs
+        crossing = structure_of(model).cross_attention_inputs
     except RoutevlError as error:
         raise RoutevlError(f"routed_positions={config.routed_positions}: {error}; or set routed_positions=all") from error
+    names = {name for name, _ in model.named_modules()}
+    if of_streams:  # keys and values of the other stream have its positions
+        of_image = {name for name in names if name.startswith("cross_modal_image.") != (name in crossing)}
+        return frozenset(names - of_image), frozenset(of_image)
     encoder = encoder_of(model)
-    return frozenset(name for name, _ in model.named_modules() if not name.startswith(encoder) and name not in of_encoder)
+    return frozenset(name for name in names if not name.startswith(encoder) and name not in crossing), frozenset()
 
 
 def layer_of(name: str) -> int | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from routevl.methods.base import Method
+from routevl.methods.rates import RateOptions, groups_by_rate
 from routevl.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from routevl.tasks.base import Task
+    from routevl.tasks.base import Task, VisionLanguageModel
 
 
 class Selective(Method):
@@ -39,8 +40,23 @@ class Selective(Method):
 class Full(Selective):
     """All parameters."""
 
+    Options = RateOptions
+
     def chosen(self, parameters: Mapping[str, Tensor], prepared: Mapping[str, Tensor]) -> Collection[str]:
         return parameters
+
+    def groups(self, model: VisionLanguageModel, learning_rate: float) -> list[dict[str, Any]]:
+        return groups_by_rate(model, learning_rate, self.options)
+
+
+class FullBoth(Full):
+    """All parameters, and those of the vision model."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pixels"})
+    refuses: ClassVar[Mapping[str, str]] = {"prefix=no": "then the text model does not read what the vision model gives"}
+
+    def adapt_vision(self, vision_model: nn.Module) -> nn.Module:
+        return vision_model.requires_grad_(True)
 
 
 class BitFit(Selective):

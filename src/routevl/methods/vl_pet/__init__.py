@@ -73,7 +73,7 @@ class VLPet(BottleneckMethod):
 class VLPetSmall(VLPet):
     """As VL-PET's others, with one gate for an example: the mean of σ(w · [x; h'] + c) over its positions."""
 
-    refuses: ClassVar[Mapping[str, str]] = {"gpt2": CAUSAL}
+    refuses: ClassVar[Mapping[str, str]] = {"gpt2": CAUSAL, "co_attention": "its mean is over the positions of one stream"}
 
     @dataclass(frozen=True)
     class Options(BottleneckOptions):

@@ -20,7 +20,7 @@ class VLPrompt(PerTask):
     """W_2 tanh(W_1 e + b_1) + b_2 of trained vectors e, before what the encoder reads: normed as token embeddings, but without
     positions."""
 
-    refuses: ClassVar[Mapping[str, str]] = {"roberta": NO_ENCODER, "gpt2": NO_ENCODER}
+    refuses: ClassVar[Mapping[str, str]] = {"roberta": NO_ENCODER, "gpt2": NO_ENCODER, "co_attention": NO_ENCODER}
 
     @dataclass(frozen=True)
     class Options:
