@@ -176,6 +176,21 @@ def test_where_a_phase_before_training_chooses_its_budget_is_planned(config: dic
         assert disk == 8 * (head + round(0.01 * of_model))  # float32, twice
 
 
+def test_of_two_streams_all_is_counted_that_full_fine_tuning_trains(config: dict[str, Any]) -> None:
+    """The text encoder of the source's shape, both streams of the derivation's, and a head that reads two vectors."""
+    import plan
+
+    full = row("full", "vqa", method="full", text_backbone="meter", visual_tokens="all")
+    Path(config["experiments"]).write_text("\n".join(["\t".join(COLUMNS), full]) + "\n")
+    d, layers = 16, config["backbones"]["text"]["meter"]["derive"]["options"]["layers"]
+    encoder = sum(parameter.numel() for parameter in plan._text_model("encoder", 2, d).parameters())
+    pooler = d * d + d  # RoBERTa's own, which there is none of here
+    stream = d * d + d + layers * (8 * (d * d + d) + 8 * d * d + 5 * d + 6 * d) + d * d + d
+    head = 2 * d * 2 * d + 2 * d * plan.ANSWERS
+    disk = plan.Plan(config).cost("train", {"run": "full_seed1"}).disk
+    assert disk == 8 * (encoder - pooler + 2 * stream + 2 * d + head)
+
+
 def test_every_method_of_demo_full_can_be_planned(config: dict[str, Any]) -> None:
     import plan
 
