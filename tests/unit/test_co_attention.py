@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, B, D, L, one_step, prepared_for, shaken, small_options
-from conftest import SmallWorld, run_stage
+from conftest import SmallWorld, command_line, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
 from runs import Run, new_run
 from safetensors.torch import load_file
@@ -445,6 +445,24 @@ def test_a_run_trains_predicts_and_loads(
     ids = torch.tensor([[0, 5, 2]])
     extra = {"visual_features": torch.zeros(1, 1, 16), "image_positions": torch.zeros(1, 3, dtype=torch.bool)}
     assert loaded(input_ids=ids, **(extra if method == "lora" else {})).pooler_output.shape == (1, 32)
+
+
+def test_das_searches_among_the_layers_of_both_streams(derived: Path, small_world: SmallWorld, tmp_path: Path) -> None:
+    options = {"skipped": 1, "search_epochs": 2, "every": 2, "subsets": 2, "head_rate": 50, "cross_modal_rate": 5}
+    run = new_run(
+        small_world, tmp_path, "vqa", method="das", options=options, text_backbone=derived, visual_tokens="all", epochs=1
+    )
+    prepared = tmp_path / "prepared.safetensors"
+    of_probe = {name: value for name, value in run.options.items() if name not in ("checkpoint_every", "log_every")}
+    run_stage("probe", *command_line(of_probe | {"output": prepared}))
+    gates = load_file(prepared)
+    assert gates.keys() == {"cross_modal_text.layers.0", "cross_modal_image.layers.0"}
+    run = Run(tmp_path, run.options | {"prepared": prepared}).train()
+    left_out, _ = sorted(gates, key=lambda name: -gates[name].item())  # what is skipped has one bottleneck, the other one three
+    saved = load_file(run.model / "method.safetensors")
+    assert {name for name in saved if name.startswith(f"{left_out}.") and ".adapter." in name} == {
+        f"{left_out}.adapter.skip.{part}.{kind}" for part in ("norm", "down", "up") for kind in ("weight", "bias")
+    }
 
 
 def test_both_models_are_trained_in_full(derived: Path, small_world: SmallWorld, tmp_path: Path) -> None:
