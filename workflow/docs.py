@@ -5,6 +5,8 @@ usage: python workflow/docs.py [--models] [--check]
 Each part stands between the lines `<!-- make docs: <part> -->` and `<!-- end -->` of its document; what is around them is written
 by hand. With --models the parts are those for which models of many families are built, which takes half a minute, and no others.
 With --check nothing is written: the exit status is 1, with one line, where a document is not up to date.
+
+README.md's results are made of docs/results/T7_methods.csv: copy it from the tables of a finished `make demo-full`.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from typing import Any
 import yaml
 
 from routevl.backbones.derivations import DERIVATIONS
+from routevl.errors import RoutevlError
 from routevl.files import atomic_file
-from routevl.methods.table import METHODS, method_class, method_records
+from routevl.methods.table import BASELINE, METHODS, method_class, method_records
 from routevl.options import describe, text_of, words_of
 from routevl.reporting import FIGURES, TABLES
+from routevl.reporting.names import plural
 from routevl.reporting.published import read_published
+from routevl.reporting.rows import Row, gain_of, of_this_version, read_rows, score_of
 from routevl.settings import shared_setting_records
 from routevl.sheet import COLUMNS
+from routevl.tasks.table import TASKS
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCHEMA = PROJECT / "workflow/schemas/config.schema.yaml"
@@ -46,6 +52,11 @@ def table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequen
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _filled(text: str) -> str:
+    """A paragraph, its lines of WIDTH characters at most."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def code(value: object) -> str:
@@ -82,6 +93,55 @@ def first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) ", " ".join(path.read_text(encoding="utf-8").split()))[0].replace("``", "`")
 
 
+# ---------------------------------------------------------------------------------------- README.md
+
+
+def results_of_methods() -> str:
+    """The rows of T7, those of all tasks in a line, and what is to be known of them."""
+    file = PROJECT / "docs/results/T7_methods.csv"
+    with of_this_version(file):
+        rows = read_rows(file)
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        lines: dict[str, dict[str, Row]] = {}  # by the method's name, and the task's
+        for row in rows:
+            routing = "" if row["routing"] == "none" else f", {code(row['routing'])}"
+            of = lines.setdefault(METHODS[row["method"]].label + routing, {})
+            if row["task"] in of:
+                raise RoutevlError(f"{file}: {of[row['task']]['experiment']} and {row['experiment']} are of one method and task")
+            of[row["task"]] = row
+        head = ["method", *(words for task in tasks for words in (TASKS[task].score, f"gain over {METHODS[BASELINE].label}"))]
+        cells = ((name, *(cell for task in tasks for cell in _result(of.get(task)))) for name, of in lines.items())
+        return f"{table(head, cells)}\n\n{_filled(' '.join(_facts(rows)))}"
+
+
+def _result(row: Row | None) -> tuple[str, str]:
+    """Score and gain of a method in a task; blank where it has no run. A gain with a verdict is bold."""
+    if row is None:
+        return "", ""
+    gain = gain_of(row, TASKS[row["task"]], f"gain_vs_{BASELINE}")
+    shown = gain.absolute.signed(1) if row["n_not_learned"] == "0" else "learned nothing"
+    return score_of(row, TASKS[row["task"]]), f"**{shown}**" if gain.verdict else shown
+
+
+def _facts(rows: Sequence[Row]) -> Iterator[str]:
+    """What is to be known of these results, in sentences."""
+    seeds = alternatives(sorted({row["n_seeds"] for row in rows}))
+    gains = [gain_of(row, TASKS[row["task"]], f"gain_vs_{BASELINE}") for row in rows if row["versus"]]
+    known = [gain.absolute for gain in gains if gain.absolute.signed()]
+    zero = sum(interval.low <= 0 <= interval.high for interval in known)
+    better, worse = ([gain.verdict for gain in gains].count(sign) for sign in (1, -1))
+    yield f"Mean ± standard deviation of {seeds} seeds; gains with 95% intervals."
+    yield f"Of {plural(len(known), 'gain')} the intervals of {zero} hold zero."
+    yield f"In bold, those with a verdict: {better} better, {worse} worse."
+    if tuned := [row for row in rows if int(row["learning_rates_tried"]) > 1]:
+        tried = alternatives(sorted({row["learning_rates_tried"] for row in tuned}))
+        edge = sum(row["at_edge"] == "True" for row in tuned)
+        yield f"The learning rate of {len(tuned)} of {len(rows)} rows of `T7_methods` was chosen among {tried}."
+        yield f"In {edge} of these it is the smallest or the largest."
+    if without := [row.label for name, row in METHODS.items() if name not in {row["method"] for row in rows}]:
+        yield f"Without a row: {', '.join(without)}."
+
+
 # --------------------------------------------------------------------------------- config/README.md
 
 
@@ -93,7 +153,7 @@ def keys() -> str:
         rows = list(_together(_rows(name, node, schema)))
         optional = "" if name in schema["required"] else " Optional."
         if rows:
-            text = textwrap.fill(node["description"] + optional, WIDTH, break_long_words=False, break_on_hyphens=False)
+            text = _filled(node["description"] + optional)
             sections.append(f"### `{name}`\n\n{text}\n\n{table(('key', 'value', 'meaning'), rows)}")
         else:
             plain.append((code(name), _value(node, schema), node["description"] + optional))
@@ -281,6 +341,7 @@ def vision_models() -> str:
 
 Parts = Mapping[str, Mapping[str, Callable[[], str]]]  # document -> part -> what makes it
 PARTS: Parts = {
+    "README.md": {"results-of-methods": results_of_methods},
     "config/README.md": {
         "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
     },

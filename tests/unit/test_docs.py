@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import pytest
 import yaml
 from dry_runs import dry_run
 from jsonschema import Draft202012Validator
+from synthetic_results import experiment, make_table, write_results, write_sheet
 
 from routevl.cli import STAGES
 from routevl.errors import RoutevlError
@@ -91,6 +93,7 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
         (tmp_path / document).parent.mkdir(exist_ok=True)
         (tmp_path / document).write_text((PROJECT / document).read_text())
     shutil.copy(PROJECT / "config/published.csv", tmp_path / "config")
+    shutil.copytree(PROJECT / "docs/results", tmp_path / "docs/results")
     monkeypatch.setattr(script, "PROJECT", tmp_path)
     monkeypatch.setitem(script.PARTS["config/README.md"], "outputs", lambda: "a table")
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
@@ -107,6 +110,61 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
     assert capsys.readouterr().err.endswith(
         "docs/METHODS.md has the parts methods, published, config-fields, not methods, published, options, config-fields\n"
     )
+
+
+def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gains with a verdict are bold, a run that learned nothing has none, and methods without a row are named."""
+    plain = {task: experiment(task, seeds="1,2,3", feeds="T7") for task in ("vqa", "caption")}
+    others = [
+        experiment(routing="mul", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
+        experiment(method="ia3", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
+        experiment("caption", "bitfit", seeds="1,2,3", feeds="T7", versus=plain["caption"]["experiment"]),
+    ]
+    folder = write_results(tmp_path / "results", [*plain.values(), *others], images=20, collapsed=("vqa_ia3_e2_seed2",))
+    write_sheet(folder / "experiments.tsv", [*plain.values(), *others])
+    with open(make_table("T7_methods", folder, tmp_path / "docs/results/T7_methods.csv"), encoding="utf-8", newline="") as file:
+        rows = {row["experiment"]: row for row in csv.DictReader(file)}
+    script = docs_script()
+    monkeypatch.setattr(script, "PROJECT", tmp_path)
+    text = script.results_of_methods()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = {name: of for name, *of in lines}
+    assert [*cells][2:] == ["LoRA", "LoRA, `mul`", "(IA)³", "BitFit"]
+    for name, place, row, scale, metric in (
+        ("LoRA, `mul`", 0, others[0], 1, "accuracy"),
+        ("BitFit", 2, others[2], 100, "CIDEr"),
+    ):
+        found = rows[row["experiment"]]
+        mean, std, gain, low, high = (
+            float(found[n]) * scale for n in (f"{metric}_mean", f"{metric}_std", "gain_vs_lora", "gain_ci_low", "gain_ci_high")
+        )
+        shown = f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
+        judged = float(found["p_holm"]) < 0.05
+        assert cells[name][place : place + 2] == [f"{mean:.1f} ± {std:.1f}", f"**{shown}**" if judged else shown]
+        assert cells[name][2 - place : 4 - place] == ["", ""]
+    assert cells["LoRA, `mul`"][1].startswith("**+")  # of which the synthetic scores are far better
+    assert cells["(IA)³"][1] == "learned nothing" and cells["LoRA"][1] == cells["LoRA"][3] == ""
+    named = text.replace("\n", " ").partition("Without a row: ")[2]
+    assert "Of 2 gains" in text and ", DoRA, " in named and "(IA)³," not in named
+
+
+def test_a_table_of_results_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "docs/results").mkdir(parents=True)
+    shutil.copy(PROJECT / "README.md", tmp_path)
+    file = tmp_path / "docs/results/T7_methods.csv"
+    script = docs_script()
+    monkeypatch.setattr(script, "PROJECT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["docs.py"])
+    for content, words in (
+        ("experiment,task,method\na,vqa,lora\n", "not a table of this version (KeyError('routing'))"),
+        ("experiment,task,method,routing\na,vqa,lora,none\nb,vqa,lora,none\n", "a and b are of one method and task"),
+    ):
+        file.write_text(content)
+        assert script.main() == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"docs: error: {file}: {words}") and error.count("\n") == 1
 
 
 def test_every_key_has_a_description() -> None:

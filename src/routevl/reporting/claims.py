@@ -14,7 +14,7 @@ from routevl.errors import RoutevlError
 from routevl.files import read_json
 from routevl.methods.table import METHODS
 from routevl.options import read_words, text_of
-from routevl.reporting.formats import Table, signed
+from routevl.reporting.formats import Table
 from routevl.reporting.names import DAGGER, backbones
 from routevl.reporting.published import read_claims
 from routevl.reporting.results import collect, data_set_gains, gains, not_learned_note
@@ -198,4 +198,4 @@ def _shown(record: dict[str, Any]) -> dict[str, str]:
 
 def _shown_extreme(record: dict[str, Any], name: str) -> str:
     gain = Interval(*(record[f"{name}_gain_{part}"] for part in ("relative", "ci_low", "ci_high")))
-    return f"{signed(gain)} ({record[f'{name}_gain_routing']})" if math.isfinite(gain.estimate) else ""
+    return f"{gain.signed()} ({record[f'{name}_gain_routing']})" if math.isfinite(gain.estimate) else ""

@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 
 from routevl.files import atomic_file
 from routevl.reporting.names import DAGGER
-from routevl.reporting.statistics import Interval
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; margin: 1.5rem; }
@@ -104,12 +103,6 @@ def _agree(cells: Mapping[str, pd.Series]) -> bool:
 def number(value: float, digits: int = 2) -> str:
     """A number for readers; "" where it is unknown (NaN)."""
     return f"{value:.{digits}f}" if math.isfinite(value) else ""
-
-
-def signed(interval: Interval) -> str:
-    """An estimate and its interval with their signs; "" where they are unknown."""
-    known = math.isfinite(interval.estimate)
-    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]" if known else ""
 
 
 def markdown_table(shown: pd.DataFrame, **options: Any) -> str:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from routevl.errors import RoutevlError
 from routevl.methods.table import METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.names import BACKBONES, plural
-from routevl.reporting.statistics import Gain, Interval
+from routevl.reporting.rows import Row, gain_of, of_this_version, read_rows, score_of
 from routevl.tasks.table import TASKS
 
 LINES, WIDTH = 24, 100  # of the screen
 _FOOT = 6  # lines below the tasks; each task has a head, and a blank line to the next
 _VERDICTS = {1: "improves", 0: "no difference", -1: "harms"}
 _TELLING = (*BACKBONES, "prefix", "rank", "epochs")  # columns that are shown where they differ
-
-Row = dict[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
 def headline(results: Path) -> list[str]:
     """The lines of the screen, LINES at most."""
     files = {name.partition("_")[2]: results / "tables" / f"{name}.csv" for name in TABLES}
-    tables = {task: _read(file) for task, file in files.items() if task in TASKS and file.is_file()}
+    tables = {task: read_rows(file) for task, file in files.items() if task in TASKS and file.is_file()}
     most = (LINES + 1 - _FOOT) // max(1, len(tables)) - 2  # rows of a task
     lines, left_out, reasons = [], 0, Counter()
     for task, rows in tables.items():
-        try:
+        with of_this_version(files[task]):
             chosen = _most_telling(rows, most)
             lines += [*([""] if lines else []), *_section(task, chosen)]
-        except (KeyError, ValueError) as error:
-            raise RoutevlError(f"{files[task]}: not a table of this version ({error!r}): remove it and make it again") from error
         left_out += len(rows) - len(chosen)
         reasons.update(row["no_verdict"] for row in chosen if row["no_verdict"])
     if reasons:
@@ -63,11 +56,6 @@ def headline(results: Path) -> list[str]:
         f"figures: {results / 'figures'} (.png, .pdf, .svg, and the data drawn as .csv)",
         *([f"all of it in one page: {report}"] if report.exists() else []),
     ]
-
-
-def _read(file: Path) -> list[Row]:
-    with open(file, encoding="utf-8", newline="") as table:
-        return list(csv.DictReader(table))
 
 
 def _most_telling(rows: Sequence[Row], most: int) -> list[Row]:
@@ -85,24 +73,13 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     head = [of.score, "routing", *(column.replace("_backbone", "") for column in telling), "score", "gain [95% CI]", "verdict"]
     cells = [head]
     for row in rows:
-        gain = _gain(row, of.scale)
-        mean, std = (_number(row[f"{of.metric}_{part}"]) * of.scale for part in ("mean", "std"))
-        score = f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
-        size = gain.absolute
-        shown = "" if math.isnan(size.estimate) else f"{size.estimate:+.1f} [{size.low:+.1f}, {size.high:+.1f}]"
+        gain = gain_of(row, of)
         verdict = "" if not row["versus"] else "no verdict" if gain.no_verdict else _VERDICTS[gain.verdict]
         mark = "" if row["n_not_learned"] == "0" else " (learned nothing)"
         label = METHODS[row["method"]].label + mark
-        cells.append([label, row["routing"], *(row[column] for column in telling), score, shown, verdict])
+        cells.append(
+            [label, row["routing"], *(row[column] for column in telling), score_of(row, of), gain.absolute.signed(1), verdict]
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
     return [line[:WIDTH].rstrip() for line in lines]
-
-
-def _gain(row: Row, scale: float) -> Gain:
-    interval = Interval(*(_number(row[column]) for column in ("gain", "gain_ci_low", "gain_ci_high")))
-    return Gain(interval.times(scale), holm=_number(row["p_holm"]), no_verdict=row["no_verdict"])
-
-
-def _number(cell: str) -> float:
-    return float(cell) if cell else math.nan

@@ -36,6 +36,11 @@ class Interval:
         low, high = sorted((self.low * scale, self.high * scale))
         return Interval(self.estimate * scale, low, high, self.over)
 
+    def signed(self, digits: int = 2) -> str:
+        """It for readers, with its signs; "" where it is unknown."""
+        known = math.isfinite(self.estimate)
+        return f"{self.estimate:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]" if known else ""
+
     def columns(self, name: str, ends: str) -> dict[str, float]:
         """It as columns of a table: <name>, <ends>_low and <ends>_high."""
         return {name: self.estimate, f"{ends}_low": self.low, f"{ends}_high": self.high}

@@ -19,7 +19,7 @@ from routevl.methods.base import WEIGHTS
 from routevl.methods.table import BASELINE, METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
-from routevl.reporting.formats import Table, number, signed, without_shared, write_table
+from routevl.reporting.formats import Table, number, without_shared, write_table
 from routevl.reporting.names import DAGGER, backbones, differing, heading_of, in_words, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
 from routevl.reporting.results import LEAST_BASELINE, collect, gains, not_learned_note
@@ -153,8 +153,8 @@ def score_table(arguments: argparse.Namespace) -> Table:
         main = row.shown[row.metric]
         shown.append(
             _head(group, settings)
-            | {main: scores.pop(main), "Gain [95% CI]": signed(gain.absolute.times(scale))}
-            | {"Relative gain % [95% CI]": signed(gain.relative), "Interval over": gain.absolute.over, "Seeds": str(len(group))}
+            | {main: scores.pop(main), "Gain [95% CI]": gain.absolute.times(scale).signed()}
+            | {"Relative gain % [95% CI]": gain.relative.signed(), "Interval over": gain.absolute.over, "Seeds": str(len(group))}
             | scores
             | _size(record)
             | {"Published": number(record["published"] * scale)}
@@ -325,7 +325,7 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
             {"Task": task.label}
             | _head(group, names)
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
-            | {"Gain [95% CI]": signed(gain.absolute.times(task.scale)), "Verdict": _verdict(gain)}
+            | {"Gain [95% CI]": gain.absolute.times(task.scale).signed(), "Verdict": _verdict(gain)}
             | {"Interval over": gain.absolute.over, "Seeds": str(len(group)), **_size(record)}
             | {_FORWARD: number(record["forward_flops"] / 1e6, 1)}
             | {"Step (ms)": number(means["step_ms_median"], 1), "Peak memory (MB)": number(means["peak_memory_mb"], 0)}

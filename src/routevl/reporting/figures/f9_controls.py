@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from routevl.methods.table import METHODS
 from routevl.reporting.figures.inputs import FigureInputs
-from routevl.reporting.formats import signed
 from routevl.reporting.names import DAGGER, differing, in_words
 from routevl.reporting.results import gains
 from routevl.reporting.statistics import Gain
@@ -34,7 +33,7 @@ def draw(inputs: FigureInputs) -> tuple[Figure, pd.DataFrame]:
     found = gains(inputs.runs(), inputs.need("results"))
     scaled = [found.get(row.experiment, Gain()).absolute.times(TASKS[row.task].scale) for row in data.itertuples()]
     data = data.join(pd.DataFrame([gain.columns("gain", "gain_ci") for gain in scaled]))
-    data["gain_shown"] = [signed(gain) for gain in scaled]
+    data["gain_shown"] = [gain.signed() for gain in scaled]
     shown, blind = apart(data)
     tasks = list(dict.fromkeys(shown["task"]))
     counts = [(shown["task"] == task).sum() for task in tasks]
