@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from cases import SMALL, B, D, L, one_step, prepared_for, shaken, small_options
-from conftest import SmallWorld, command_line, run_stage
+from conftest import SmallWorld, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
-from runs import Run, new_run
+from runs import Run, new_run, probe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, RobertaConfig
@@ -452,9 +452,7 @@ def test_das_searches_among_the_layers_of_both_streams(derived: Path, small_worl
     run = new_run(
         small_world, tmp_path, "vqa", method="das", options=options, text_backbone=derived, visual_tokens="all", epochs=1
     )
-    prepared = tmp_path / "prepared.safetensors"
-    of_probe = {name: value for name, value in run.options.items() if name not in ("checkpoint_every", "log_every")}
-    run_stage("probe", *command_line(of_probe | {"output": prepared}))
+    prepared = probe(run, tmp_path / "prepared.safetensors")
     gates = load_file(prepared)
     assert gates.keys() == {"cross_modal_text.layers.0", "cross_modal_image.layers.0"}
     run = Run(tmp_path, run.options | {"prepared": prepared}).train()
