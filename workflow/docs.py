@@ -6,7 +6,8 @@ Each part stands between the lines `<!-- make docs: <part> -->` and `<!-- end --
 by hand. With --models the parts are those for which models of many families are built, which takes half a minute, and no others.
 With --check nothing is written: the exit status is 1, with one line, where a document is not up to date.
 
-README.md's results are made of docs/results/T7_methods.csv: copy it from the tables of a finished `make demo-full`.
+README.md's results are made of the csv in docs/results: T1, T2 and T3 are copied from the tables of a finished `make demo`, T7
+from those of a finished `make demo-full`.
 """
 
 from __future__ import annotations
@@ -94,6 +95,32 @@ def first_sentence(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------- README.md
+
+
+def results() -> str:
+    """The rows of T1, T2 and T3, a table for each."""
+    return "\n\n".join(_results_of(name) for name in ("T1_vqa", "T2_caption", "T3_multitask"))
+
+
+def _results_of(name: str) -> str:
+    """The rows of a table of one task: its main score or, where it is a mean over data sets, each of them too."""
+    file, task = PROJECT / f"docs/results/{name}.csv", TASKS[name.partition("_")[2]]
+    scores = task.shown if name == "T3_multitask" else {task.metric: task.score}
+    gain = f"gain in the {task.shown[task.metric].lower()}" if len(scores) > 1 else "gain"
+    with of_this_version(file):
+        rows = [
+            (
+                METHODS[row["method"]].label,
+                row["routing"]
+                + ("" if row["prefix"] == "yes" else ", no image (blind)" if row["routing"] == "none" else ", no prefix"),
+                row["epochs"],
+                row["n_seeds"],
+                *(score_of(row, task, metric) for metric in scores),
+                gain_of(row, task).absolute.signed(1),
+            )
+            for row in read_rows(file)
+        ]
+        return table((task.label, "routing", "epochs", "seeds", *scores.values(), gain), rows)
 
 
 def results_of_methods() -> str:
@@ -341,7 +368,7 @@ def vision_models() -> str:
 
 Parts = Mapping[str, Mapping[str, Callable[[], str]]]  # document -> part -> what makes it
 PARTS: Parts = {
-    "README.md": {"results-of-methods": results_of_methods},
+    "README.md": {"results-of-methods": results_of_methods, "results": results},
     "config/README.md": {
         "keys": keys, "settings": settings, "columns": columns, "outputs": outputs, "derivations": derivations,
     },

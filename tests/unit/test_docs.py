@@ -148,6 +148,26 @@ def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeyp
     assert "Of 2 gains" in text and ", DoRA, " in named and "(IA)³," not in named
 
 
+def test_the_results_of_a_task_are_those_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = experiment(seeds="1,2,3", feeds="T1")
+    runs = [plain, experiment(prefix="no", feeds="T1"), experiment(routing="mul", feeds="T1", versus=plain["experiment"])]
+    folder = write_results(tmp_path / "results", runs, images=20)
+    write_sheet(folder / "experiments.tsv", runs)
+    with open(make_table("T1_vqa", folder, tmp_path / "docs/results/T1_vqa.csv"), encoding="utf-8", newline="") as file:
+        of = {row["experiment"]: row for row in csv.DictReader(file)}
+    script = docs_script()
+    monkeypatch.setattr(script, "PROJECT", tmp_path)
+    blind, none, mul = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in script._results_of("T1_vqa").splitlines()[2:]
+    )
+    assert blind[:4] == ["LoRA", "none, no image (blind)", "2", "1"] and none[1:4] == ["none", "2", "3"]
+    found = of[plain["experiment"]]
+    assert none[4:] == [f"{float(found['accuracy_mean']):.1f} ± {float(found['accuracy_std']):.1f}", ""]
+    found = of[runs[2]["experiment"]]
+    gain, low, high = (f"{float(found[name]):+.1f}" for name in ("gain", "gain_ci_low", "gain_ci_high"))
+    assert mul[1:] == ["mul", "2", "1", f"{float(found['accuracy_mean']):.1f}", f"{gain} [{low}, {high}]"]
+
+
 def test_a_table_of_results_that_cannot_be_read_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -32,9 +32,9 @@ def of_this_version(file: Path) -> Iterator[None]:
         raise RoutevlError(f"{file}: not a table of this version ({error!r}): remove it and make it again") from error
 
 
-def score_of(row: Row, task: TaskRow) -> str:
-    """The mean of the task's main metric and, of several seeds, the standard deviation."""
-    mean, std = (_number(row[f"{task.metric}_{part}"]) * task.scale for part in ("mean", "std"))
+def score_of(row: Row, task: TaskRow, metric: str = "") -> str:
+    """The mean of a metric, the task's main one where none is given, and, of several seeds, the standard deviation."""
+    mean, std = (_number(row[f"{metric or task.metric}_{part}"]) * task.scale for part in ("mean", "std"))
     return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
 
 
