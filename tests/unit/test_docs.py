@@ -108,7 +108,8 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
     methods.write_text(methods.read_text().replace("<!-- make docs: options -->", ""))
     assert script.main() == 1
     assert capsys.readouterr().err.endswith(
-        "docs/METHODS.md has the parts methods, published, config-fields, not methods, published, options, config-fields\n"
+        "docs/METHODS.md has the parts methods, published, published-elsewhere, config-fields, not methods, published, "
+        "published-elsewhere, options, config-fields\n"
     )
 
 
