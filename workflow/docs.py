@@ -129,10 +129,12 @@ def results_of_methods() -> str:
     with of_this_version(file):
         rows = read_rows(file)
         tasks = list(dict.fromkeys(row["task"] for row in rows))
+        usual = {task: next(row["text_backbone"] for row in rows if row["task"] == task) for task in tasks}
         lines: dict[str, dict[str, Row]] = {}  # by the method's name, and the task's
         for row in rows:
             routing = "" if row["routing"] == "none" else f", {code(row['routing'])}"
-            of = lines.setdefault(METHODS[row["method"]].label + routing, {})
+            backbone = "" if row["text_backbone"] == usual[row["task"]] else f", in {code(row['text_backbone'])}"
+            of = lines.setdefault(METHODS[row["method"]].label + routing + backbone, {})
             if row["task"] in of:
                 raise RoutevlError(f"{file}: {of[row['task']]['experiment']} and {row['experiment']} are of one method and task")
             of[row["task"]] = row

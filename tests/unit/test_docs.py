@@ -120,6 +120,7 @@ def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeyp
         experiment(routing="mul", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
         experiment(method="ia3", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
         experiment("caption", "bitfit", seeds="1,2,3", feeds="T7", versus=plain["caption"]["experiment"]),
+        experiment(experiment="vqa_other", text_backbone="other", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
     ]
     folder = write_results(tmp_path / "results", [*plain.values(), *others], images=20, collapsed=("vqa_ia3_e2_seed2",))
     write_sheet(folder / "experiments.tsv", [*plain.values(), *others])
@@ -130,7 +131,7 @@ def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeyp
     text = script.results_of_methods()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     cells = {name: of for name, *of in lines}
-    assert [*cells][2:] == ["LoRA", "LoRA, `mul`", "(IA)³", "BitFit"]
+    assert [*cells][2:] == ["LoRA", "LoRA, in `other`", "LoRA, `mul`", "(IA)³", "BitFit"]
     for name, place, row, scale, metric in (
         ("LoRA, `mul`", 0, others[0], 1, "accuracy"),
         ("BitFit", 2, others[2], 100, "CIDEr"),
@@ -146,7 +147,7 @@ def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeyp
     assert cells["LoRA, `mul`"][1].startswith("**+")  # of which the synthetic scores are far better
     assert cells["(IA)³"][1] == "learned nothing" and cells["LoRA"][1] == cells["LoRA"][3] == ""
     named = text.replace("\n", " ").partition("Without a row: ")[2]
-    assert "Of 2 gains" in text and ", DoRA, " in named and "(IA)³," not in named
+    assert "Of 3 gains" in text and ", DoRA, " in named and "(IA)³," not in named
 
 
 def test_the_results_of_a_task_are_those_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
