@@ -40,6 +40,7 @@ from routevl.backbones.spvit.search import (
 from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of, write_json
+from routevl.methods.table import new_method
 from routevl.signals import STOP_SIGNALS
 
 OPEN = {"attention": (5.0, 5.0, 5.0), "conv3": (5.0, 5.0, -5.0), "conv1": (5.0, -5.0, 5.0), "nothing": (-5.0, 5.0, 5.0)}
@@ -329,7 +330,7 @@ def test_a_folder_is_derived_again_to_the_same_bytes(small_world: SmallWorld, de
 def test_a_derived_folder_gives_the_tokens_that_the_fine_tuned_model_gave_and_is_read_like_any_other(
     small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branch: str
 ) -> None:
-    """By whatever reads folders of timm: extraction, another crop, pruning."""
+    """By whatever reads folders of timm: extraction, another crop, pruning, a vision model with prompts."""
     models, write = [], phases.write
     monkeypatch.setattr(phases, "kept_by", lambda model: Kept([branch], [[1, 5, 7]]))
     monkeypatch.setattr(phases, "write", lambda model, *rest: (models.append(model), write(model, *rest)))
@@ -346,6 +347,9 @@ def test_a_derived_folder_gives_the_tokens_that_the_fine_tuned_model_gave_and_is
         assert [step["by"] for step in origin_of(tmp_path / by).derivations] == ["spvit", by]
         weights = load_vision_backbone(tmp_path / by).model.blocks[0].mlp.fc1.weight
         assert weights.shape == (3, 16) and (weights == 0).any() == (by == "magnitude")
+    prompted = new_method("vpt", {"num_virtual_tokens": 3}, "test").adapt_vision(load_vision_backbone(folder).model)
+    tokens = prompted.forward_features(images)
+    assert tokens.shape == (3, 5, 16) and torch.equal(tokens[:, 1:], encoded["patches"]) == (branch != "attention")
 
 
 @pytest.fixture
