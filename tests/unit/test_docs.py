@@ -180,8 +180,11 @@ def test_a_table_of_results_that_cannot_be_read_is_one_line(
     monkeypatch.setattr(script, "PROJECT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["docs.py"])
     for content, words in (
-        ("experiment,task,method\na,vqa,lora\n", "not a table of this version (KeyError('routing'))"),
-        ("experiment,task,method,routing\na,vqa,lora,none\nb,vqa,lora,none\n", "a and b are of one method and task"),
+        ("experiment,task,method,text_backbone\na,vqa,lora,x\n", "not a table of this version (KeyError('routing'))"),
+        (
+            "experiment,task,method,routing,text_backbone\na,vqa,lora,none,x\nb,vqa,lora,none,x\n",
+            "a and b are of one method and task",
+        ),
     ):
         file.write_text(content)
         assert script.main() == 1

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-@torch.no_grad()
+@torch.enable_grad()  # the counter's hooks want a gradient function of what requires a gradient, which a view has not without
 def forward_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """FLOPs of a model's forward pass over a batch, in evaluation mode; the model's mode stays as it is.
 
