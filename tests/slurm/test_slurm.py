@@ -249,7 +249,7 @@ def test_snakemake_killed_and_started_again(reference: Path, tmp_path: Path) -> 
     wait_until(lambda: in_training(project), process, project)
     halted = in_training(project).pop()
     halt(project, halted)  # on one GPU; on the other the second run ends, and the third begins
-    wait_until(lambda: "COMPLETED" in states(project), process, project)
+    wait_until(lambda: "COMPLETED" in states(project) and all(states(project, run) for run in RUNS), process, project)
     process.send_signal(signal.SIGKILL)
     process.wait()
     [completed] = [run for run in RUNS if states(project, run) == ["COMPLETED"]]
