@@ -196,3 +196,8 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def add_checkpoint_every(parser: argparse.ArgumentParser) -> None:
+    """The option of every stage that writes checkpoints of training steps."""
+    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")

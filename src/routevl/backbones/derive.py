@@ -13,7 +13,7 @@ from routevl.backbones.derivations import DERIVATIONS, check_joined, read_option
 from routevl.backbones.folder import DERIVED, check_folder, fingerprint_of, origin_of
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, write_json
-from routevl.options import at_least, read_words
+from routevl.options import add_checkpoint_every, at_least, read_words
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="FOLDER", help="state of an unfinished derivation that trains; resumed from when there"
     )
-    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+    add_checkpoint_every(parser)
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads of a derivation that trains")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that decode its images; 0: this one does")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the derivation")

@@ -44,11 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_checkpoint_every(parser: argparse.ArgumentParser) -> None:
-    """The option of every stage that writes checkpoints of training steps."""
-    parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
-
-
 def load_task(
     settings: RunSettings, method: Method, prepared: Mapping[str, Tensor], arguments: argparse.Namespace
 ) -> tuple[Task, dict[str, str]]:

@@ -19,13 +19,14 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_file, sha256_of
 from routevl.methods.base import Method
 from routevl.methods.selective import Full
+from routevl.options import add_checkpoint_every
 from routevl.progress import progress
 from routevl.signals import StopSignal, leave, stop_handlers_kept
 from routevl.tasks.base import Task
 from routevl.training.checkpoint import Checkpoint, forget, held, refuse_other_names
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
+from routevl.training.inputs import fingerprint_of_data, load_task
 from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import epoch_batches, first_batch, training_batches
 

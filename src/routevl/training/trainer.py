@@ -21,7 +21,7 @@ from torch import Tensor
 from routevl.errors import RoutevlError
 from routevl.files import atomic_folder, read_json, write_json
 from routevl.methods.base import Method
-from routevl.options import at_least, words_of
+from routevl.options import add_checkpoint_every, at_least, words_of
 from routevl.progress import progress
 from routevl.settings import RunSettings
 from routevl.signals import StopSignal, leave
@@ -31,7 +31,7 @@ from routevl.training.clock import Clock
 from routevl.training.distributed import average, greatest
 from routevl.training.flops import forward_flops
 from routevl.training.inputs import add_arguments as add_inputs
-from routevl.training.inputs import add_checkpoint_every, fingerprint_of_data, load_task
+from routevl.training.inputs import fingerprint_of_data, load_task
 from routevl.training.optimisation import compile_layers, optimisation_of, prepare_torch
 from routevl.training.order import data_loader, epoch_batches, first_batch, lengths_of, share_of_padding, training_batches
 from routevl.training.prepared import PREPARED, load_prepared
