@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone
 from routevl.errors import RoutevlError
-from routevl.features.images import read_image_lists, read_images
+from routevl.features.images import read_image_lists
+from routevl.features.loading import pixels_of
 from routevl.methods.base import Method
 
 
@@ -37,8 +38,7 @@ class LiveVision:
     def of(self, image_ids: Sequence[int]) -> Tensor:
         """Pixels, float32 (n, 3, H, W). Raises RoutevlError for unknown images, and for all that `read_image` refuses."""
         self.check(image_ids)
-        images = read_images(self.files[int(image_id)] for image_id in image_ids)
-        return torch.stack([self.transform(image) for image in images])
+        return pixels_of((self.files[int(image_id)] for image_id in image_ids), self.transform)
 
     def check(self, image_ids: Sequence[int]) -> None:
         """Raise RoutevlError for an image that no split lists."""

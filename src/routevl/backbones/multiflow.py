@@ -26,7 +26,8 @@ from routevl.backbones.matrices import turned
 from routevl.backbones.pairs import pairs_of
 from routevl.backbones.pruning import prunable, pruned_copy, smallest
 from routevl.backbones.vision import vision_folder
-from routevl.features.images import read_image_lists, read_images
+from routevl.features.images import read_image_lists
+from routevl.features.loading import pixels_of
 
 BATCH_SIZE = 32  # which changes no result but in the last bits
 LONGEST = 64  # tokens of a text that count
@@ -80,8 +81,7 @@ def _calibration(
     if _is_vision(model):
         files = {image.image_id: image for image in read_image_lists([data / "train" / "images.json"])}
         transform = vision_folder(source).transform(model)
-        images = (read_images(files[image_id] for image_id, _ in part) for part in parts)
-        batches = (torch.stack([transform(image) for image in of_part]) for of_part in images)
+        batches = (pixels_of((files[image_id] for image_id, _ in part), transform) for part in parts)
         if not hasattr(model, "config"):
             return model, ({"x": pixels} for pixels in batches)  # timm's
         return getattr(model, "vision_model", model.base_model), ({"pixel_values": pixels} for pixels in batches)

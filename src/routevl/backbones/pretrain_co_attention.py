@@ -24,7 +24,8 @@ from routevl.backbones.pairs import pairs_of
 from routevl.backbones.text import load_text_backbone
 from routevl.backbones.vision import VisionBackbone, load_vision_backbone, vision_tokens
 from routevl.errors import RoutevlError
-from routevl.features.images import read_image_lists, read_images
+from routevl.features.images import read_image_lists
+from routevl.features.loading import pixels_of
 from routevl.training.optimisation import prepare_torch
 
 KIND = "all"  # of the image's tokens: the class token first
@@ -134,7 +135,7 @@ def _tokens(images: Path, image_ids: Sequence[int], backbone: VisionBackbone) ->
     found: dict[int, Tensor] = {}
     for start in range(0, len(image_ids), BATCH_SIZE):
         part = image_ids[start : start + BATCH_SIZE]
-        pixels = torch.stack([backbone.transform(image) for image in read_images(files[image_id] for image_id in part)])
+        pixels = pixels_of((files[image_id] for image_id in part), backbone.transform)
         found |= zip(part, backbone.encode(pixels, [KIND])[KIND], strict=True)
     return found
 

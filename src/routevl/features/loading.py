@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -31,8 +31,13 @@ def load_batches(
     yield from DataLoader(batches, batch_size=None, collate_fn=load, pin_memory=pinned, num_workers=workers, **options)
 
 
+def pixels_of(images: Iterable[ImageFile], transform: Callable[[Image], Tensor]) -> Tensor:
+    """The pixels (B, 3, H, W) of image files, of each what `transform` makes of it. Raises BadImages."""
+    return torch.stack([transform(image) for image in read_images(images)])
+
+
 def _pixels(images: Sequence[ImageFile], transform: Callable[[Image], Tensor]) -> Tensor | list[str]:
     try:
-        return torch.stack([transform(image) for image in read_images(images)])
+        return pixels_of(images, transform)
     except BadImages as error:  # which a worker process could not raise in one line
         return error.problems
