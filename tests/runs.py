@@ -78,7 +78,7 @@ class Run:
         """A trainer of this run, in this process."""
         parser = argparse.ArgumentParser()
         train.add_arguments(parser)
-        [arguments] = train.of_each_seed(parser.parse_args(self.argv))
+        [arguments] = train.runs_in(parser.parse_args(self.argv))
         settings = from_arguments(arguments)
         return Trainer(settings, arguments, new_accelerator(settings))
 

@@ -201,3 +201,20 @@ def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
 def add_checkpoint_every(parser: argparse.ArgumentParser) -> None:
     """The option of every stage that writes checkpoints of training steps."""
     parser.add_argument("--checkpoint-every", type=at_least(1), default=200, metavar="STEPS", help="steps between checkpoints")
+
+
+def of_each_run(arguments: argparse.Namespace, *kinds: str) -> list[argparse.Namespace]:
+    """The arguments of each run of a stage that takes several, one after another: of the options `kinds`, which have one value
+    for each run, its own. What a run writes goes where the first of them that is no seed says.
+
+    Raises:
+        RoutevlError: the options have not equally many values, or two runs write to one place.
+    """
+    values = {kind: getattr(arguments, kind) for kind in kinds}
+    if len({len(of_kind) for of_kind in values.values()}) > 1:
+        raise RoutevlError(", ".join(f"{len(of_kind)} --{kind}" for kind, of_kind in values.items()) + ": one for each run")
+    place = next(kind for kind in kinds if kind != "seed")
+    if len(set(values[place])) < len(values[place]):
+        raise RoutevlError(f"--{place} {' '.join(values[place])}: each run needs one of its own")
+    each = (dict(zip(values, of_run, strict=True)) for of_run in zip(*values.values(), strict=True))
+    return [argparse.Namespace(**(vars(arguments) | of_run)) for of_run in each]

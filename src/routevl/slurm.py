@@ -15,8 +15,8 @@ KILLED_FOR_MEMORY = re.compile(r"oom.kill|out.of.memory|exceeded job memory limi
 
 
 def kind_of(rule: str) -> str:
-    """What kind a rule is of: each scoring job is a rule of its own, and training has one for each set of seeds."""
-    return next((kind for kind in ("score", "train") if rule.startswith(f"{kind}_")), rule)
+    """What kind a rule is of: each scoring job is a rule of its own, and what runs share has one for each set of seeds."""
+    return next((kind for kind in ("score", "probe", "train", "inside") if rule.startswith(f"{kind}_")), rule)
 
 
 def faults(log: str) -> list[str]:

@@ -8,12 +8,13 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from conftest import SmallWorld, command_line, run_stage
-from runs import Run, assert_same_outcome, batches_of_epoch, new_run, own_signals
+from runs import Run, assert_same_outcome, batches_of_epoch, new_run, own_signals, probe
 
 from routevl.errors import RoutevlError
 from routevl.training.order import BATCHES_PER_POOL, grouped_by_length, share_of_padding, turns
@@ -142,9 +143,9 @@ def test_compiled_layers_have_the_same_gradients(small_world: SmallWorld, tmp_pa
 # ----------------------------------------------------------------------------------------- several seeds in a process
 
 
-def of_seeds(world: SmallWorld, folder: Path, task: str, seeds: list[int]) -> list[str]:
+def of_seeds(world: SmallWorld, folder: Path, task: str, seeds: list[int], **changes: Any) -> list[str]:
     """A command line that trains them in one process."""
-    options = {**new_run(world, folder, task).options, "seed": seeds}
+    options = {**new_run(world, folder, task, **changes).options, "seed": seeds}
     for kind in ("model", "predictions", "checkpoint"):
         options[kind] = [str(folder / str(seed) / kind) for seed in seeds]
     return command_line(options)
@@ -159,6 +160,25 @@ def test_seeds_of_one_process_end_in_the_bits_of_their_own(small_world: SmallWor
         together = Run(tmp_path / "together" / str(seed), alone.options)
         assert_same_outcome(together, alone)
         assert not together.checkpoint.parent.exists()
+
+
+def test_so_do_their_phases_before_training(small_world: SmallWorld, tmp_path: Path) -> None:
+    seeds, method = [2, 1], {"method": "gradient_norm", "options": {"share": 0.02}}
+    prepared = [tmp_path / f"{seed}.safetensors" for seed in seeds]
+    options = {
+        name: value for name, value in new_run(small_world, tmp_path, "vqa", **method).options.items() if name != "log_every"
+    }
+    of_each = {"seed": seeds, "output": prepared, "checkpoint": [tmp_path / f"{seed}.probe" for seed in seeds]}
+    with own_signals():
+        run_stage("probe", *command_line({**options, **of_each}))
+        run_stage("train", *of_seeds(small_world, tmp_path / "together", "vqa", seeds, prepared=prepared, **method))
+    assert prepared[0].read_bytes() != prepared[1].read_bytes()
+    for seed, found in zip(seeds, prepared, strict=True):
+        alone = new_run(small_world, tmp_path / f"alone{seed}", "vqa", seed=seed, **method)
+        alone = alone.changed(prepared=probe(alone, tmp_path / f"alone{seed}.safetensors"))
+        assert Path(alone.options["prepared"]).read_bytes() == found.read_bytes()
+        assert_same_outcome(Run(tmp_path / "together" / str(seed), alone.options), alone.train())
+        assert not (tmp_path / f"{seed}.probe").exists()
 
 
 def test_a_job_of_several_seeds_goes_on_although_its_outputs_were_deleted(small_world: SmallWorld, tmp_path: Path) -> None:
@@ -185,7 +205,11 @@ def test_a_job_of_several_seeds_goes_on_although_its_outputs_were_deleted(small_
 def test_folders_and_seeds_must_be_equally_many(small_world: SmallWorld, tmp_path: Path) -> None:
     words = of_seeds(small_world, tmp_path, "vqa", [1, 2])
     words.insert(words.index("--seed") + 1, "7")
-    with pytest.raises(RoutevlError, match="3 --seed, 2 --model, 2 --predictions, 2 --checkpoint: one for each seed"):
+    with pytest.raises(RoutevlError, match="3 --seed, 2 --model, 2 --predictions, 2 --checkpoint: one for each run"):
+        run_stage("train", *words)
+    words = of_seeds(small_world, tmp_path, "vqa", [1, 2])
+    words[words.index("--model") + 2] = words[words.index("--model") + 1]
+    with pytest.raises(RoutevlError, match=r"--model (\S+) \1: each run needs one of its own"):
         run_stage("train", *words)
 
 

@@ -29,7 +29,7 @@ from routevl.methods.table import METHODS
 from routevl.reporting.published import read_published
 from routevl.settings import from_arguments
 from routevl.sheet import check, read_sheet, runs_of, settings_of
-from routevl.training.train import of_each_seed
+from routevl.training.train import runs_in
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "config/README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -291,7 +291,7 @@ def test_every_snakemake_command_is_one(command: str, workflow: Path) -> None:
 
 def test_the_command_of_the_readme_trains_the_run_of_the_sheet() -> None:
     [words] = [words for stage, *words in commands_in(DOCUMENTS[0]) if stage == "train" and len(words) > 9]
-    [arguments] = of_each_seed(stage_parser("train").parse_args(words))
+    [arguments] = runs_in(stage_parser("train").parse_args(words))
     settings = from_arguments(arguments)
     config = yaml.safe_load((PROJECT / "config/config.yaml").read_text())
     experiment, seed = runs_of(read_sheet(PROJECT / "config/experiments/demo.tsv"))["vqa_lora_mul_r8_e8_seed1"]

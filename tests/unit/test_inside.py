@@ -95,10 +95,16 @@ def trained(request: pytest.FixtureRequest, small_world: SmallWorld, tmp_path_fa
 
 
 def inside(run: Run, output: Path, **changes: Any) -> dict[str, Any]:
-    names = ("data", "features", "text_backbone", "vision_backbone", "threads", "workers")
-    options = {name: run.options[name] for name in names} | {"model": run.model, "output": output} | changes
-    run_stage("inside", *command_line(options))
+    look_into([run], [output], **changes)
     return json.loads(output.read_text())
+
+
+def look_into(runs: list[Run], outputs: list[Path], **changes: Any) -> None:
+    names = ("data", "features", "text_backbone", "vision_backbone", "threads", "workers")
+    options = (
+        {name: runs[0].options[name] for name in names} | {"model": [run.model for run in runs], "output": outputs} | changes
+    )
+    run_stage("inside", *command_line(options))
 
 
 def test_each_bottleneck_of_a_trained_run_is_measured(trained: Run, tmp_path: Path) -> None:
@@ -117,6 +123,15 @@ def test_each_bottleneck_of_a_trained_run_is_measured(trained: Run, tmp_path: Pa
         assert bottleneck["along_image"] == pytest.approx(1, abs=1e-5) if routes_to_a_line else bottleneck["along_image"] < 1
     assert inside(trained, tmp_path / "again.json") == found
     assert inside(trained, tmp_path / "few.json", examples=2)["examples"] == 2
+
+
+def test_several_runs_share_a_process(trained: Run, tmp_path: Path) -> None:
+    other = Run(tmp_path / "other", trained.changed(seed=2).options).train()
+    outputs = [tmp_path / "first.json", tmp_path / "second.json"]
+    look_into([trained, other], outputs)
+    first, second = (json.loads(output.read_text()) for output in outputs)
+    assert first == inside(trained, tmp_path / "alone.json")
+    assert second == inside(other, tmp_path / "alone.json") != first
 
 
 def test_the_numbers_are_those_of_the_models_own_forward_pass(trained: Run, tmp_path: Path) -> None:

@@ -278,9 +278,14 @@ def trial_settings(wildcards):
     return run_settings([wildcards.run], learning_rate=rates)
 
 
-def probe_of(run):
-    """What a run's method finds before training; nothing of a method without such a phase."""
-    return [f"{R}/probes/{run}/prepared.safetensors"] if prepares(TRAINED[run][0]) else []
+def probes_of(runs):
+    """What the method of runs finds before training, for each of them; nothing of a method without such a phase."""
+    return [f"{R}/probes/{run}/prepared.safetensors" for run in runs if prepares(TRAINED[run][0])]
+
+
+def run_of(file):
+    """The run that an output of the rule `probe` is of."""
+    return Path(file).parent.name
 
 
 def tuned_by(experiment):
@@ -290,7 +295,7 @@ def tuned_by(experiment):
 
 def prepared_option(wildcards, input):
     """The same as an option of the command line."""
-    return options({"prepared": input.prepared[0]}) if input.prepared else ""
+    return options({"prepared": list(input.prepared)}) if input.prepared else ""
 
 
 def prepares(experiment):
@@ -304,11 +309,9 @@ def reads_pixels(experiment):
 
 
 def trained_with():
-    """Run -> the runs of the job that trains it: as many seeds of an experiment as share one; a method that has a phase before
-    training has a job for each."""
-    found = {}
+    """Run -> the runs of the job that trains it: as many seeds of an experiment as share one."""
+    found, size = {}, config["training"].get("seeds_per_job", 1)
     for experiment in EXPERIMENTS:
-        size = 1 if prepares(experiment) else config["training"].get("seeds_per_job", 1)
         for start in range(0, len(experiment.runs), size):
             job = experiment.runs[start : start + size]
             found |= dict.fromkeys(job, job)

@@ -29,29 +29,39 @@ for runs in scoring_batches():
             "--output {output:q} &> {log:q}"
 
 
-# Only for figure F7: what the routing functions of a trained run do, on the validation split.
-rule inside:
-    input:
-        unpack(run_inputs),
-        model=f"{R}/models/{{run}}",
-    output:
-        f"{R}/inside/{{run}}.json",
-    log:
-        f"{R}/logs/inside/{{run}}.log",
-    benchmark:
-        f"{R}/benchmarks/inside/{{run}}.tsv"
-    wildcard_constraints:
-        run=one_of(runs_feeding("F7")),
-    threads: config["training"]["threads"]
-    resources:
-        **gpus(min(config["training"]["gpus"], 1)),
-        cpus_per_task=config["training"]["threads"],
-        mem_mb=memory(config["training"]["mem_mb"]),
-        runtime=time_to_restart(RULE_RUNTIME),
-    params:
-        inputs=run_input_options,
-        threads=config["training"]["threads"],
-        workers=config["training"]["workers"],
-    shell:
-        recorded("inside", "run") + "routevl inside {params.inputs} --model {input.model:q} --output {output:q} "
-        "--threads {params.threads} --workers {params.workers} &> {log:q}"
+# Only for figure F7: what the routing functions of trained runs do, on the validation split.
+INSIDE = runs_feeding("F7")
+
+for seeds, experiments in JOBS.items():
+    runs = runs_in(seeds)
+
+    rule:
+        name:
+            named_after("inside", seeds)
+        input:
+            unpack(run_inputs),
+            model=[f"{R}/models/{run}" for run in runs],
+        output:
+            [f"{R}/inside/{run}.json" for run in runs],
+        log:
+            f"{R}/logs/inside/{runs[0]}.log",
+        benchmark:
+            f"{R}/benchmarks/inside/{runs[0]}.tsv"
+        wildcard_constraints:
+            run=one_of([run for run in ALONE if run in INSIDE]),
+            experiment=one_of(experiments),
+        threads: config["training"]["threads"]
+        resources:
+            **gpus(min(config["training"]["gpus"], 1)),
+            cpus_per_task=config["training"]["threads"],
+            mem_mb=memory(config["training"]["mem_mb"]),
+            runtime=time_to_restart(RULE_RUNTIME),
+        params:
+            job=lambda wildcards, output: Path(output[0]).stem,
+            inputs=run_input_options,
+            threads=config["training"]["threads"],
+            workers=config["training"]["workers"],
+        shell:
+            recorded("inside", job="{params.job:q}")
+            + "routevl inside {params.inputs} --model {input.model:q} --output {output:q} "
+            "--threads {params.threads} --workers {params.workers} &> {log:q}"

@@ -3,40 +3,68 @@
 # unfinished jobs.
 
 
-# Only for runs whose method looks at the model and the data before training. A phase that is short starts over, a search resumes.
-rule probe:
-    input:
-        unpack(run_inputs),
-    output:
-        f"{R}/probes/{{run}}/prepared.safetensors",
-    log:
-        f"{R}/logs/probe/{{run}}.log",
-    benchmark:
-        f"{R}/benchmarks/probe/{{run}}.tsv"
-    threads: config["training"]["threads"]
-    resources:
-        **gpus(min(config["training"]["gpus"], 1)),
-        cpus_per_task=config["training"]["threads"],
-        mem_mb=memory(config["training"]["mem_mb"]),
-        runtime=time_to_restart(config["training"]["runtime"]),
-    params:
-        inputs=run_input_options,
-        settings=lambda wildcards: run_settings([wildcards.run]),
-        checkpoint=lambda wildcards: f"{R}/checkpoints/{wildcards.run}.probe",
-        threads=config["training"]["threads"],
-        workers=config["training"]["workers"],
-        checkpoint_every=config["training"]["checkpoint_every"],
-    shell:
-        recorded("probe", "run") + "routevl probe {params.inputs} --output {output:q} "
-        "--checkpoint {params.checkpoint:q} --checkpoint-every {params.checkpoint_every} "
-        "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
+# Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
+# rule has the same number of outputs in all its jobs.
+ALONE = [run for run, job in TRAINED_WITH.items() if len(job) == 1]
+JOBS = {(): []}  # seeds -> the experiments that have a job of them; none: of the runs that are alone
+for run, job in TRAINED_WITH.items():
+    if len(job) > 1 and run == job[0]:
+        JOBS.setdefault(tuple(RUNS[name][1] for name in job), []).append(RUNS[run][0].experiment)
+
+
+def named_after(rule, seeds):
+    """The name of a rule for jobs of those seeds."""
+    return "_".join(map(str, [f"{rule}_seeds", *seeds] if seeds else [rule]))
+
+
+def runs_in(seeds):
+    """The runs of a job of those seeds, with wildcards in their names."""
+    return [f"{{experiment}}_seed{seed}" for seed in seeds] or ["{run}"]
+
+
+for seeds, experiments in JOBS.items():
+    runs = runs_in(seeds)
+
+    # Only for runs whose method looks at the model and the data before training. A phase that is short starts over, a search resumes.
+    rule:
+        name:
+            named_after("probe", seeds)
+        input:
+            unpack(run_inputs),
+        output:
+            [f"{R}/probes/{run}/prepared.safetensors" for run in runs],
+        log:
+            f"{R}/logs/probe/{runs[0]}.log",
+        benchmark:
+            f"{R}/benchmarks/probe/{runs[0]}.tsv"
+        wildcard_constraints:
+            run=one_of([*ALONE, *TRIALS]),
+            experiment=one_of(experiments),
+        threads: config["training"]["threads"]
+        resources:
+            **gpus(min(config["training"]["gpus"], 1)),
+            cpus_per_task=config["training"]["threads"],
+            mem_mb=memory(config["training"]["mem_mb"]),
+            runtime=time_to_restart(config["training"]["runtime"]),
+        params:
+            job=lambda wildcards, output: run_of(output[0]),
+            inputs=run_input_options,
+            settings=lambda wildcards, output: run_settings([run_of(file) for file in output]),
+            checkpoints=lambda wildcards, output: [f"{R}/checkpoints/{run_of(file)}.probe" for file in output],
+            threads=config["training"]["threads"],
+            workers=config["training"]["workers"],
+            checkpoint_every=config["training"]["checkpoint_every"],
+        shell:
+            recorded("probe", job="{params.job:q}") + "routevl probe {params.inputs} --output {output:q} "
+            "--checkpoint {params.checkpoints:q} --checkpoint-every {params.checkpoint_every} "
+            "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 
 # Only for rows with `learning_rate=tuned`: all trials of a row in one process, which its runs wait for.
 rule tune:
     input:
         unpack(run_inputs),
-        prepared=lambda wildcards: probe_of(wildcards.run),
+        prepared=lambda wildcards: probes_of([wildcards.run]),
     output:
         f"{R}/tuning/{{run}}.json",
     log:
@@ -67,23 +95,15 @@ rule tune:
         "--threads {params.threads} --workers {params.workers} {params.settings} &> {log:q}"
 
 
-# Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
-# rule has the same number of outputs in all its jobs.
-ALONE = [run for run, job in TRAINED_WITH.items() if len(job) == 1]
-TOGETHER = {}  # seeds -> the experiments that have a job of them
-for run, job in TRAINED_WITH.items():
-    if len(job) > 1 and run == job[0]:
-        TOGETHER.setdefault(tuple(RUNS[name][1] for name in job), []).append(RUNS[run][0].experiment)
-
-for seeds, experiments in {(): [], **TOGETHER}.items():
-    runs = [f"{{experiment}}_seed{seed}" for seed in seeds] or ["{run}"]
+for seeds, experiments in JOBS.items():
+    runs = runs_in(seeds)
 
     rule:
         name:
-            "_".join(map(str, ["train_seeds", *seeds])) if seeds else "train"
+            named_after("train", seeds)
         input:
             unpack(run_inputs),
-            prepared=lambda wildcards: probe_of(wildcards.run) if "run" in wildcards.keys() else [],
+            prepared=lambda wildcards, runs=runs: probes_of([run.format_map(wildcards) for run in runs]),
             tuned=lambda wildcards: tuned_by(experiment_of(wildcards)),
         output:
             model=[directory(f"{R}/models/{run}") for run in runs],

@@ -319,9 +319,8 @@ class Task(ABC):
         padding = self.tokenizer.pad_token_id
         if padding is None:  # GPT-2 has no padding token; the mask hides whatever stands there
             padding = self.tokenizer.eos_token_id
-        rows = [torch.tensor(ids) for ids in token_ids]
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        longest = max(map(len, token_ids))
         return {
-            "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding),
-            "attention_mask": mask,
+            "input_ids": torch.tensor([ids + [padding] * (longest - len(ids)) for ids in token_ids]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in token_ids]),
         }

@@ -127,9 +127,10 @@ class VqaTask(Task):
         if "answer_index" not in examples[0]:
             batch["ids"] = torch.tensor([example["question_id"] for example in examples])
         else:
+            rows = [row for row, example in enumerate(examples) for _ in example["answer_index"]]
+            indices, scores = ([each for example in examples for each in example[f"answer_{of}"]] for of in ("index", "score"))
             batch["answer_scores"] = torch.zeros(len(examples), len(self.answers))
-            for row, example in zip(batch["answer_scores"], examples, strict=True):
-                row[example["answer_index"]] = torch.tensor(example["answer_score"], dtype=torch.float32)
+            batch["answer_scores"][rows, indices] = torch.tensor(scores, dtype=torch.float32)
         return batch
 
     def validate(self, outputs: Iterable[dict[str, Tensor]]) -> dict[str, float]:

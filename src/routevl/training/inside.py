@@ -17,7 +17,7 @@ from routevl.backbones.co_attention import has_image_stream
 from routevl.errors import RoutevlError
 from routevl.files import write_json
 from routevl.methods.routed.layer import RoutedLayer
-from routevl.options import at_least
+from routevl.options import at_least, of_each_run
 from routevl.progress import progress
 from routevl.routing import mean_visual_token
 from routevl.training.inputs import add_arguments as add_inputs
@@ -30,21 +30,27 @@ NEGLIGIBLE = 1e-5  # of a tensor's norm: rounding of float32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl inside`."""
     add_inputs(parser)
+    of_each = {"nargs": "+", "required": True}
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="a trained run whose method routes, on a text model of one stream"
+        "--model", metavar="FOLDER", help="trained runs whose method routes, on one text model of one stream", **of_each
     )
     parser.add_argument(
         "--examples", type=at_least(2), default=256, help="examples of the validation split to look at, drawn by the run's seed"
     )
-    parser.add_argument("--output", required=True, metavar="JSON", help="where the measurements go")
+    parser.add_argument("--output", metavar="JSON", help="where the measurements go, one for each run", **of_each)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Put validation examples through a trained run and measure each of its bottlenecks.
+    """Put validation examples through trained runs, one after another, and measure each of their bottlenecks.
 
     Raises:
-        RoutevlError: as `routevl predict`; the run has no routing function, or an encoder-decoder or a model of two streams.
+        RoutevlError: as `routevl predict`; a run has no routing function, or an encoder-decoder or a model of two streams.
     """
+    for one in of_each_run(arguments, "output", "model"):
+        _look_into(one)
+
+
+def _look_into(arguments: argparse.Namespace) -> None:
     task, accelerator = load_trained(arguments)
     text_model = task.model.text_model
     if text_model.config.is_encoder_decoder or has_image_stream(text_model):  # whose positions are not all those of the text

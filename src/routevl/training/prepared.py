@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,9 @@ from routevl.errors import RoutevlError
 from routevl.files import atomic_file, sha256_of
 from routevl.methods.base import Method
 from routevl.methods.selective import Full
-from routevl.options import add_checkpoint_every
+from routevl.options import add_checkpoint_every, of_each_run
 from routevl.progress import progress
+from routevl.settings import RunSettings
 from routevl.signals import StopSignal, leave, stop_handlers_kept
 from routevl.tasks.base import Task
 from routevl.training.checkpoint import Checkpoint, forget, held, refuse_other_names
@@ -135,35 +137,49 @@ def load_prepared(method: Method, path: str | Path | None) -> tuple[dict[str, Te
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl probe`."""
     add_inputs(parser)
-    parser.add_argument("--output", required=True, metavar="FILE", help="where the result goes, a safetensors file")
+    of_each = {"nargs": "+", "required": True}
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FOLDER", help="state of an unfinished search; resumed from when there"
+        "--output",
+        metavar="FILE",
+        help="where the result goes, a safetensors file; one for each seed, as of what follows",
+        **of_each,
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", help="state of an unfinished search; resumed from when there", **of_each
     )
     add_checkpoint_every(parser)
-    run_settings.add_arguments(parser)
+    run_settings.add_arguments(parser, several="seed")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Let a run's method look at the bare text model with the task's head and the training split, and keep what it found.
+    """Let the method of each seed's run look at the bare text model with the task's head and the training split, and keep what it
+    found.
 
     Raises:
         RoutevlError: wrong settings or inputs, or a method without such a phase; see also `Batches.steps`.
         SystemExit: as `Batches.steps`.
     """
-    settings = run_settings.from_arguments(arguments)
-    method = settings.new_method()
-    if not method.prepares():
-        raise RoutevlError(f"the method {settings.method} has no phase before training")
-    accelerator = new_accelerator(settings)
+    runs = of_each_run(arguments, "seed", "output", "checkpoint")
+    settings = [run_settings.from_arguments(one) for one in runs]
+    if not settings[0].new_method().prepares():
+        raise RoutevlError(f"the method {settings[0].method} has no phase before training")
+    accelerator = new_accelerator(settings[0])
     prepare_torch(arguments.threads)
+    with ExitStack() as locks:
+        for one, of_one in zip(runs, settings, strict=True):
+            locks.enter_context(held(Path(one.checkpoint), accelerator))
+            _prepare(of_one, one, accelerator)
+        for one in runs:  # not before: Snakemake deletes the outputs of a job that ends before its last run
+            forget(Path(one.checkpoint))
+
+
+def _prepare(settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:
+    method = settings.new_method()
     set_seed(settings.seed)
-    folder = Path(arguments.checkpoint)
-    with held(folder, accelerator):
-        task, inputs = load_task(settings, bare(method), {}, arguments)
-        identity = settings.as_record() | inputs | {"data": fingerprint_of_data(task), "threads": arguments.threads}
-        task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
-        checkpoint = Checkpoint(folder, identity, accelerator)
-        tensors = method.prepare(task, Batches(task, accelerator, arguments.workers, checkpoint, arguments.checkpoint_every))
-        with atomic_file(arguments.output) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        forget(folder)
+    task, inputs = load_task(settings, bare(method), {}, arguments)
+    identity = settings.as_record() | inputs | {"data": fingerprint_of_data(task), "threads": arguments.threads}
+    task.model = accelerator.prepare_model(task.model, evaluation_mode=True)
+    checkpoint = Checkpoint(Path(arguments.checkpoint), identity, accelerator)
+    tensors = method.prepare(task, Batches(task, accelerator, arguments.workers, checkpoint, arguments.checkpoint_every))
+    with atomic_file(arguments.output) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)

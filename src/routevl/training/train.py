@@ -10,8 +10,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from routevl import settings as run_settings
-from routevl.errors import RoutevlError
 from routevl.files import check_replaceable
+from routevl.options import of_each_run
 from routevl.settings import RunSettings
 from routevl.signals import stop_handlers_kept
 from routevl.training.checkpoint import forget, held
@@ -23,7 +23,7 @@ from routevl.training.tune import with_tuned
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `routevl train`."""
-    add_training_arguments(parser)
+    add_training_arguments(parser, nargs="+")
     of_each = {"nargs": "+", "required": True, "metavar": "FOLDER"}
     parser.add_argument("--model", help="where the trained weights go; one for each seed, as of what follows", **of_each)
     parser.add_argument("--predictions", help="where the test split's predictions go", **of_each)
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         RoutevlError: wrong settings or inputs; the loss is no longer a finite number.
         SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
     """
-    runs = of_each_seed(arguments)
+    runs = runs_in(arguments)
     settings = [run_settings.from_arguments(one) for one in runs]
     if arguments.tuned is not None:
         settings = [with_tuned(of_one, arguments.tuned) for of_one in settings]
@@ -62,21 +62,17 @@ def run(arguments: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def of_each_seed(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+def runs_in(arguments: argparse.Namespace) -> list[argparse.Namespace]:
     """The arguments of each run, and as `job` the folder of the first of them.
 
     Raises:
-        RoutevlError: they are not equally many of each kind.
+        RoutevlError: as `of_each_run`.
     """
-    values = {kind: getattr(arguments, kind) for kind in ("seed", "model", "predictions", "checkpoint")}
-    if len({len(of_kind) for of_kind in values.values()}) > 1:
-        raise RoutevlError(", ".join(f"{len(of_kind)} --{kind}" for kind, of_kind in values.items()) + ": one for each seed")
-    if len(arguments.seed) > 1 and arguments.prepared is not None:
-        raise RoutevlError(f"--prepared {arguments.prepared} is of one seed, but there are {len(arguments.seed)}")
-    if len(set(arguments.model)) < len(arguments.model):
-        raise RoutevlError(f"--model {' '.join(arguments.model)}: each seed needs a folder of its own")
-    each = (dict(zip(values, of_seed, strict=True)) for of_seed in zip(*values.values(), strict=True))
-    return [argparse.Namespace(**(vars(arguments) | of_seed | {"job": arguments.model[0]})) for of_seed in each]
+    prepared = [] if arguments.prepared is None else ["prepared"]
+    runs = of_each_run(arguments, "seed", "model", "predictions", "checkpoint", *prepared)
+    for one in runs:
+        one.job = arguments.model[0]
+    return runs
 
 
 def _train(settings: RunSettings, arguments: argparse.Namespace, accelerator: Accelerator) -> None:

@@ -39,10 +39,11 @@ from routevl.training.prepared import PREPARED, load_prepared
 LEAST_LEARNED = 0.001  # of a constant answer's value
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the stages that train, beside those of the settings."""
+def add_training_arguments(parser: argparse.ArgumentParser, **of_prepared: str) -> None:
+    """Options of the stages that train, beside those of the settings; `of_prepared`: of argparse, where there can be several."""
     add_inputs(parser)
-    parser.add_argument("--prepared", metavar="FILE", help="what `routevl probe` found, for a method that prepares; of one seed")
+    what = "what `routevl probe` found with the same seed, for a method that prepares"
+    parser.add_argument("--prepared", metavar="FILE", help=what, **of_prepared)
     add_checkpoint_every(parser)
     parser.add_argument("--log-every", type=at_least(1), default=10, metavar="STEPS", help="steps between logged losses")
 
