@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from routevl.backbones.derivations import DERIVATIONS
+from routevl.backbones.derivations import DERIVATIONS, read_options
 from routevl.sheet import Experiment, read_sheet, settings_of, write_sheet
 
 FOLDER = "rehearsal"  # of the results, with results of its own
 PRETRAINING = {"sentences": 1000, "images": 500, "epochs": 1}  # at most
-DERIVATION = {"search_epochs": 1, "tune_epochs": 1}  # of one that trains
+DERIVATION = {"search_epochs": 1, "tune_epochs": 1, "epochs": 1, "examples": 500}  # at most, of one that trains
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +65,13 @@ def rehearsed(config: Mapping[str, Any], experiments: Sequence[Experiment]) -> d
 
 def _made_briefly(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     if "derive" in entry and DERIVATIONS[entry["derive"]["by"]].trains:
-        return {**entry, "derive": {**entry["derive"], "options": entry["derive"].get("options", {}) | DERIVATION}}
+        options = entry["derive"].get("options", {})
+        all_options = asdict(read_options(entry["derive"]["by"], options, "configuration"))
+        return {**entry, "derive": {**entry["derive"], "options": options | _at_most(DERIVATION, all_options)}}
     if "pretrain" not in entry:
         return entry
-    options = entry["pretrain"]
-    return {"pretrain": options | {key: min(most, options[key]) for key, most in PRETRAINING.items() if key in options}}
+    return {"pretrain": entry["pretrain"] | _at_most(PRETRAINING, entry["pretrain"])}
+
+
+def _at_most(most: Mapping[str, int], options: Mapping[str, Any]) -> dict[str, int]:
+    return {key: min(value, options[key]) for key, value in most.items() if key in options}

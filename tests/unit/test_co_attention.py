@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +16,14 @@ import torch
 from cases import SMALL, B, D, L, one_step, prepared_for, shaken, small_options
 from conftest import SmallWorld, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
-from runs import Run, new_run, probe
+from runs import Run, new_run, own_signals, probe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, RobertaConfig
 
 from routevl.backbones.co_attention import CoAttentionConfig, CoAttentionModel
 from routevl.backbones.derivations import check_backbones
+from routevl.backbones.pretrain_co_attention import Learner
 from routevl.backbones.skeleton import layers_in
 from routevl.backbones.structure import structure_of
 from routevl.backbones.text import load_text_backbone, text_skeleton
@@ -346,7 +349,8 @@ def derive(world: SmallWorld, output: Path, **changes: int) -> Path:
     words = [f"{name}={value}" for name, value in (OPTIONS | changes).items()]
     run_stage(
         "derive-backbone", "--by", "co_attention", "--source", world.text["vqa"], "--data", world.data, "--vision-backbone",
-        world.vision[16], "--options", *words, "--output", output,
+        world.vision[16], "--options", *words, "--output", output, "--checkpoint", output.with_name("checkpoint"),
+        "--checkpoint-every", 3,
     )  # fmt: skip
     return output
 
@@ -373,6 +377,35 @@ def test_it_is_derived_to_the_same_bits_again(derived: Path, small_world: SmallW
     assert (other / "model.safetensors").read_bytes() != (derived / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("step", [1, 5, 10])
+def test_a_derivation_that_was_stopped_or_killed_goes_on_to_the_same_bytes(
+    small_world: SmallWorld, derived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Of 10 steps; stopped in the first process, killed in the second."""
+    loss, calls = Learner.loss, []
+
+    def counted_loss(of: Learner, *arguments: Any) -> Tensor:
+        calls.append(0)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == step + 4:
+            raise MemoryError
+        return loss(of, *arguments)
+
+    monkeypatch.setattr(Learner, "loss", counted_loss)
+    with pytest.raises(SystemExit, match="143"), own_signals():
+        derive(small_world, tmp_path / "derived")
+    assert not (tmp_path / "derived").exists() and (tmp_path / "checkpoint/checkpoint.safetensors").exists()
+    if step < 10:
+        with pytest.raises(MemoryError), own_signals():
+            derive(small_world, tmp_path / "derived")
+    made = len(calls)
+    again = derive(small_world, tmp_path / "derived")
+    assert (again / "model.safetensors").read_bytes() == (derived / "model.safetensors").read_bytes()
+    assert len(calls) - made <= 10 - step, "what was done is not done again, but for what no checkpoint has"
+    assert not (tmp_path / "checkpoint").exists()
+
+
 def test_without_epochs_the_text_encoder_is_the_sources(small_world: SmallWorld, tmp_path: Path) -> None:
     model, _ = load_text_backbone(derive(small_world, tmp_path / "fresh", epochs=0), "encoder")
     source, _ = load_text_backbone(small_world.text["vqa"], "encoder")
@@ -383,7 +416,16 @@ def test_without_epochs_the_text_encoder_is_the_sources(small_world: SmallWorld,
 def test_what_does_not_fit_is_refused(small_world: SmallWorld, tmp_path: Path) -> None:
     common = ("--source", small_world.text["vqa"], "--output", tmp_path / "no")
     with pytest.raises(RoutevlError, match="--vision-backbone is missing: the vision backbone whose images it reads"):
-        run_stage("derive-backbone", "--by", "co_attention", "--data", small_world.data, *common)
+        run_stage(
+            "derive-backbone",
+            "--by",
+            "co_attention",
+            "--data",
+            small_world.data,
+            "--checkpoint",
+            tmp_path / "checkpoint",
+            *common,
+        )
     with pytest.raises(RoutevlError, match="--vision-backbone is given: drop it"):
         run_stage(
             "derive-backbone", "--by", "magnitude", "--options", "sparsity=0.5", "--vision-backbone", small_world.vision[16],

@@ -128,7 +128,7 @@ DERIVATIONS = {
     ),
     "co_attention": Derivation(
         "METER: two streams that attend to each other", "Dou et al., 2022 (arXiv 2111.02387)", "pretrain_co_attention:derive",
-        CoAttentionOptions, calibrates=True, joins=True, model_type="co_attention",
+        CoAttentionOptions, calibrates=True, trains=True, joins=True, model_type="co_attention",
         differs="pretrained on the captions of the own training split alone, in place of four million pairs; the vision model "
         "stays frozen; one learning rate for all that is trained",
     ),

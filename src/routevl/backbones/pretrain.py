@@ -76,12 +76,14 @@ def train(
     loss_of: Callable[[list[int]], Tensor],
     arguments: argparse.Namespace,
     description: str,
+    steps_of: Callable[[list[list[int]], Optimisation], Iterable[list[int]]] | None = None,
 ) -> None:
     """Minimise the loss over all epochs: AdamW, one-cycle learning rate, gradient norm at most 1.
 
     Args:
         lengths: of the training examples.
         loss_of: indices of a batch's examples -> their loss.
+        steps_of: the batches, and their optimisation -> those that are left to a process that goes on; None: all.
 
     Raises:
         RoutevlError: the loss became infinite or not a number.
@@ -97,7 +99,7 @@ def train(
         ),
         max_grad_norm=1.0,
     )
-    for batch in progress(batches, len(batches), description):
+    for batch in steps_of(batches, optimisation) if steps_of else progress(batches, len(batches), description):
         loss = loss_of(batch)
         if not torch.isfinite(loss):
             raise RoutevlError(f"{description}: the loss is {loss.item()}; set a lower --learning-rate")

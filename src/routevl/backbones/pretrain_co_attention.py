@@ -7,18 +7,21 @@ caption, which half of the images do not (ITM). The text encoder is trained too;
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from routevl.backbones import pretrain
 from routevl.backbones.co_attention import CoAttentionConfig, CoAttentionModel
 from routevl.backbones.derivations import CoAttentionOptions
+from routevl.backbones.folder import fingerprint_of
 from routevl.backbones.from_transformers import of_the_folder, transformers_config
 from routevl.backbones.pairs import pairs_of
 from routevl.backbones.text import load_text_backbone
@@ -26,7 +29,13 @@ from routevl.backbones.vision import VisionBackbone, load_vision_backbone, visio
 from routevl.errors import RoutevlError
 from routevl.features.images import read_image_lists
 from routevl.features.loading import pixels_of
-from routevl.training.optimisation import prepare_torch
+from routevl.files import sha256_of
+from routevl.training.checkpoint import Checkpoint
+from routevl.training.optimisation import Optimisation, prepare_torch
+from routevl.training.resumable import AllOf, resumed_steps
+
+if TYPE_CHECKING:
+    from routevl.backbones.derive import Execution
 
 KIND = "all"  # of the image's tokens: the class token first
 MASKED = 0.15  # of the tokens
@@ -36,7 +45,9 @@ NO_LABEL = -100  # what torch's cross-entropy ignores
 BATCH_SIZE = 64  # of images that are encoded, and of pairs that are validated with
 
 
-def derive(source: Path, options: CoAttentionOptions, output: Path, data: Path, vision: Path) -> dict[str, Any]:
+def derive(
+    source: Path, options: CoAttentionOptions, output: Path, data: Path, vision: Path, execution: Execution
+) -> dict[str, Any]:
     """Make a model of two streams of a text encoder's folder and of a vision model's, and pretrain it.
 
     Args:
@@ -49,9 +60,12 @@ def derive(source: Path, options: CoAttentionOptions, output: Path, data: Path, 
 
     Raises:
         RoutevlError: the source is no encoder, is pruned, or has no mask token; the vision model gives no tokens of the kind
-            "all"; a split has no captions, or unreadable images; the width is no multiple of the heads; training diverged.
+            "all"; a split has no captions, or unreadable images; the width is no multiple of the heads; training diverged; a
+            checkpoint that is damaged, or of another derivation.
+        SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
     """
-    prepare_torch(1)
+    process = PartialState()
+    prepare_torch(execution.threads)
     torch.manual_seed(options.seed)
     text_model, tokenizer = load_text_backbone(source, "encoder")
     if tokenizer.mask_token is None:
@@ -61,20 +75,34 @@ def derive(source: Path, options: CoAttentionOptions, output: Path, data: Path, 
             f"backbone {source}: it is pruned, and pretraining would fill its zeros: take what it was derived from"
         )
     backbone = load_vision_backbone(vision)
+    backbone.model.to(process.device)
     width = backbone.tokens.shape(KIND)[1]
     model = CoAttentionModel(_config(text_model.config, width, options, backbone.fingerprint))
     model.text_encoder.load_state_dict(text_model.state_dict())
-    learner = Learner(model, tokenizer)
+    learner = Learner(model, tokenizer).to(process.device)
     found: dict[str, Any] = {"vision_fingerprint": backbone.fingerprint}
     if options.epochs:
         pairs = Pairs(data / "train", options.examples, options.seed, tokenizer, backbone)
         held_out = Pairs(data / "val", HELD_OUT, options.seed, tokenizer, backbone)
+        identity = {
+            "options": asdict(options),
+            "source": fingerprint_of(source),
+            "vision": backbone.fingerprint,
+            "captions": sha256_of(data / "train" / "captions.json"),
+            "threads": execution.threads,
+        }
+        checkpoint = Checkpoint(execution.checkpoint, identity, process)
+
+        def steps_of(batches: list[list[int]], optimisation: Optimisation) -> Iterator[list[int]]:
+            of_checkpoint = checkpoint, execution.checkpoint_every, AllOf(learner), optimisation
+            return resumed_steps(lambda step: batches[step:], len(batches), *of_checkpoint, "co_attention")
+
         pretrain.train(
             learner.train().parameters(), [len(ids) for ids in pairs.token_ids], lambda indices: learner.loss(pairs, indices),
-            argparse.Namespace(**asdict(options)), "co_attention",
+            argparse.Namespace(**asdict(options)), "co_attention", steps_of,
         )  # fmt: skip
         found |= {"pairs": len(pairs.token_ids), **learner.measured(held_out)}
-    model.save_pretrained(output)
+    model.cpu().save_pretrained(output)
     tokenizer.save_pretrained(output)
     return found
 
@@ -107,7 +135,7 @@ def _config(text: PretrainedConfig, width: int, options: CoAttentionOptions, fin
 
 
 class Pairs:
-    """Pairs of a split, with what the models read of them.
+    """Pairs of a split, with what the models read of them, on the CPU.
 
     Attributes:
         token_ids: of the captions.
@@ -133,10 +161,11 @@ class Pairs:
 def _tokens(images: Path, image_ids: Sequence[int], backbone: VisionBackbone) -> Mapping[int, Tensor]:
     files = {image.image_id: image for image in read_image_lists([images])}
     found: dict[int, Tensor] = {}
+    device = PartialState().device
     for start in range(0, len(image_ids), BATCH_SIZE):
         part = image_ids[start : start + BATCH_SIZE]
-        pixels = pixels_of((files[image_id] for image_id in part), backbone.transform)
-        found |= zip(part, backbone.encode(pixels, [KIND])[KIND], strict=True)
+        pixels = pixels_of((files[image_id] for image_id in part), backbone.transform).to(device)
+        found |= zip(part, backbone.encode(pixels, [KIND])[KIND].cpu(), strict=True)
     return found
 
 
@@ -160,19 +189,21 @@ class Learner(nn.Module):
         logits, labels = self.guessed(pairs, indices, own)
         of_words = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
         shown = torch.where(torch.rand(len(own)) < 0.5, own.roll(1), own)
-        return of_words + nn.functional.cross_entropy(self.decided(pairs, indices, shown), (shown == own).long())
+        decided = self.decided(pairs, indices, shown)
+        return of_words + nn.functional.cross_entropy(decided, (shown == own).long().to(decided.device))
 
     def guessed(self, pairs: Pairs, indices: list[int], image_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of all tokens (B, T, vocabulary) beside these images, and the labels of masked ones, (B, T)."""
-        batch = self.mask([{"input_ids": pairs.token_ids[index]} for index in indices])
-        output = self.model(batch["input_ids"], batch["attention_mask"], image_embeds=pairs.image_tokens(image_ids))
-        return self.words(output.last_hidden_state), batch["labels"]
+        batch = self.mask([{"input_ids": pairs.token_ids[index]} for index in indices]).to(self.model.device)
+        return self.words(self._read(batch, pairs.image_tokens(image_ids)).last_hidden_state), batch["labels"]
 
     def decided(self, pairs: Pairs, indices: list[int], image_ids: Tensor) -> Tensor:
         """Logits (B, 2) of whether these images belong to the captions."""
         batch = self.tokenizer.pad({"input_ids": [pairs.token_ids[index] for index in indices]}, return_tensors="pt")
-        output = self.model(batch["input_ids"], batch["attention_mask"], image_embeds=pairs.image_tokens(image_ids))
-        return self.belongs(output.pooler_output)
+        return self.belongs(self._read(batch.to(self.model.device), pairs.image_tokens(image_ids)).pooler_output)
+
+    def _read(self, batch: Mapping[str, Tensor], image_tokens: Tensor) -> BaseModelOutputWithPooling:
+        return self.model(batch["input_ids"], batch["attention_mask"], image_embeds=image_tokens.to(self.model.device))
 
     @torch.inference_mode()
     def measured(self, pairs: Pairs) -> dict[str, float]:
@@ -187,8 +218,8 @@ class Learner(nn.Module):
             for name, image_ids in zip(right, (own, other), strict=False):
                 torch.manual_seed(start)  # the same tokens are masked
                 logits, labels = self.guessed(pairs, indices, image_ids)
-                right[name].append((logits.argmax(-1) == labels)[labels != NO_LABEL])
+                right[name].append((logits.argmax(-1) == labels)[labels != NO_LABEL].cpu())
             for image_ids in (own, other):
-                decided = self.decided(pairs, indices, image_ids).argmax(-1)
+                decided = self.decided(pairs, indices, image_ids).argmax(-1).cpu()
                 right["matching_accuracy"].append(decided == (image_ids == own))
         return {name: round(torch.cat(found).float().mean().item(), 4) for name, found in right.items()}

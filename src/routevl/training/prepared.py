@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,29 +20,17 @@ from routevl.files import atomic_file, sha256_of
 from routevl.methods.base import Method
 from routevl.methods.selective import Full
 from routevl.options import add_checkpoint_every, of_each_run
-from routevl.progress import progress
 from routevl.settings import RunSettings
-from routevl.signals import StopSignal, leave, stop_handlers_kept
 from routevl.tasks.base import Task
-from routevl.training.checkpoint import Checkpoint, forget, held, refuse_other_names
+from routevl.training.checkpoint import Checkpoint, forget, held
 from routevl.training.distributed import new_accelerator
 from routevl.training.inputs import add_arguments as add_inputs
 from routevl.training.inputs import fingerprint_of_data, load_task
 from routevl.training.optimisation import Optimisation, prepare_torch
 from routevl.training.order import epoch_batches, first_batch, training_batches
+from routevl.training.resumable import State, resumed_steps
 
 PREPARED = "prepared.safetensors"  # in the folder of a run whose method prepares: what it was built with
-OWN = "own/"  # in a checkpoint, before the names of what a phase has beside the model and its optimisation
-
-
-class State(Protocol):
-    """What the next step of a phase that trains depends on, beside the model, its optimisation and the random generators."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors`."""
 
 
 class Batches:
@@ -75,38 +62,21 @@ class Batches:
     def steps(self, epochs: int, optimisation: Optimisation, own: State) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """The batches of several epochs, each with its epoch's number, for a phase that trains on one after another.
 
-        It can be killed in them and run again in a new process, to the same bits: what its last checkpoint has seen is left out.
+        They are `resumed_steps`, with their errors.
 
         Args:
             optimisation: of the task's model.
-
-        Raises:
-            RoutevlError: the checkpoint is damaged or of another run.
-            SystemExit: with `exit_status`, after a stop signal; the checkpoint is then on disk.
         """
-        model, stop, in_epoch, done = self.task.model, StopSignal(), len(self.of_epoch(0)), 0
+        in_epoch = len(self.of_epoch(0))
 
-        def take(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-            nonlocal done
-            done, names = record["step"], [name for name in sorted(tensors) if name.startswith(OWN)]
-            kept = {name.removeprefix(OWN): tensors.pop(name) for name in names}
-            refuse_other_names(kept, own.tensors())
-            own.restore(kept)
+        def batches_from(step: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+            first = {step // in_epoch: step % in_epoch}  # batch of the epoch that is gone on with
+            epochs_left = range(step // in_epoch, epochs)
+            return ((epoch, batch) for epoch in epochs_left for batch in self.of_epoch(epoch, first.get(epoch, 0)))
 
-        with stop_handlers_kept():
-            stop.remember()
-            if self.checkpoint.resume(model, optimisation, take):
-                print(f"probe: resuming from step {done} of {epochs * in_epoch}", file=sys.stderr, flush=True)
-            first = {done // in_epoch: done % in_epoch}  # batch of the epoch that is gone on with
-            epochs_left = range(done // in_epoch, epochs)
-            left = ((epoch, batch) for epoch in epochs_left for batch in self.of_epoch(epoch, first.get(epoch, 0)))
-            for step, numbered in enumerate(progress(left, epochs * in_epoch - done, "probe"), start=done + 1):
-                yield numbered
-                if stop.number or step % self.checkpoint_every == 0:
-                    kept = {OWN + name: tensor for name, tensor in own.tensors().items()}
-                    self.checkpoint.save(model, optimisation, kept, {"step": step})
-                if stop.number:
-                    leave(stop.number, f"probe: told to stop, checkpoint at step {step}")
+        return resumed_steps(
+            batches_from, epochs * in_epoch, self.checkpoint, self.checkpoint_every, self.task.model, optimisation, "probe", own
+        )
 
 
 def bare(method: Method) -> Method:

@@ -33,10 +33,9 @@ from routevl.errors import RoutevlError
 from routevl.features.images import BadImages, ImageFile, read_image_lists
 from routevl.features.loading import load_batches
 from routevl.files import read_json, sha256_of, write_json
-from routevl.progress import progress
-from routevl.signals import StopSignal, leave, stop_handlers_kept
 from routevl.training.checkpoint import Checkpoint
 from routevl.training.optimisation import Optimisation, prepare_torch
+from routevl.training.resumable import AllOf, resumed_steps
 
 if TYPE_CHECKING:
     from routevl.backbones.derive import Execution
@@ -178,18 +177,6 @@ def write(model: nn.Module, kept: Kept, source: Path, output: Path) -> None:
 # --------------------------------------------------------------------------------------------------- the phases
 
 
-class Student(nn.Module):
-    """A model that is trained, for the checkpoint: all of it is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parameters, detached, by name."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-
 class Phases:
     """Search and fine-tuning of a model, resumed from the checkpoint of an earlier process.
 
@@ -280,28 +267,17 @@ class Phases:
         """Train all of a model, from the checkpoint if that is of this phase."""
         total = epochs * math.ceil(len(self.images) / self.options.batch_size)
         optimisation = Optimisation(groups, WEIGHT_DECAY, lambda optimiser: _schedule(optimiser, total), max_grad_norm=None)
-        student, step = Student(model), 0
-
-        def take(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-            nonlocal step
-            step = record["step"]
-
-        if self.unfinished == phase and self.checkpoint.resume(student, optimisation, take):
-            print(f"spvit: {phase}: resuming from step {step} of {total}", file=sys.stderr, flush=True)
-        with stop_handlers_kept():
-            stop = StopSignal()
-            stop.remember()
-            for pixels in progress(self._pixels(self._batches(phase, epochs)[step:]), total - step, f"spvit: {phase}"):
-                loss = self._distance(model, pixels) + penalty()
-                if not torch.isfinite(loss):
-                    raise RoutevlError(f"spvit: the loss of the {phase} is {loss.item()}: set a lower learning_rate")
-                loss.backward()
-                optimisation.step()
-                step += 1
-                if stop.number or step == total or step % self.execution.checkpoint_every == 0:
-                    self.checkpoint.save(student, optimisation, {}, {"kept": self.kept, "phase": phase, "step": step})
-                if stop.number:
-                    leave(stop.number, f"spvit: {phase}: told to stop, checkpoint at step {step}")
+        batches = self._batches(phase, epochs)
+        steps = resumed_steps(
+            lambda step: self._pixels(batches[step:]), total, self.checkpoint, self.execution.checkpoint_every, AllOf(model),
+            optimisation, f"spvit: {phase}", record={"kept": self.kept, "phase": phase}, resume=self.unfinished == phase,
+        )  # fmt: skip
+        for pixels in steps:
+            loss = self._distance(model, pixels) + penalty()
+            if not torch.isfinite(loss):
+                raise RoutevlError(f"spvit: the loss of the {phase} is {loss.item()}: set a lower learning_rate")
+            loss.backward()
+            optimisation.step()
 
     def _batches(self, phase: str, epochs: int) -> list[list[ImageFile]]:
         """The images of each step of a phase: in every epoch all of them, in an order that seed, phase and epoch decide."""
