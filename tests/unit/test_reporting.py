@@ -521,6 +521,7 @@ def test_a_backbone_is_named_and_has_its_own_blind_baseline_where_there_is_one(t
         longer["experiment"]: "",
         OTHERS[1]["experiment"]: OTHERS[0]["experiment"],
     }
+    assert [*own][:2] == [BLIND["experiment"], OTHERS[0]["experiment"]]
     shown = {name: row["Method"] for name, row in zip(own, table_of(output)[1], strict=True)}
     for name, backbone in (("pruned", "pruned"), ("vision", "vit_small"), (OTHERS[1]["experiment"], "other")):
         assert backbone in shown[name].split(", ")[1:], shown
