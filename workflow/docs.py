@@ -30,7 +30,7 @@ from routevl.files import atomic_file
 from routevl.methods.table import BASELINE, METHODS, method_class, method_records
 from routevl.options import describe, text_of, words_of
 from routevl.reporting import FIGURES, TABLES
-from routevl.reporting.names import plural
+from routevl.reporting.names import BACKBONES, plural
 from routevl.reporting.published import read_published
 from routevl.reporting.rows import Row, gain_of, of_this_version, read_rows, score_of
 from routevl.settings import shared_setting_records
@@ -43,6 +43,11 @@ PART = re.compile(r"(<!-- make docs: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH = 130  # of a line of text; a table may have longer ones
 BOUNDS = {"least": "{} or more", "most": "{} or less", "above": "more than {}", "below": "less than {}"}
 BOUNDS_OF_SCHEMA = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
+OVER = {  # what T7's gains are over -> the columns of `gain_of`
+    "blind": ("gain_vs_blind", "blind_ci", "blind_"),
+    METHODS[BASELINE].label: (f"gain_vs_{BASELINE}",),
+}
+MOST_NAMED = 10  # rows that a sentence names
 TYPES_OF_SCHEMA = {"string": "text", "boolean": "yes or no", "object": "keys and values"}
 
 
@@ -111,8 +116,7 @@ def _results_of(name: str) -> str:
         rows = [
             (
                 METHODS[row["method"]].label,
-                row["routing"]
-                + ("" if row["prefix"] == "yes" else ", no image (blind)" if row["routing"] == "none" else ", no prefix"),
+                row["routing"] + _unseen(row),
                 row["epochs"],
                 row["n_seeds"],
                 *(score_of(row, task, metric) for metric in scores),
@@ -123,45 +127,54 @@ def _results_of(name: str) -> str:
         return table((task.label, "routing", "epochs", "seeds", *scores.values(), gain), rows)
 
 
+def _unseen(row: Row) -> str:
+    """What a row's name ends with where its run has no visual prefix."""
+    return "" if row["prefix"] == "yes" else ", no image (blind)" if row["routing"] == "none" else ", no prefix"
+
+
 def results_of_methods() -> str:
     """The rows of T7, those of all tasks in a line, and what is to be known of them."""
     file = PROJECT / "docs/results/T7_methods.csv"
     with of_this_version(file):
         rows = read_rows(file)
         tasks = list(dict.fromkeys(row["task"] for row in rows))
-        usual = {task: next(row["text_backbone"] for row in rows if row["task"] == task) for task in tasks}
+        usual = {task: next(row for row in rows if row["task"] == task) for task in tasks}
         lines: dict[str, dict[str, Row]] = {}  # by the method's name, and the task's
         for row in rows:
-            routing = "" if row["routing"] == "none" else f", {code(row['routing'])}"
-            backbone = "" if row["text_backbone"] == usual[row["task"]] else f", in {code(row['text_backbone'])}"
-            of = lines.setdefault(METHODS[row["method"]].label + routing + backbone, {})
+            own = [row[column] for column in BACKBONES if row[column] != usual[row["task"]][column]]
+            told = map(code, [*([] if row["routing"] == "none" else [row["routing"]]), *own])
+            of = lines.setdefault(", ".join([METHODS[row["method"]].label, *told]) + _unseen(row), {})
             if row["task"] in of:
                 raise RoutevlError(f"{file}: {of[row['task']]['experiment']} and {row['experiment']} are of one method and task")
             of[row["task"]] = row
-        head = ["method", *(words for task in tasks for words in (TASKS[task].score, f"gain over {METHODS[BASELINE].label}"))]
+        head = ["method", *(words for task in tasks for words in (TASKS[task].score, *(f"over {of}" for of in OVER)))]
         cells = ((name, *(cell for task in tasks for cell in _result(of.get(task)))) for name, of in lines.items())
         return f"{table(head, cells)}\n\n{_filled(' '.join(_facts(rows)))}"
 
 
-def _result(row: Row | None) -> tuple[str, str]:
-    """Score and gain of a method in a task; blank where it has no run. A gain with a verdict is bold."""
+def _result(row: Row | None) -> Iterator[str]:
+    """Score and gains of a method in a task; blank where it has no run. A gain with a verdict is bold."""
     if row is None:
-        return "", ""
-    gain = gain_of(row, TASKS[row["task"]], f"gain_vs_{BASELINE}")
-    shown = gain.absolute.signed(1) if row["n_not_learned"] == "0" else "learned nothing"
-    return score_of(row, TASKS[row["task"]]), f"**{shown}**" if gain.verdict else shown
+        yield from [""] * (1 + len(OVER))
+        return
+    yield score_of(row, TASKS[row["task"]])
+    for columns in OVER.values():
+        gain = gain_of(row, TASKS[row["task"]], *columns)
+        shown = gain.absolute.signed(1) if row["n_not_learned"] == "0" else "learned nothing"
+        yield f"**{shown}**" if gain.verdict else shown
 
 
 def _facts(rows: Sequence[Row]) -> Iterator[str]:
     """What is to be known of these results, in sentences."""
     seeds = alternatives(sorted({row["n_seeds"] for row in rows}))
-    gains = [gain_of(row, TASKS[row["task"]], f"gain_vs_{BASELINE}") for row in rows if row["versus"]]
-    known = [gain.absolute for gain in gains if gain.absolute.signed()]
-    zero = sum(interval.low <= 0 <= interval.high for interval in known)
-    better, worse = ([gain.verdict for gain in gains].count(sign) for sign in (1, -1))
-    yield f"Mean ± standard deviation of {seeds} seeds; gains with 95% intervals."
-    yield f"Of {plural(len(known), 'gain')} the intervals of {zero} hold zero."
-    yield f"In bold, those with a verdict: {better} better, {worse} worse."
+    yield f"Mean ± standard deviation of {seeds} seeds; gains with 95% intervals, in bold those with a verdict."
+    for of, columns in OVER.items():
+        gains = [gain_of(row, TASKS[row["task"]], *columns) for row in rows]
+        known = [gain.absolute for gain in gains if gain.absolute.signed()]
+        zero = sum(interval.low <= 0 <= interval.high for interval in known)
+        better, worse = ([gain.verdict for gain in gains].count(sign) for sign in (1, -1))
+        yield f"Of {plural(len(known), 'gain')} over {of} the intervals of {zero} hold zero; {better} better, {worse} worse."
+    yield from _above_blind(rows)
     if tuned := [row for row in rows if int(row["learning_rates_tried"]) > 1]:
         tried = alternatives(sorted({row["learning_rates_tried"] for row in tuned}))
         edge = sum(row["at_edge"] == "True" for row in tuned)
@@ -169,6 +182,16 @@ def _facts(rows: Sequence[Row]) -> Iterator[str]:
         yield f"In {edge} of these it is the smallest or the largest."
     if without := [row.label for name, row in METHODS.items() if name not in {row["method"] for row in rows}]:
         yield f"Without a row: {', '.join(without)}."
+
+
+def _above_blind(rows: Sequence[Row]) -> Iterator[str]:
+    """How many rows of each task lie above the blind baseline, and which do not, a sentence for each task."""
+    for task in dict.fromkeys(row["task"] for row in rows if row["versus_blind"]):
+        lows = {row["experiment"]: gain_of(row, TASKS[task], *OVER["blind"]).absolute.low for row in rows if row["task"] == task}
+        known = {name: low for name, low in lows.items() if low == low}
+        below = [code(name) for name, low in known.items() if low <= 0]
+        but = f", all but {', '.join(below)}," if 0 < len(below) <= MOST_NAMED else ""
+        yield f"In {TASKS[task].word} {len(known) - len(below)} of {plural(len(known), 'row')}{but} lie wholly above blind."
 
 
 # --------------------------------------------------------------------------------- config/README.md

@@ -114,13 +114,19 @@ def test_what_is_not_up_to_date_is_one_line_and_written_again(
 
 
 def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gains with a verdict are bold, a run that learned nothing has none, and methods without a row are named."""
+    """The gains with a verdict are bold, a run that learned nothing has none, and methods without a row are named.
+
+    So are the rows that do not lie above the blind baseline, where these are few.
+    """
     plain = {task: experiment(task, seeds="1,2,3", feeds="T7") for task in ("vqa", "caption")}
     others = [
         experiment(routing="mul", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
         experiment(method="ia3", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
         experiment("caption", "bitfit", seeds="1,2,3", feeds="T7", versus=plain["caption"]["experiment"]),
         experiment(experiment="vqa_other", text_backbone="other", seeds="1,2,3", feeds="T7", versus=plain["vqa"]["experiment"]),
+        experiment(experiment="vqa_vision", vision_backbone="small", seeds="1,2,3", feeds="T7"),
+        experiment(prefix="no", seeds="1,2,3", feeds="T7"),
+        experiment(prefix="no", seeds="1,2,3", feeds="T7", experiment="blind_ia3", method="ia3"),
     ]
     folder = write_results(tmp_path / "results", [*plain.values(), *others], images=20, collapsed=("vqa_ia3_e2_seed2",))
     write_sheet(folder / "experiments.tsv", [*plain.values(), *others])
@@ -131,23 +137,46 @@ def test_the_results_of_methods_are_those_of_their_table(tmp_path: Path, monkeyp
     text = script.results_of_methods()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     cells = {name: of for name, *of in lines}
-    assert [*cells][2:] == ["LoRA", "LoRA, in `other`", "LoRA, `mul`", "(IA)³", "BitFit"]
+    assert next(iter(cells.values())) == [
+        "VQA accuracy (%)",
+        "over blind",
+        "over LoRA",
+        "CIDEr (×100)",
+        "over blind",
+        "over LoRA",
+    ]
+    blind = ["LoRA, no image (blind)", "(IA)³, no image (blind)"]
+    assert [*cells][2:] == [*blind, "LoRA", "LoRA, `other`", "LoRA, `mul`", "LoRA, `small`", "(IA)³", "BitFit"]
     for name, place, row, scale, metric in (
         ("LoRA, `mul`", 0, others[0], 1, "accuracy"),
-        ("BitFit", 2, others[2], 100, "CIDEr"),
+        ("BitFit", 3, others[2], 100, "CIDEr"),
     ):
         found = rows[row["experiment"]]
-        mean, std, gain, low, high = (
-            float(found[n]) * scale for n in (f"{metric}_mean", f"{metric}_std", "gain_vs_lora", "gain_ci_low", "gain_ci_high")
-        )
-        shown = f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
-        judged = float(found["p_holm"]) < 0.05
-        assert cells[name][place : place + 2] == [f"{mean:.1f} ± {std:.1f}", f"**{shown}**" if judged else shown]
-        assert cells[name][2 - place : 4 - place] == ["", ""]
-    assert cells["LoRA, `mul`"][1].startswith("**+")  # of which the synthetic scores are far better
-    assert cells["(IA)³"][1] == "learned nothing" and cells["LoRA"][1] == cells["LoRA"][3] == ""
+        mean, std = (float(found[f"{metric}_{of}"]) * scale for of in ("mean", "std"))
+        expected = [f"{mean:.1f} ± {std:.1f}"]
+        for columns in (
+            ("gain_vs_blind", "blind_ci_low", "blind_ci_high", "blind_p_holm"),
+            ("gain_vs_lora", "gain_ci_low", "gain_ci_high", "p_holm"),
+        ):
+            gain, low, high, p = (float(found[column] or "nan") * scale for column in columns)
+            shown = f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]" if found[columns[0]] else ""
+            expected.append(f"**{shown}**" if p < 0.05 * scale else shown)
+        assert cells[name][place : place + 3] == expected
+        assert cells[name][3 - place : 6 - place] == ["", "", ""]
+    assert all(cell.startswith("**+") for cell in cells["LoRA, `mul`"][1:3])  # of which the synthetic scores are far better
+    assert cells["(IA)³"][2] == "learned nothing" and cells["LoRA"][2] == cells["LoRA"][5] == "" != cells["LoRA"][1]
+    assert cells["BitFit"][4] == "" and cells[blind[0]][1:] == [""] * 5  # captioning has no blind row
+    words = " ".join(text.split())
+    assert "In VQA 4 of 5 rows, all but `blind_ia3`, lie wholly above blind." in words and "In captioning" not in words
+    monkeypatch.setattr(script, "MOST_NAMED", 0)
+    assert "In VQA 4 of 5 rows lie wholly above blind." in " ".join(script.results_of_methods().split())
     named = text.replace("\n", " ").partition("Without a row: ")[2]
-    assert "Of 3 gains" in text and ", DoRA, " in named and "(IA)³," not in named
+    assert (
+        "Of 5 gains over blind the" in words
+        and "Of 3 gains over LoRA the" in words
+        and ", DoRA, " in named
+        and "(IA)³," not in named
+    )
 
 
 def test_the_results_of_a_task_are_those_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +209,9 @@ def test_a_table_of_results_that_cannot_be_read_is_one_line(
     monkeypatch.setattr(script, "PROJECT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["docs.py"])
     for content, words in (
-        ("experiment,task,method,text_backbone\na,vqa,lora,x\n", "not a table of this version (KeyError('routing'))"),
+        ("experiment,task,method,text_backbone\na,vqa,lora,x\n", "not a table of this version (KeyError('vision_backbone'))"),
         (
-            "experiment,task,method,routing,text_backbone\na,vqa,lora,none,x\nb,vqa,lora,none,x\n",
+            "experiment,task,method,routing,prefix,text_backbone,vision_backbone\na,vqa,lora,none,yes,x,y\nb,vqa,lora,none,yes,x,y\n",
             "a and b are of one method and task",
         ),
     ):

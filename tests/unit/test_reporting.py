@@ -39,6 +39,7 @@ from routevl.reporting.claims import verdict
 from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types, f7_inside
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.published import read_claims, read_published
+from routevl.reporting.statistics import paired_gain
 from routevl.routing import ROUTING, Routing
 from routevl.sheet import read_sheet
 
@@ -450,15 +451,115 @@ def test_methods_table_has_a_row_per_experiment_in_the_order_of_the_list(scored,
     columns = """
         n_seeds n_not_learned trainable_params trainable_params_percent label family differs learning_rates_tried at_edge
         learning_rate accuracy_mean accuracy_std CIDEr_mean CIDEr_std gain_vs_lora gain_ci_low gain_ci_high ci_over p p_holm
-        no_verdict forward_flops step_ms peak_memory_mb saved_bytes
+        no_verdict gain_vs_blind blind_ci_low blind_ci_high blind_ci_over blind_p blind_p_holm blind_no_verdict versus_blind
+        forward_flops step_ms peak_memory_mb saved_bytes
     """
-    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-25:] == columns.split()
+    assert list(rows[0])[:3] == ["experiment", "task", "method"] and list(rows[0])[-33:] == columns.split()
     assert [row["method"] for row in rows] == ["ia3", "bitfit", "full", "prompt_tuning"]
     assert [row["family"] for row in rows] == [METHODS[row["method"]].family for row in rows]
     assert [bool(row["gain_vs_lora"]) for row in rows] == [True, False, False, False]
     assert [(bool(row["accuracy_mean"]), bool(row["CIDEr_mean"])) for row in rows] == [(True, False)] * 3 + [(False, True)]
     text = (tmp_path / "T7_methods.md").read_text(encoding="utf-8")
     assert all(f"| {METHODS[row['method']].label} " in text for row in rows)
+
+
+BLIND = experiment(prefix="no", seeds="1,2,3", feeds="T7")
+PLAIN = experiment(seeds="1,2,3", feeds="T7")
+IA3 = experiment(method="ia3", seeds="1,2,3", feeds="T7", versus=PLAIN["experiment"])
+CAPTIONS = [
+    experiment("caption", prefix="no", seeds="1,2,3", feeds="T7"),
+    experiment("caption", routing="mul", seeds="1,2,3", feeds="T7"),
+]
+OTHERS = [row | {"experiment": f"other_{row['experiment']}", "text_backbone": "other"} for row in (BLIND, PLAIN)]
+
+
+def test_gains_over_the_blind_baseline_are_paired_and_judged_by_themselves(tmp_path):
+    """The row itself stands first. Holm's correction is for the blind comparisons of the task, and for no others."""
+    folder = results_of(tmp_path / "results", PLAIN, IA3, BLIND, *CAPTIONS)
+    output = make_table("T7_methods", folder, tmp_path / "T7.csv")
+    rows, (_, shown) = rows_of(output), table_of(output)
+    assert [*rows][0] == BLIND["experiment"] and shown[0]["Routing"] == "none (blind)" and shown[0]["Accuracy"]
+    assert shown[0]["Over blind [95% CI]"] == rows[BLIND["experiment"]]["gain_vs_blind"] == ""
+    direct = {}
+    for row, blind, metric, least in (
+        (PLAIN, BLIND, "accuracy", 1),
+        (IA3, BLIND, "accuracy", 1),
+        (*CAPTIONS[::-1], "CIDEr", 0.01),
+    ):
+        runs = [[f"{of['experiment']}_seed{seed}" for seed in (1, 2, 3)] for of in (blind, row)]
+        items = results.read_items(folder, [*runs[0], *runs[1]], metric)
+        systems = (items[of].to_numpy().T for of in runs)
+        gain = direct[row["experiment"]] = paired_gain(*systems, items.index.get_level_values("image"), least)
+        found, names = rows[row["experiment"]], ("gain_vs_blind", "blind_ci_low", "blind_ci_high", "blind_p")
+        expected = (gain.absolute.estimate, gain.absolute.low, gain.absolute.high, gain.p)
+        assert [float(found[name]) for name in names] == pytest.approx(expected, rel=1e-5)
+        assert (found["versus_blind"], found["blind_ci_over"]) == (blind["experiment"], "images and seeds")
+    for of_task in ([PLAIN, IA3], CAPTIONS[1:]):
+        ps = sorted((direct[row["experiment"]].p, row["experiment"]) for row in of_task)
+        corrected = [min(1, p * (len(ps) - place)) for place, (p, _) in enumerate(ps)]
+        expected = np.maximum.accumulate(corrected)
+        assert [float(rows[name]["blind_p_holm"]) for _, name in ps] == pytest.approx(expected, rel=1e-5)
+    assert rows[IA3["experiment"]]["p_holm"] == rows[IA3["experiment"]]["p"]  # one comparison with LoRA, though two with blind
+    judged = {row["Method"]: row["Over blind: verdict"] for row in shown if row["Routing"] == "none"}
+    assert judged == {"LoRA": "better", "(IA)³": "better"}
+
+
+def test_a_backbone_is_named_and_has_its_own_blind_baseline_where_there_is_one(tmp_path):
+    pruned = PLAIN | {"experiment": "pruned", "text_backbone": "pruned"}
+    vision = PLAIN | {"experiment": "vision", "vision_backbone": "vit_small"}
+    longer = experiment(epochs=3, seeds="1,2,3", feeds="T7")
+    output = make_table(
+        "T7_methods", results_of(tmp_path / "r", PLAIN, BLIND, pruned, vision, longer, *OTHERS), tmp_path / "T7.csv"
+    )
+    own = {name: row["versus_blind"] for name, row in rows_of(output).items()}
+    assert own == {
+        BLIND["experiment"]: "",
+        OTHERS[0]["experiment"]: "",
+        PLAIN["experiment"]: BLIND["experiment"],
+        "pruned": BLIND["experiment"],
+        "vision": BLIND["experiment"],
+        longer["experiment"]: "",
+        OTHERS[1]["experiment"]: OTHERS[0]["experiment"],
+    }
+    assert [*own][:2] == [BLIND["experiment"], OTHERS[0]["experiment"]]
+    shown = {name: row["Method"] for name, row in zip(own, table_of(output)[1], strict=True)}
+    for name, backbone in (("pruned", "pruned"), ("vision", "vit_small"), (OTHERS[1]["experiment"], "other")):
+        assert backbone in shown[name].split(", ")[1:], shown
+
+
+def test_without_a_blind_baseline_its_columns_are_empty(tmp_path):
+    shorter = experiment(prefix="no", epochs=1, seeds="1,2,3", feeds="T7")
+    output = make_table("T7_methods", results_of(tmp_path / "results", PLAIN, IA3, shorter), tmp_path / "T7.csv")
+    names = "gain_vs_blind blind_ci_low blind_ci_high blind_ci_over blind_p blind_p_holm blind_no_verdict versus_blind".split()
+    assert {row[name] for row in rows_of(output).values() for name in names} == {""}
+    assert {row[name] for row in table_of(output)[1] for name in ("Over blind [95% CI]", "Over blind: verdict")} == {""}
+    assert "Over blind: empty, as no blind row" in output.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_two_blind_baselines_of_one_setting_are_refused(tmp_path):
+    another = BLIND | {"experiment": "another", "options": "r=8 lora_alpha=8"}
+    with pytest.raises(
+        RoutevlError, match=f"{BLIND['experiment']} and another are both blind, of vqa with roberta_demo after 2 ep"
+    ):
+        make_table("T7_methods", results_of(tmp_path / "results", PLAIN, BLIND, another), tmp_path / "T7.csv")
+
+
+def test_rows_that_do_not_lie_above_the_blind_baseline_are_named(tmp_path):
+    """Also one whose gain is positive, but not surely; what learned nothing is named apart."""
+    low, failed = IA3 | {"experiment": "low"}, IA3 | {"experiment": "failed"}
+    folder = write_results(tmp_path / "results", [PLAIN, BLIND, IA3, low, failed], images=20, collapsed=("failed_seed2",))
+    write_sheet(folder / "experiments.tsv", [PLAIN, BLIND, IA3, low, failed])
+    for seed, step in ((1, 0.0), (2, 0.0), (3, 100.0)):  # two of its seeds are the blind one's
+        blind = json.loads((folder / "scores" / f"{BLIND['experiment']}_seed{seed}" / "items.json").read_text())
+        blind["accuracy"][:3] = [min(100.0, score + step) for score in blind["accuracy"][:3]]
+        write(folder / "scores" / f"low_seed{seed}" / "items.json", blind)
+    output = make_table("T7_methods", folder, tmp_path / "T7.csv")
+    found = rows_of(output)["low"]
+    assert float(found["blind_ci_low"]) <= 0 <= float(found["gain_vs_blind"])
+    text = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert "Not above it, the interval not wholly above zero, 1 of 3 rows with such a gain: `low`. Without one" in text
+    assert "Without one, as a run of either side learned nothing: `failed`." in text
+    assert table_of(output)[1][-1]["Over blind: verdict"] == ""
 
 
 def test_gains_over_anything_but_plain_lora_do_not_feed_the_methods_table(tmp_path):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,7 @@ def test_every_method_is_compared_alike(sheet: str) -> None:
     rows = [row for row in read_sheet(PROJECT / f"config/experiments/{sheet}.tsv") if "T7" in row.feeds]
     by_name = {row.experiment: row for row in rows}
     for task, kind in (("vqa", "roberta"), ("caption", "gpt2")):
-        of_task = [row for row in rows if row.task == task and row.text_backbone != "meter"]
+        of_task = [row for row in rows if row.task == task and row.text_backbone != "meter" and row.prefix]
         expected = {method for method in METHODS if not method_class(method).refuses.keys() & {task, kind}}
         assert {row.method for row in of_task} == expected
         [plain] = [row for row in of_task if not row.versus]
@@ -344,17 +345,32 @@ def test_every_method_is_compared_alike(sheet: str) -> None:
             assert row.tuned and row.seeds == (1, 2, 3) and "F4" in row.feeds, row.experiment
             assert (row.epochs, row.prefix, row.visual_tokens) == (plain.epochs, plain.prefix, plain.visual_tokens)
             assert row is plain or by_name[row.versus] is plain
+        [blind] = [row for row in rows if row.task == task and row.text_backbone == plain.text_backbone and not row.prefix]
+        assert (blind.method, blind.options, blind.versus) == ("lora", {k: plain.options[k] for k in ("r", "lora_alpha")}, "")
+        assert (blind.epochs, blind.seeds) == (plain.epochs, plain.seeds) and "F4" in blind.feeds
+
+
+def test_pruned_models_are_compared_with_all_methods() -> None:
+    """Each by one row, with plain LoRA, whose backbone is all that differs from the other rows' plain LoRA."""
+    rows = {row.experiment: row for row in read_sheet(PROJECT / "config/experiments/full.tsv") if "T7" in row.feeds}
+    plain = rows["vqa_lora_tuned_e3"]
+    for column, backbone in (("text_backbone", "roberta-multiflow-63"), ("vision_backbone", "vit_spvit")):
+        [row] = [row for row in rows.values() if getattr(row, column) == backbone]
+        assert replace(row, experiment=plain.experiment, versus="", **{column: getattr(plain, column)}) == plain
 
 
 def test_methods_in_meter_are_compared_with_plain_lora_in_it() -> None:
     rows = [row for row in read_sheet(PROJECT / "config/experiments/full.tsv") if row.text_backbone == "meter"]
-    plain, *others = [row for row in rows if "T7" in row.feeds]
+    blind, plain, *others = rows
+    assert all(set(row.feeds) == {"T7", "F4"} for row in rows)
     assert (plain.method, plain.options.get("routing"), plain.versus) == ("lora", None, "vqa_lora_tuned_e3")
     assert [row.method for row in others] == ["lora", "das", "full", "full_both"]
     for row in others:
         assert row.versus == plain.experiment and row.tuned and row.seeds == plain.seeds and row.epochs == plain.epochs
     assert {row.visual_tokens for row in rows} == {"all"}  # the class token first
-    assert [(row.method, row.feeds) for row in rows if not row.prefix] == [("lora", ("F4",))]
+    assert [row for row in rows if not row.prefix] == [blind]
+    assert (blind.method, blind.options.get("routing"), blind.versus) == ("lora", None, "")
+    assert (blind.epochs, blind.seeds) == (plain.epochs, plain.seeds)
 
 
 @pytest.mark.parametrize("sheet", ["full", "comparison"])

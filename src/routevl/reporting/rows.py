@@ -38,10 +38,10 @@ def score_of(row: Row, task: TaskRow, metric: str = "") -> str:
     return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
 
 
-def gain_of(row: Row, task: TaskRow, column: str = "gain") -> Gain:
-    """The gain in the task's main metric; `column` is that of its estimate."""
-    interval = Interval(*(_number(row[name]) for name in (column, "gain_ci_low", "gain_ci_high")))
-    return Gain(interval.times(task.scale), holm=_number(row["p_holm"]), no_verdict=row["no_verdict"])
+def gain_of(row: Row, task: TaskRow, column: str = "gain", ends: str = "gain_ci", of: str = "") -> Gain:
+    """The gain in the task's main metric; `column` is that of its estimate; with `ends` and `of` the others' names begin."""
+    interval = Interval(*(_number(row[name]) for name in (column, f"{ends}_low", f"{ends}_high")))
+    return Gain(interval.times(task.scale), holm=_number(row[f"{of}p_holm"]), no_verdict=row[f"{of}no_verdict"])
 
 
 def _number(cell: str) -> float:
