@@ -152,6 +152,53 @@ def test_names_say_what_tells_rows_apart(tmp_path):
     assert [row["Control"] for row in cells] == ["none", "none", "ones", "none", "none"]
 
 
+def set_tried(folder: Path, run: str, rates: list[float]) -> None:
+    """The run's learning rate was chosen among those."""
+    path = folder / "models" / run / "run.json"
+    write(path, json.loads(path.read_text()) | {"tuned": {"trials": [{"learning_rate": rate} for rate in rates]}})
+
+
+def test_a_backbone_that_most_rows_have_goes_without_saying(tmp_path):
+    """And what another backbone or a routing function implies, here how many visual tokens there are and which are routed."""
+    other = {"text_backbone": "meter_demo", "visual_tokens": "all", "feeds": "F4"}
+    routed = {"routing": "mul", "options": "routed_tokens=mean"}
+    runs = [
+        *(experiment(method=method, feeds="F4") for method in ("lora", "ia3", "bitfit")),
+        experiment(routing="mul", feeds="F4"),
+        experiment(**other, experiment="other"),
+        experiment(**other, **routed, experiment="other_routed"),
+        experiment("caption", feeds="F4"),
+        experiment("caption", text_backbone="another_demo", feeds="F4", experiment="half"),
+    ]
+    rows = collected(results_of(tmp_path, *runs), "F4").values()
+    found = {row["experiment"]: names.full_name(row, rows) for row in rows}
+    assert found == {
+        "vqa_lora_none_r4_e2": "LoRA", "vqa_lora_mul_r4_e2": "LoRA mul", "vqa_ia3_e2": "(IA)³", "vqa_bitfit_e2": "BitFit",
+        "other": "LoRA, meter_demo", "other_routed": "LoRA mul, meter_demo",
+        "caption_lora_none_r4_e2": "LoRA, gpt2_demo", "half": "LoRA, another_demo",
+    }  # fmt: skip
+
+
+def test_a_tuned_learning_rate_is_no_part_of_a_name(tmp_path):
+    """One that the sheet says is: also beside the same method with a tuned one, in the column `differs` too."""
+    runs = [
+        experiment(feeds="F4,T4,T7", options="learning_rate=0.006", experiment="tuned"),
+        experiment(routing="mul", feeds="F4,T4,T7", options="learning_rate=0.002", versus="tuned"),
+        experiment(feeds="F4,T4,T7", options="learning_rate=0.004", experiment="chosen", versus="tuned"),
+    ]
+    folder = results_of(tmp_path, *runs)
+    for run in ("tuned_seed1", "vqa_lora_mul_r4_e2_seed1"):
+        set_tried(folder, run, [0.002, 0.006])
+    rows = collected(folder, "F4")
+    found = {name: names.full_name(row, rows.values()) for name, row in rows.items()}
+    assert found == {"tuned": "LoRA", "vqa_lora_mul_r4_e2": "LoRA mul", "chosen": "LoRA, learning rate 0.004"}
+    assert {name: row["variant"] for name, row in rows.items() if row["variant"]} == {"chosen": "learning rate 0.004"}
+    for table in ("T4_ablations", "T7_methods"):
+        written = rows_of(make_table(table, folder, tmp_path / f"{table}.csv"))
+        assert {name: row["differs"] for name, row in written.items() if row["differs"]} == {"chosen": "learning rate 0.004"}
+        assert [written[name]["learning_rate"] for name in ("tuned", "chosen")] == ["0.006", "0.004"]
+
+
 WITHOUT_LEARNED = json.dumps({"settings": SETTINGS | {"task": "vqa", "method": "ia3", "seed": 1, "epochs": 1, "prefix": True,
                                                       "visual_tokens": "pooled", "options": {}}})  # fmt: skip
 
@@ -470,8 +517,7 @@ def test_gains_over_anything_but_plain_lora_do_not_feed_the_methods_table(tmp_pa
 
 def test_a_learning_rate_at_the_end_of_those_tried_is_said(own_copy, tmp_path):
     for name, rates in (("vqa_ia3_e2_seed1", [0.001, 0.01]), ("vqa_bitfit_e2_seed1", [0.0001, 0.001, 0.01])):
-        path = own_copy / "models" / name / "run.json"
-        write(path, json.loads(path.read_text()) | {"tuned": {"trials": [{"learning_rate": rate} for rate in rates]}})
+        set_tried(own_copy, name, rates)
     rows = rows_of(make_table("T7_methods", own_copy, tmp_path / "T7.csv"))
     assert [rows[name]["learning_rates_tried"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["1", "2", "3"]
     assert [rows[name]["at_edge"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["False", "True", "False"]
