@@ -39,6 +39,7 @@ from routevl.reporting.claims import verdict
 from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_methods, f5_curves, f6_question_types, f7_inside
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.published import read_claims, read_published
+from routevl.reporting.style import BLIND_LABEL
 from routevl.routing import ROUTING, Routing
 from routevl.sheet import read_sheet
 
@@ -836,17 +837,64 @@ def test_ranks_of_the_blind_baseline_are_no_ticks(tmp_path):
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
-def test_methods_are_named_at_their_points_without_overlaps(tmp_path):
-    methods = ("peft_lora", "dora", "vera", "ia3", "ln_tuning", "bitfit", "prompt_tuning", "prefix_tuning", "full")
-    runs = [experiment(method=method, feeds="F4") for method in methods] + [experiment(feeds="F4", versus="vqa_dora_e2")]
-    figure, data = f4_methods.draw(inputs(results_of(tmp_path, *runs), "F4_methods"))
-    [axes] = figure.axes
-    assert {text.get_text() for text in axes.texts} == {METHODS[method].label for method in ("lora", *methods)}
-    figure.draw_without_rendering()
-    boxes = [super(type(text), text).get_window_extent() for text in axes.texts]  # without the lines to their points
+def key_of(figure) -> list[str]:
+    """The entries of F4's key, by number."""
+    texts = [text.get_text().split("  ") for text in figure.axes[-1].get_legend().get_texts()]
+    assert [int(number) for number, _ in texts] == list(range(1, len(texts) + 1))
+    return [name for _, name in texts]
+
+
+def test_every_method_has_one_number_and_one_entry_in_the_key(tmp_path):
+    """The same in both panels, in the order of the list of methods; the data have both."""
+    of_vqa = [experiment(method=method, feeds="F4") for method in ("full", "ia3", "lora", "dora")]
+    of_captions = [experiment("caption", method=method, feeds="F4") for method in ("bitfit", "dora", "full")]
+    other = experiment(method="full", text_backbone="meter_demo", feeds="F4", experiment="other")
+    blind = experiment(prefix="no", feeds="F4")
+    figure, data = f4_methods.draw(inputs(results_of(tmp_path, *of_vqa, *of_captions, other, blind), "F4_methods"))
+    key = ["LoRA", "DoRA", "(IA)³", "BitFit", "Full fine-tuning", "Full fine-tuning, meter_demo"]
+    assert key_of(figure) == key
+    assert list(data.columns[:2]) == ["number", "name"]
+    numbers = {row.experiment: row.number for row in data.itertuples() if not pd.isna(row.number)}
+    assert numbers == {
+        "vqa_lora_none_r4_e2": 1, "vqa_dora_e2": 2, "vqa_ia3_e2": 3, "vqa_full_e2": 5, "other": 6,
+        "caption_dora_e2": 2, "caption_bitfit_e2": 4, "caption_full_e2": 5,
+    }  # fmt: skip
+    assert all(row.name == (BLIND_LABEL if pd.isna(row.number) else key[row.number - 1]) for row in data.itertuples(name="Row"))
+    drawn = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert sorted(drawn[0]) == ["1", "2", "3", "5", "6", "no image\n(blind)"] and sorted(drawn[1]) == ["2", "4", "5"]
+
+
+def test_numbers_of_many_methods_do_not_overlap(tmp_path):
+    """Each stands apart from the others and from all points; blind lines of two backbones say whose they are."""
+    of_meter = {"text_backbone": "meter_demo", "vision_backbone": "vit_demo", "feeds": "F4"}
+    methods = [method for method in METHODS if method not in ("lora", "adapter", "full_both", "genft_vision")]
+    runs = [experiment(method=method, feeds="F4", seeds="1,2,3") for method in ("lora", "adapter", *methods)]
+    runs += [experiment(method=method, routing="mul", feeds="F4") for method in ("lora", "adapter")]
+    runs += [experiment(method=method, **of_meter, experiment=f"meter_{method}") for method in ("lora", "das", "full")]
+    runs += [experiment(prefix="no", feeds="F4"), experiment(prefix="no", **of_meter, experiment="meter_blind")]
+    folder = write_results(tmp_path, runs, images=20, collapsed=["vqa_ia3_e2_seed1"])
+    write_sheet(folder / "experiments.tsv", runs)
+    for number, path in enumerate(folder.glob("models/*/run.json")):  # most of them crowded at one end
+        record = json.loads(path.read_text())
+        write(path, record | {"trainable_params": 300_000 if "full" in path.parent.name else 36_000 + 150 * number})
+    with style.house_style():
+        figure, data = f4_methods.draw(inputs(folder, "F4_methods"))
+        figure.draw_without_rendering()
+    axes, _ = figure.axes
+    numbers = [text for text in axes.texts if "no image" not in text.get_text()]
+    assert len(numbers) == len(key_of(figure)) == len(runs) - 2 >= 40
+    ia3 = key_of(figure).index(METHODS["ia3"].label) + 1
+    assert [text.get_text() for text in numbers if "†" in text.get_text()] == [f"{ia3}†"]
+    boxes = [super(type(text), text).get_window_extent() for text in numbers]  # without the lines to their points
     assert not any(box.count_overlaps(boxes[index + 1 :]) for index, box in enumerate(boxes))
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
-    assert points == set(zip(data["trainable_params"], data["score"], strict=True))
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
+    assert sorted(points) == sorted(zip(*(data.dropna(subset="number")[of] for of in ("trainable_params", "score")), strict=True))
+    assert not any(box.contains(*axes.transData.transform(point)) for box, point in product(boxes, points))
+    lines = {text.get_text() for text in axes.texts} - {text.get_text() for text in numbers}
+    assert lines == {"no image\n(blind)\nroberta_demo", "no image\n(blind)\nmeter_demo"}
+    width, height = figure.canvas.get_width_height()
+    legend = figure.axes[-1].get_legend().get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= width and legend.y0 >= 0
 
 
 def test_what_is_inside_is_averaged_over_seeds_and_the_bottlenecks_of_a_layer(scored):
