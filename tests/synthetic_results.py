@@ -119,7 +119,7 @@ def write_run(folder: Path, row: dict, seed: int, test: dict, collapsed: bool = 
     values |= {"epochs": row["epochs"], "prefix": row["prefix"], "visual_tokens": row["visual_tokens"]}
     settings = RunSettings.read(values, options, run)
     generator = np.random.default_rng(zlib.crc32(run.encode()))
-    rank, routing = settings.options.get("r", 4), settings.options.get("routing", "none")
+    rank, routing = settings.options.get("r") or 4, settings.options.get("routing", "none")
     blind = routing == "none" and not settings.prefix
     room = 1.0 if rank == 4 and settings.epochs == 2 else 0.35
     skill = 0.52 + 0.03 * math.log2(rank / 4) + 0.02 * (settings.epochs - 2) + SKILL[routing] * room - 0.2 * blind
@@ -139,7 +139,7 @@ def write_run(folder: Path, row: dict, seed: int, test: dict, collapsed: bool = 
 
 
 def write_model(folder: Path, settings: RunSettings, run: str, skill: float, generator, learned: bool) -> None:
-    own = TRAINED.get(settings.method, 2 * 4 * 2 * 128 * settings.options.get("r", 4))
+    own = TRAINED.get(settings.method, 2 * 4 * 2 * 128 * (settings.options.get("r") or 4))
     head = 45_000 if settings.task == "vqa" else 0
     parts = {"method": own, "layer_norm": 2304, "head": head, "visual_projection": 0}
     trainable = sum(parts.values())

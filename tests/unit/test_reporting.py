@@ -40,6 +40,7 @@ from routevl.reporting.figures import f1_method, f2_main, f3_rank_budget, f4_met
 from routevl.reporting.figures.inputs import FigureInputs
 from routevl.reporting.published import read_claims, read_published
 from routevl.reporting.statistics import paired_gain
+from routevl.reporting.style import BLIND_LABEL
 from routevl.routing import ROUTING, Routing
 from routevl.sheet import read_sheet
 
@@ -151,6 +152,53 @@ def test_names_say_what_tells_rows_apart(tmp_path):
     cells = names.setting_cells(list(rows.values()))
     assert [row["Rank"] for row in cells] == ["4", "4", "4", "8", ""]
     assert [row["Control"] for row in cells] == ["none", "none", "ones", "none", "none"]
+
+
+def set_tried(folder: Path, run: str, rates: list[float]) -> None:
+    """The run's learning rate was chosen among those."""
+    path = folder / "models" / run / "run.json"
+    write(path, json.loads(path.read_text()) | {"tuned": {"trials": [{"learning_rate": rate} for rate in rates]}})
+
+
+def test_a_backbone_that_most_rows_have_goes_without_saying(tmp_path):
+    """And what another backbone or a routing function implies, here how many visual tokens there are and which are routed."""
+    other = {"text_backbone": "meter_demo", "visual_tokens": "all", "feeds": "F4"}
+    routed = {"routing": "mul", "options": "routed_tokens=mean"}
+    runs = [
+        *(experiment(method=method, feeds="F4") for method in ("lora", "ia3", "bitfit")),
+        experiment(routing="mul", feeds="F4"),
+        experiment(**other, experiment="other"),
+        experiment(**other, **routed, experiment="other_routed"),
+        experiment("caption", feeds="F4"),
+        experiment("caption", text_backbone="another_demo", feeds="F4", experiment="half"),
+    ]
+    rows = collected(results_of(tmp_path, *runs), "F4").values()
+    found = {row["experiment"]: names.full_name(row, rows) for row in rows}
+    assert found == {
+        "vqa_lora_none_r4_e2": "LoRA", "vqa_lora_mul_r4_e2": "LoRA mul", "vqa_ia3_e2": "(IA)³", "vqa_bitfit_e2": "BitFit",
+        "other": "LoRA, meter_demo", "other_routed": "LoRA mul, meter_demo",
+        "caption_lora_none_r4_e2": "LoRA, gpt2_demo", "half": "LoRA, another_demo",
+    }  # fmt: skip
+
+
+def test_a_tuned_learning_rate_is_no_part_of_a_name(tmp_path):
+    """One that the sheet says is: also beside the same method with a tuned one, in the column `differs` too."""
+    runs = [
+        experiment(feeds="F4,T4,T7", options="learning_rate=0.006", experiment="tuned"),
+        experiment(routing="mul", feeds="F4,T4,T7", options="learning_rate=0.002", versus="tuned"),
+        experiment(feeds="F4,T4,T7", options="learning_rate=0.004", experiment="chosen", versus="tuned"),
+    ]
+    folder = results_of(tmp_path, *runs)
+    for run in ("tuned_seed1", "vqa_lora_mul_r4_e2_seed1"):
+        set_tried(folder, run, [0.002, 0.006])
+    rows = collected(folder, "F4")
+    found = {name: names.full_name(row, rows.values()) for name, row in rows.items()}
+    assert found == {"tuned": "LoRA", "vqa_lora_mul_r4_e2": "LoRA mul", "chosen": "LoRA, learning rate 0.004"}
+    assert {name: row["variant"] for name, row in rows.items() if row["variant"]} == {"chosen": "learning rate 0.004"}
+    for table in ("T4_ablations", "T7_methods"):
+        written = rows_of(make_table(table, folder, tmp_path / f"{table}.csv"))
+        assert {name: row["differs"] for name, row in written.items() if row["differs"]} == {"chosen": "learning rate 0.004"}
+        assert [written[name]["learning_rate"] for name in ("tuned", "chosen")] == ["0.006", "0.004"]
 
 
 WITHOUT_LEARNED = json.dumps({"settings": SETTINGS | {"task": "vqa", "method": "ia3", "seed": 1, "epochs": 1, "prefix": True,
@@ -571,8 +619,7 @@ def test_gains_over_anything_but_plain_lora_do_not_feed_the_methods_table(tmp_pa
 
 def test_a_learning_rate_at_the_end_of_those_tried_is_said(own_copy, tmp_path):
     for name, rates in (("vqa_ia3_e2_seed1", [0.001, 0.01]), ("vqa_bitfit_e2_seed1", [0.0001, 0.001, 0.01])):
-        path = own_copy / "models" / name / "run.json"
-        write(path, json.loads(path.read_text()) | {"tuned": {"trials": [{"learning_rate": rate} for rate in rates]}})
+        set_tried(own_copy, name, rates)
     rows = rows_of(make_table("T7_methods", own_copy, tmp_path / "T7.csv"))
     assert [rows[name]["learning_rates_tried"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["1", "2", "3"]
     assert [rows[name]["at_edge"] for name in ("vqa_full_e2", "vqa_ia3_e2", "vqa_bitfit_e2")] == ["False", "True", "False"]
@@ -891,17 +938,64 @@ def test_ranks_of_the_blind_baseline_are_no_ticks(tmp_path):
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["2", "8"]
 
 
-def test_methods_are_named_at_their_points_without_overlaps(tmp_path):
-    methods = ("peft_lora", "dora", "vera", "ia3", "ln_tuning", "bitfit", "prompt_tuning", "prefix_tuning", "full")
-    runs = [experiment(method=method, feeds="F4") for method in methods] + [experiment(feeds="F4", versus="vqa_dora_e2")]
-    figure, data = f4_methods.draw(inputs(results_of(tmp_path, *runs), "F4_methods"))
-    [axes] = figure.axes
-    assert {text.get_text() for text in axes.texts} == {METHODS[method].label for method in ("lora", *methods)}
-    figure.draw_without_rendering()
-    boxes = [super(type(text), text).get_window_extent() for text in axes.texts]  # without the lines to their points
+def key_of(figure) -> list[str]:
+    """The entries of F4's key, by number."""
+    texts = [text.get_text().split("  ") for text in figure.axes[-1].get_legend().get_texts()]
+    assert [int(number) for number, _ in texts] == list(range(1, len(texts) + 1))
+    return [name for _, name in texts]
+
+
+def test_every_method_has_one_number_and_one_entry_in_the_key(tmp_path):
+    """The same in both panels, in the order of the list of methods; the data have both."""
+    of_vqa = [experiment(method=method, feeds="F4") for method in ("full", "ia3", "lora", "dora")]
+    of_captions = [experiment("caption", method=method, feeds="F4") for method in ("bitfit", "dora", "full")]
+    other = experiment(method="full", text_backbone="meter_demo", feeds="F4", experiment="other")
+    blind = experiment(prefix="no", feeds="F4")
+    figure, data = f4_methods.draw(inputs(results_of(tmp_path, *of_vqa, *of_captions, other, blind), "F4_methods"))
+    key = ["LoRA", "DoRA", "(IA)³", "BitFit", "Full fine-tuning", "Full fine-tuning, meter_demo"]
+    assert key_of(figure) == key
+    assert list(data.columns[:2]) == ["number", "name"]
+    numbers = {row.experiment: row.number for row in data.itertuples() if not pd.isna(row.number)}
+    assert numbers == {
+        "vqa_lora_none_r4_e2": 1, "vqa_dora_e2": 2, "vqa_ia3_e2": 3, "vqa_full_e2": 5, "other": 6,
+        "caption_dora_e2": 2, "caption_bitfit_e2": 4, "caption_full_e2": 5,
+    }  # fmt: skip
+    assert all(row.name == (BLIND_LABEL if pd.isna(row.number) else key[row.number - 1]) for row in data.itertuples(name="Row"))
+    drawn = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert sorted(drawn[0]) == ["1", "2", "3", "5", "6", "no image\n(blind)"] and sorted(drawn[1]) == ["2", "4", "5"]
+
+
+def test_numbers_of_many_methods_do_not_overlap(tmp_path):
+    """Each stands apart from the others and from all points; blind lines of two backbones say whose they are."""
+    of_meter = {"text_backbone": "meter_demo", "vision_backbone": "vit_demo", "feeds": "F4"}
+    methods = [method for method in METHODS if method not in ("lora", "adapter", "full_both", "genft_vision")]
+    runs = [experiment(method=method, feeds="F4", seeds="1,2,3") for method in ("lora", "adapter", *methods)]
+    runs += [experiment(method=method, routing="mul", feeds="F4") for method in ("lora", "adapter")]
+    runs += [experiment(method=method, **of_meter, experiment=f"meter_{method}") for method in ("lora", "das", "full")]
+    runs += [experiment(prefix="no", feeds="F4"), experiment(prefix="no", **of_meter, experiment="meter_blind")]
+    folder = write_results(tmp_path, runs, images=20, collapsed=["vqa_ia3_e2_seed1"])
+    write_sheet(folder / "experiments.tsv", runs)
+    for number, path in enumerate(folder.glob("models/*/run.json")):  # most of them crowded at one end
+        record = json.loads(path.read_text())
+        write(path, record | {"trainable_params": 300_000 if "full" in path.parent.name else 36_000 + 150 * number})
+    with style.house_style():
+        figure, data = f4_methods.draw(inputs(folder, "F4_methods"))
+        figure.draw_without_rendering()
+    axes, _ = figure.axes
+    numbers = [text for text in axes.texts if "no image" not in text.get_text()]
+    assert len(numbers) == len(key_of(figure)) == len(runs) - 2 >= 40
+    ia3 = key_of(figure).index(METHODS["ia3"].label) + 1
+    assert [text.get_text() for text in numbers if "†" in text.get_text()] == [f"{ia3}†"]
+    boxes = [super(type(text), text).get_window_extent() for text in numbers]  # without the lines to their points
     assert not any(box.count_overlaps(boxes[index + 1 :]) for index, box in enumerate(boxes))
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
-    assert points == set(zip(data["trainable_params"], data["score"], strict=True))
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
+    assert sorted(points) == sorted(zip(*(data.dropna(subset="number")[of] for of in ("trainable_params", "score")), strict=True))
+    assert not any(box.contains(*axes.transData.transform(point)) for box, point in product(boxes, points))
+    lines = {text.get_text() for text in axes.texts} - {text.get_text() for text in numbers}
+    assert lines == {"no image\n(blind)\nroberta_demo", "no image\n(blind)\nmeter_demo"}
+    width, height = figure.canvas.get_width_height()
+    legend = figure.axes[-1].get_legend().get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= width and legend.y0 >= 0
 
 
 def test_what_is_inside_is_averaged_over_seeds_and_the_bottlenecks_of_a_layer(scored):

@@ -25,23 +25,32 @@ def backbones(row: Mapping[str, Any]) -> str:
     return " + ".join(row[column] for column in BACKBONES)
 
 
-def differing(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> dict[str, Any]:
-    """Those of a row's `details`, name -> value, that vary among it and `others` of its task, but for those that others imply.
+def choices(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's `details`, name -> value, but for a learning rate that was tuned, which is a result."""
+    tuned = row["learning_rates_tried"] > 1
+    return {name: value for name, value in row["details"].items() if not (tuned and name == "learning_rate")}
 
-    Backbones are compared with all of these; settings and options with those of the same method, as each method may have its own.
-    Where LoRA's alpha is the rank in all rows, the rank implies it. `but`: what the reader is told anyway.
+
+def differing(row: Mapping[str, Any], others: Iterable[Mapping[str, Any]], but: Collection[str] = ()) -> dict[str, Any]:
+    """Those of a row's `choices` that vary among it and `others` of its task, but for those that others imply.
+
+    Backbones are compared with all of these, and one that more than half of them have goes without saying; settings and options
+    with those of the same method, as each method may have its own. Where LoRA's alpha is the rank in all rows, the rank implies
+    it. `but`: what the reader is told anyway, "routing" or details.
     """
-    of_task = [other for other in (row, *others) if other["task"] == row["task"]]
-    of_method = [other for other in of_task if other["method"] == row["method"]]
+    of_task = list({other["experiment"]: other for other in (row, *others) if other["task"] == row["task"]}.values())
+    known = [(other, {"routing": other["routing"]} | choices(other)) for other in of_task]
+    of_method = [(other, chosen) for other, chosen in known if other["method"] == row["method"]]
     found: dict[str, Any] = {}
-    for name, value in row["details"].items():
+    for name, value in choices(row).items():
         implied: dict[tuple, Any] = {}
-        for other in of_task if name in BACKBONES else of_method:
-            known = tuple(other["details"].get(told) for told in (*but, *found))
-            if implied.setdefault(known, other["details"].get(name)) != other["details"].get(name):
+        for _, chosen in known if name in BACKBONES else of_method:
+            told = tuple(chosen.get(other) for other in (*but, *found))
+            if implied.setdefault(told, chosen.get(name)) != chosen.get(name):
                 found[name] = value
                 break
-    return {name: value for name, value in found.items() if name not in but}
+    usual = {name for name in BACKBONES if 2 * sum(chosen[name] == row["details"][name] for _, chosen in known) > len(known)}
+    return {name: value for name, value in found.items() if name not in usual.union(but)}
 
 
 def in_words(details: Mapping[str, Any]) -> str:
@@ -77,4 +86,4 @@ def full_name(row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
     name = METHODS[row["method"]].label
     if row["routing"] != "none":
         name += f" {ROUTING[row['routing']].label}"
-    return ", ".join(filter(None, [name, in_words(differing(row, rows))]))
+    return ", ".join(filter(None, [name, in_words(differing(row, rows, but=("routing",)))]))

@@ -13,7 +13,7 @@ from routevl.reporting.results import INTERNAL, collect, read_items
 from routevl.reporting.statistics import mean_interval
 from routevl.tasks.table import TASKS
 
-_IDENTITY = ["experiment", "task", "method", "routing", "versus", "prefix", "rank", "epochs", *INTERNAL]
+_IDENTITY = ["experiment", "task", "method", "routing", "versus", "prefix", "rank", "epochs", "learning_rates_tried", *INTERNAL]
 
 
 @dataclass(frozen=True)
