@@ -45,9 +45,9 @@ def test_only_what_takes_long_is_less_and_nothing_that_decides_shapes_or_memory(
     changed = {key for key in real.keys() | rehearsal.keys() if real.get(key) != rehearsal.get(key)}
     pretraining = {key for key in changed if re.search(r"\.pretrain\.(sentences|images|epochs)$", key)}
     own = {"results", "experiments", "data.few", "features.shards", *(["data.root"] if name == "config" else [])}
-    training = {key for key in changed if re.search(r"\.derive\.options\.(search|tune)_epochs$", key)}
+    training = {key for key in changed if re.search(r"\.derive\.options\.((search_|tune_|)epochs|examples)$", key)}
     assert changed - pretraining - training - {"features.shards"} == own - {"features.shards"}
-    assert {rehearsal[key] for key in training} == ({1} if name == "config" else set())
+    assert {rehearsal[key] for key in training} == ({1, 500} if name == "config" else set())
     assert again["results"] == f"{config['results']}/rehearsal" and again["features"]["shards"] == 1
     assert all(rehearsal[key] < real[key] for key in pretraining)
     assert again["data"]["few"] == {"config": 256, "paper": 512, "sample": 32}[name]  # the largest batch

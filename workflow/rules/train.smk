@@ -3,25 +3,6 @@
 # unfinished jobs.
 
 
-# Runs of an experiment that differ in the seed alone can share a job, which loads its libraries once: rules of their own, since a
-# rule has the same number of outputs in all its jobs.
-ALONE = [run for run, job in TRAINED_WITH.items() if len(job) == 1]
-JOBS = {(): []}  # seeds -> the experiments that have a job of them; none: of the runs that are alone
-for run, job in TRAINED_WITH.items():
-    if len(job) > 1 and run == job[0]:
-        JOBS.setdefault(tuple(RUNS[name][1] for name in job), []).append(RUNS[run][0].experiment)
-
-
-def named_after(rule, seeds):
-    """The name of a rule for jobs of those seeds."""
-    return "_".join(map(str, [f"{rule}_seeds", *seeds] if seeds else [rule]))
-
-
-def runs_in(seeds):
-    """The runs of a job of those seeds, with wildcards in their names."""
-    return [f"{{experiment}}_seed{seed}" for seed in seeds] or ["{run}"]
-
-
 for seeds, experiments in JOBS.items():
     runs = runs_in(seeds)
 

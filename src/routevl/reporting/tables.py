@@ -20,11 +20,7 @@ from routevl.methods.table import BASELINE, METHODS
 from routevl.reporting import TABLES
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, without_shared, write_table
-<<<<<<< HEAD
-from routevl.reporting.names import BACKBONES, DAGGER, backbones, differing, heading_of, in_words, plural, setting_cells
-=======
-from routevl.reporting.names import DAGGER, backbones, choices, differing, heading_of, in_words, plural, setting_cells
->>>>>>> 3331fc15f7cd86466daab10ac51676a5a3d210a4
+from routevl.reporting.names import BACKBONES, DAGGER, backbones, choices, differing, heading_of, in_words, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
 from routevl.reporting.results import LEAST_BASELINE, against_blind, collect, gains, not_learned_note
 from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
@@ -321,16 +317,10 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         gain, task, method = found.get(first["experiment"], Gain()), TASKS[first["task"]], METHODS[first["method"]]
         means = group[["step_ms_median", "peak_memory_mb"]].astype(float).mean()
         scores = _over_seeds(group, [of.metric for of in tasks])
-<<<<<<< HEAD
         row, alike = named[first["experiment"]], ("task", "method", "blind")
         others = [other for other in named.values() if all(other[name] == row[name] for name in alike)]
         other = named.get(first["versus"], others[0])
-        own = {name: value for name, value in row["details"].items() if value != other["details"].get(name)}
-=======
-        others = [row for row in named.values() if (row["task"], row["method"]) == (first["task"], first["method"])]
-        row, other = named[first["experiment"]], named.get(first["versus"], others[0])
         own = {name: value for name, value in choices(row).items() if value != choices(other).get(name)}
->>>>>>> 3331fc15f7cd86466daab10ac51676a5a3d210a4
         differs = in_words(own if row["method"] == other["method"] else differing(row, [other]))
         record = _identity(group) | {"label": method.label, "family": method.family, "differs": differs}
         record |= {name: first[name] for name in ("learning_rates_tried", "at_edge")}
