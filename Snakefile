@@ -46,6 +46,7 @@ include: "workflow/rules/crate.smk"
 
 
 onstart:
+    do_not_wake_in_vain()
     refuse_to_do_twice()
     refuse_what_slurm_cannot_carry()
     log_startup("snakemake")
