@@ -154,7 +154,9 @@ def test_nothing_is_left_to_be_done(project: Path, results: Path) -> None:
 def test_a_rehearsal_runs_every_rule_and_leaves_the_results_alone(project: Path, results: Path) -> None:
     """With a pretrained, a derived backbone and a probe; two seeds are one."""
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in results.rglob("*") if path.is_file()}
-    output = snakemake(project, "--config", "rehearsal=yes")
+    output = snakemake(project, "--verbose", "--config", "rehearsal=yes")
+    looks, jobs = output.count("Ready jobs: "), output.count("Finished jobid: ")
+    assert jobs < looks <= 2 * jobs, "the scheduler looks at the jobs when one ends, and not again and again meanwhile"
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
     rehearsal = results / "rehearsal"
     made = {path.name for path in results.iterdir()} - {rehearsal.name, "report.html"}  # the report is asked for
