@@ -135,6 +135,18 @@ def test_rows_stand_with_what_they_are_compared_with(tmp_path):
     assert [rows[name]["root"] for name in order] == ["vqa_lora_none_r4_e2", *["vqa_adapter_none_r4_e2"] * 3]
 
 
+def test_what_is_compared_with_the_blind_baseline_stands_in_a_group_of_its_own(tmp_path):
+    runs = [
+        experiment(prefix="no", feeds="F2"),
+        experiment(feeds="F2", versus="vqa_lora_none_r4_e2_noprefix"),
+        experiment(routing="mul", feeds="F2", versus="vqa_lora_none_r4_e2"),
+        experiment(method="adapter", feeds="F2", versus="vqa_lora_none_r4_e2_noprefix"),
+    ]
+    rows = collected(results_of(tmp_path, *runs), "F2").values()
+    assert [row["root"] for row in rows][1:] == [*["vqa_lora_none_r4_e2"] * 2, "vqa_adapter_none_r4_e2"]
+    assert {row["variant"] for row in rows} == {""}
+
+
 def test_names_say_what_tells_rows_apart(tmp_path):
     runs = [
         experiment(feeds="F2"),

@@ -36,7 +36,7 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
         The sheet's columns, `run`, `seed`, the counts of models/<run>/run.json, all of models/<run>/timing.json, of
         scores/<run>/metrics.json `n`, every metric, and `missing`, the reasons by metric (a missing metric is NaN); and:
         forward_flops: of a forward pass per example; NaN of runs that an earlier version trained, which did not count them.
-        root: the experiment at the end of the chain of `versus`; figures group by it.
+        root: the experiment at the end of the chain of `versus`, but for a blind baseline; figures group by it.
         versus_runs: the runs of `versus`.
         rank, routing: of the method's options; missing and "none" where it has no such option.
         options: all options of the method, and the settings that the sheet's row has, as text.
@@ -70,7 +70,10 @@ def collect(experiments_sheet: Path, results: Path, feeds: str) -> pd.DataFrame:
 
 def _root(experiment: Experiment, experiments: Mapping[str, Experiment]) -> str:
     while experiment.versus:  # read_sheet refuses circles
-        experiment = experiments[experiment.versus]
+        versus = experiments[experiment.versus]
+        if experiment.prefix and not versus.prefix:  # a blind baseline, beside which no group stands
+            break
+        experiment = versus
     return experiment.experiment
 
 
