@@ -596,12 +596,23 @@ def test_without_a_blind_baseline_its_columns_are_empty(tmp_path):
     assert "Over blind: empty, as no blind row" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_two_blind_baselines_of_one_setting_are_refused(tmp_path):
+def test_of_two_blind_baselines_the_first_counts(tmp_path):
     another = BLIND | {"experiment": "another", "options": "r=8 lora_alpha=8"}
-    with pytest.raises(
-        RoutevlError, match=f"{BLIND['experiment']} and another are both blind, of vqa with roberta_demo after 2 ep"
-    ):
-        make_table("T7_methods", results_of(tmp_path / "results", PLAIN, BLIND, another), tmp_path / "T7.csv")
+    output = make_table("T7_methods", results_of(tmp_path / "results", PLAIN, BLIND, another), tmp_path / "T7.csv")
+    baselines = {name: row["versus_blind"] for name, row in rows_of(output).items()}
+    first = BLIND["experiment"]
+    assert baselines == {PLAIN["experiment"]: first, first: "", "another": first}
+
+
+def test_tables_of_a_task_have_the_gain_over_blind_of_t7(tmp_path):
+    rows = [row | {"feeds": "T1,T7"} for row in (PLAIN, BLIND)]
+    results = results_of(tmp_path / "results", *rows)
+    t1, t7 = (make_table(name, results, tmp_path / f"{name}.csv") for name in ("T1_vqa", "T7_methods"))
+    names = ["gain_vs_blind", "blind_ci_low", "blind_ci_high", "blind_p", "versus_blind"]
+    of_t1, of_t7 = ([rows_of(table)[PLAIN["experiment"]][name] for name in names] for table in (t1, t7))
+    assert of_t1 == of_t7 and float(of_t1[0]) > 0
+    cells = {row["Routing"]: row["Over blind [95% CI]"] for row in table_of(t1)[1]}
+    assert cells["none (blind)"] == "" and cells["none"].startswith("+")
 
 
 def test_rows_that_do_not_lie_above_the_blind_baseline_are_named(tmp_path):

@@ -11,7 +11,7 @@ import pandas as pd
 
 from routevl.errors import RoutevlError
 from routevl.files import read_json
-from routevl.methods.table import BASELINE, METHODS
+from routevl.methods.table import METHODS
 from routevl.options import words_of
 from routevl.reporting.names import BACKBONES, DAGGER, backbones, differing, in_words, plural
 from routevl.reporting.statistics import NOT_LEARNED, Gain, paired_gain, with_holm
@@ -191,34 +191,6 @@ def gains(runs: pd.DataFrame, results: Path, metric: str | None = None) -> dict[
                 of_this_task[experiment] = paired_gain(*systems, images, least)
         found |= with_holm(of_this_task)
     return found
-
-
-def against_blind(runs: pd.DataFrame, sheet: Path) -> pd.DataFrame:
-    """Runs of `collect` with their blind baseline as `versus` and in `versus_runs`, so that `gains` are over it.
-
-    That is the plain BASELINE among these runs which never sees the image, of the same task, text backbone and epochs; where that
-    backbone has none, of the backbone that the task's first row has. Where there is none either, and for the baselines
-    themselves, `versus` is "".
-
-    Raises RoutevlError where two rows of `sheet` would be one baseline.
-    """
-    baselines: dict[tuple[str, str, int], tuple[str, list[str]]] = {}  # by task, text backbone and epochs: name and runs
-    plain = runs[runs["blind"] & (runs["method"] == BASELINE)]
-    for (*place, experiment), group in plain.groupby(["task", "text_backbone", "epochs", "experiment"], sort=False):
-        if (known := baselines.setdefault(tuple(place), (experiment, list(group["run"]))))[0] != experiment:
-            task, backbone, epochs = place
-            raise RoutevlError(
-                f"{sheet}: experiments {known[0]} and {experiment} are both blind, of {task} with {backbone} after "
-                f"{plural(epochs, 'epoch')}: leave one of them out of the table by its `feeds`"
-            )
-    first = runs.drop_duplicates("task").set_index("task")["text_backbone"]
-    themselves = {experiment for experiment, _ in baselines.values()}
-    found = []
-    for run in runs.itertuples():
-        backbones = () if run.experiment in themselves else (run.text_backbone, first[run.task])
-        candidates = (baselines.get((run.task, backbone, run.epochs)) for backbone in backbones)
-        found.append(next(filter(None, candidates), ("", [])))
-    return runs.assign(versus=[experiment for experiment, _ in found], versus_runs=[of for _, of in found])
 
 
 def data_set_gains(runs: pd.DataFrame, results: Path) -> dict[str, dict[str, Gain]]:

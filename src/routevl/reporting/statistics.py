@@ -69,6 +69,18 @@ class Gain:
         """+1 for an improvement and -1 for harm, significant after Holm's correction; 0 for neither, and for no verdict."""
         return int(math.copysign(1, self.absolute.estimate)) if self.holm < LEVEL else 0
 
+    @property
+    def word(self) -> str:
+        """The verdict in a word or two; "" where there is none."""
+        if self.no_verdict or math.isnan(self.absolute.estimate):
+            return ""
+        return {1: "better", -1: "worse", 0: "no difference"}[self.verdict]
+
+    def tested(self, of: str = "") -> dict[str, float | str]:
+        """What the csv of a table has of it beside its intervals; with `of` the columns' names begin."""
+        columns = {"ci_over": self.absolute.over, "p": self.p, "p_holm": self.holm, "no_verdict": self.no_verdict}
+        return {f"{of}{name}": value for name, value in columns.items()}
+
 
 def mean_interval(scores: np.ndarray, images: np.ndarray, seed: int = BOOTSTRAP_SEED, resamples: int = RESAMPLES) -> Interval:
     """The mean score of a system with its interval.

@@ -18,11 +18,12 @@ from routevl.errors import RoutevlError
 from routevl.methods.base import WEIGHTS
 from routevl.methods.table import BASELINE, METHODS
 from routevl.reporting import TABLES
+from routevl.reporting.blind import OverBlind
 from routevl.reporting.claims import claims_table
 from routevl.reporting.formats import Table, number, without_shared, write_table
 from routevl.reporting.names import BACKBONES, DAGGER, backbones, choices, differing, heading_of, in_words, plural, setting_cells
 from routevl.reporting.published import published_score, read_claims, read_published
-from routevl.reporting.results import LEAST_BASELINE, against_blind, collect, gains, not_learned_note
+from routevl.reporting.results import LEAST_BASELINE, collect, gains, not_learned_note
 from routevl.reporting.statistics import LEVEL, NO_VERDICTS, RESAMPLES, Gain
 from routevl.sheet import read_sheet
 from routevl.tasks.table import TASKS
@@ -118,12 +119,6 @@ def _over_seeds(group: pd.DataFrame, columns: Iterable[str]) -> dict[str, float]
     return {f"{column}_{part}": found.loc[part, column] for column in found for part in ("mean", "std")}
 
 
-def _test(gain: Gain, of: str = "") -> dict[str, Any]:
-    """What the csv has of a gain beside its intervals; `of`: with what the columns' names begin."""
-    tested = {"ci_over": gain.absolute.over, "p": gain.p, "p_holm": gain.holm, "no_verdict": gain.no_verdict}
-    return {f"{of}{name}": value for name, value in tested.items()}
-
-
 def _plus_minus(record: Mapping[str, float], column: str, scale: float = 1.0, digits: int = 2) -> str:
     """A column of `_over_seeds` for readers; the mean alone where the deviation is unknown."""
     mean, std = (number(record[f"{column}_{part}"] * scale, digits) for part in ("mean", "std"))
@@ -136,7 +131,7 @@ def _single_seed_note(runs: pd.DataFrame) -> str:
 
 
 def score_table(arguments: argparse.Namespace) -> Table:
-    """T1, T2 or T3: one row per experiment, with its gain over the experiment that its `versus` names."""
+    """T1, T2 or T3: one row per experiment, with its gains over what its `versus` names and over its blind baseline."""
     feeds, task = arguments.name.split("_")
     published, claims = read_published(arguments.published), read_claims(arguments.claims)
     runs = collect(arguments.experiments, arguments.results, feeds)
@@ -144,6 +139,7 @@ def score_table(arguments: argparse.Namespace) -> Table:
     if runs.empty:
         raise RoutevlError(f"{arguments.experiments}: no {task} experiment feeds {feeds}")
     found, row, scale = gains(runs, arguments.results), TASKS[task], TASKS[task].scale
+    over_blind = OverBlind(runs, arguments.results)
     records, shown, sentences = [], [], []
     for group, settings in _by_experiment(runs):
         experiment = group["experiment"].iloc[0]
@@ -151,7 +147,7 @@ def score_table(arguments: argparse.Namespace) -> Table:
         record = _identity(group) | _over_seeds(group, row.metrics)
         record["versus_seeds"] = len(group["versus_runs"].iloc[0]) or None
         record |= gain.absolute.columns("gain", "gain_ci") | gain.relative.columns("gain_relative", "gain_relative_ci")
-        record |= _test(gain)
+        record |= gain.tested() | over_blind.columns(experiment)
         record["n_items"] = group["n"].iloc[0]
         record["published"] = published_score(published, group.iloc[0], row.metric) / scale
         records.append(record)
@@ -160,7 +156,9 @@ def score_table(arguments: argparse.Namespace) -> Table:
         shown.append(
             _head(group, settings)
             | {main: scores.pop(main), "Gain [95% CI]": gain.absolute.times(scale).signed()}
-            | {"Relative gain % [95% CI]": gain.relative.signed(), "Interval over": gain.absolute.over, "Seeds": str(len(group))}
+            | {"Relative gain % [95% CI]": gain.relative.signed()}
+            | (over_blind.cells(experiment, scale) if over_blind.gains else {})
+            | {"Interval over": gain.absolute.over, "Seeds": str(len(group))}
             | scores
             | _size(record)
             | {"Published": number(record["published"] * scale)}
@@ -171,6 +169,7 @@ def score_table(arguments: argparse.Namespace) -> Table:
         *_summary(list(found.values()), claims[(claims["task"] == task) & claims["kind"].isin(["gain", "gains"])]),
         *sentences,
         "",
+        *(over_blind.notes() if over_blind.gains else []),
         *_score_notes(runs, task),
         *_published_notes(published[published["task"] == task]),
     ]
@@ -296,17 +295,14 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
     """T4, T5 or T7: what each experiment of all tasks scores, gains over the one that its `versus` names, trains and costs; T7 in
     the order of the list of methods, blind baselines first, and with the gains over these.
 
-    Raises RoutevlError where an experiment feeds T7 whose gain is over something else than the plain BASELINE, and where two are
-    one blind baseline.
+    Raises RoutevlError where an experiment feeds T7 whose gain is over something else than the plain BASELINE.
     """
     feeds, of_methods = arguments.name.split("_")[0], arguments.name == "T7_methods"
     runs = collect(arguments.experiments, arguments.results, feeds)
-    found, over_blind = gains(runs, arguments.results), {}
+    found = gains(runs, arguments.results)
     if of_methods:
         _check_baselines(arguments.experiments, runs)
-        beside_blind = against_blind(runs, arguments.experiments)
-        baselines = dict(zip(beside_blind["experiment"], beside_blind["versus"], strict=True))
-        over_blind = gains(beside_blind, arguments.results)
+        over_blind = OverBlind(runs, arguments.results)
         order = [*TASKS, True, False, *METHODS]
         runs = runs.sort_values(["task", "blind", "method"], key=lambda values: values.map(order.index), kind="stable")
     tasks = [TASKS[task] for task in runs["task"].unique()]
@@ -326,16 +322,14 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         record |= {name: first[name] for name in ("learning_rates_tried", "at_edge")}
         record |= {"learning_rate": first["details"]["learning_rate"], **scores}
         record |= gain.absolute.columns(f"gain_vs_{BASELINE}" if of_methods else "gain", "gain_ci")
-        record |= _test(gain)
+        record |= gain.tested()
         names = {"Differs in": differs, "Against": first["versus"]}
         beside = {}
         if of_methods:
-            blind = over_blind.get(first["experiment"], Gain())
-            record |= blind.absolute.columns("gain_vs_blind", "blind_ci") | _test(blind, "blind_")
-            record["versus_blind"] = baselines[first["experiment"]]
+            record |= over_blind.columns(first["experiment"])
             of_backbones = {name: value for name, value in differing(row, named.values()).items() if name in BACKBONES}
             names = {"Method": _marked(", ".join(filter(None, [method.label, in_words(of_backbones)])), group)}
-            beside = {"Over blind [95% CI]": blind.absolute.times(task.scale).signed(), "Over blind: verdict": _verdict(blind)}
+            beside = over_blind.cells(first["experiment"], task.scale)
         record["forward_flops"] = _forward_flops(group)
         record |= {"step_ms": means["step_ms_median"], "peak_memory_mb": means["peak_memory_mb"]}
         record["saved_bytes"] = _saved_bytes(arguments.results, group)
@@ -344,7 +338,7 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
             {"Task": task.label}
             | _head(group, names)
             | {of.shown[of.metric]: _plus_minus(scores, of.metric, of.scale) for of in tasks}
-            | {"Gain [95% CI]": gain.absolute.times(task.scale).signed(), "Verdict": _verdict(gain)}
+            | {"Gain [95% CI]": gain.absolute.times(task.scale).signed(), "Verdict": gain.word}
             | beside
             | {"Interval over": gain.absolute.over, "Seeds": str(len(group)), **_size(record)}
             | {_FORWARD: number(record["forward_flops"] / 1e6, 1)}
@@ -364,32 +358,13 @@ def comparison_table(arguments: argparse.Namespace) -> Table:
         "visual projection. Saved: the method's own tensors. Timings compare only within one device."
         + (f" Scores and gains in {', '.join(scaled)}; the csv holds fractions." if scaled else ""),
         "",
-        *(_blind_notes(over_blind) if of_methods else []),
+        *(over_blind.notes() if of_methods else []),
         _FORWARD_NOTE,
         *_tuning_notes(runs),
         *_not_learned_notes(runs),
     ]
     details = [name for name in ("Routing", *settings, "Interval over", "Seeds", "Rates tried") if name in readable]
     return Table(COMPARISONS[arguments.name], pd.DataFrame(records), readable, notes, details)
-
-
-def _blind_notes(over_blind: Mapping[str, Gain]) -> list[str]:
-    """What a gain over the blind baseline is, and which rows do not lie above it."""
-    if not over_blind:
-        return ["Over blind: empty, as no blind row of as many epochs feeds this table.", ""]
-    known = {name: gain.absolute for name, gain in over_blind.items() if gain.absolute.signed()}
-    below = [f"`{name}`" for name, interval in known.items() if interval.low <= 0]
-    without = ", ".join(f"`{name}`" for name in over_blind if name not in known)
-    rows = f"{plural(len(known), 'row')} with such a gain"
-    sentences = [
-        f"Over blind: gain over plain {METHODS[BASELINE].label} that never sees the image (routing `none (blind)`; in the csv "
-        "`versus_blind`), in the same text backbone where a row of this table has that, else in the backbone of the task's first "
-        "row, after as many epochs. Holm's correction is for these comparisons of the task alone.",
-        f"Not above it, the interval not wholly above zero, {len(below)} of {rows}"
-        + (f": {', '.join(below)}." if below else "."),
-        f"Without one, as a run of either side learned nothing: {without}." if without else "",
-    ]
-    return [" ".join(filter(None, sentences)), ""]
 
 
 def _check_baselines(sheet: Path, runs: pd.DataFrame) -> None:
@@ -400,13 +375,6 @@ def _check_baselines(sheet: Path, runs: pd.DataFrame) -> None:
             raise RoutevlError(
                 f"{sheet}: experiment {experiment} feeds T7, whose gains are over plain {name}: {versus} is not that"
             )
-
-
-def _verdict(gain: Gain) -> str:
-    """A comparison's verdict in a word or two; "" where there is none."""
-    if gain.no_verdict or math.isnan(gain.absolute.estimate):
-        return ""
-    return {1: "better", -1: "worse", 0: "no difference"}[gain.verdict]
 
 
 def _tuning_notes(runs: pd.DataFrame) -> list[str]:
