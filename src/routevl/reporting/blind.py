@@ -47,8 +47,8 @@ class OverBlind:
         rows = f"{plural(len(known), 'row')} with such a gain"
         sentences = [
             f"Over blind: gain over plain {METHODS[BASELINE].label} that never sees the image (in the csv `versus_blind`), in "
-            "the same text backbone where a row of this table has that, else in the backbone of the task's first row, after as many "
-            "epochs. Holm's correction is for these comparisons of the task alone.",
+            "the same text backbone where a row of this table has that, else in the backbone of the task's first row, after as "
+            "many epochs. Holm's correction is for these comparisons of the task alone.",
             f"Not above it, the interval not wholly above zero, {len(below)} of {rows}"
             + (f": {', '.join(below)}." if below else "."),
             f"Without one, as a run of either side learned nothing: {without}." if without else "",
