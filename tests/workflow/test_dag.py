@@ -156,7 +156,7 @@ def test_a_rehearsal_runs_every_rule_and_leaves_the_results_alone(project: Path,
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in results.rglob("*") if path.is_file()}
     output = snakemake(project, "--verbose", "--config", "rehearsal=yes")
     looks, jobs = output.count("Ready jobs: "), output.count("Finished jobid: ")
-    assert jobs < looks <= 2 * jobs, "the scheduler looks at the jobs when one ends, and not again and again meanwhile"
+    assert 0 < looks <= 2 * jobs, f"{looks} looks at the jobs for {jobs} of them: also where none had ended"
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
     rehearsal = results / "rehearsal"
     made = {path.name for path in results.iterdir()} - {rehearsal.name, "report.html"}  # the report is asked for
