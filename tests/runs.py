@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import SmallWorld, command_line, run_options, run_stage
 
 from routevl import cli
@@ -42,6 +43,23 @@ def own_signals() -> Iterator[None]:
     finally:
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
+
+
+def interrupted_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, stopped: int, killed: int) -> list[str]:
+    """Let this process get SIGTERM in the call of a method that has the number `stopped`, counted from 1, and a MemoryError in
+    the one that has `killed`. Returns the list of its calls, which grows."""
+    method, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == killed:
+            raise MemoryError
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
 
 
 @dataclass(frozen=True)

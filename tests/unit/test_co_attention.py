@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import torch
 from cases import SMALL, B, D, L, one_step, prepared_for, shaken, small_options
 from conftest import SmallWorld, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
-from runs import Run, new_run, own_signals, probe
+from runs import Run, interrupted_calls, new_run, own_signals, probe
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, RobertaConfig
@@ -382,17 +380,7 @@ def test_a_derivation_that_was_stopped_or_killed_goes_on_to_the_same_bytes(
     small_world: SmallWorld, derived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Of 10 steps; stopped in the first process, killed in the second."""
-    loss, calls = Learner.loss, []
-
-    def counted_loss(of: Learner, *arguments: Any) -> Tensor:
-        calls.append(0)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if len(calls) == step + 4:
-            raise MemoryError
-        return loss(of, *arguments)
-
-    monkeypatch.setattr(Learner, "loss", counted_loss)
+    calls = interrupted_calls(monkeypatch, Learner, "loss", step, step + 4)
     with pytest.raises(SystemExit, match="143"), own_signals():
         derive(small_world, tmp_path / "derived")
     assert not (tmp_path / "derived").exists() and (tmp_path / "checkpoint/checkpoint.safetensors").exists()

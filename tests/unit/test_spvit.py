@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import timm
 import torch
 from conftest import SmallWorld, run_stage
 from recorded import assert_agrees, needs_reference, put, recorded
+from runs import interrupted_calls, own_signals
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
@@ -41,7 +40,6 @@ from routevl.backbones.vision import load_vision_backbone, vision_tokens
 from routevl.errors import RoutevlError
 from routevl.files import read_json, sha256_of, write_json
 from routevl.methods.table import new_method
-from routevl.signals import STOP_SIGNALS
 
 OPEN = {"attention": (5.0, 5.0, 5.0), "conv3": (5.0, 5.0, -5.0), "conv1": (5.0, -5.0, 5.0), "nothing": (-5.0, 5.0, 5.0)}
 RECORDED = {"attention": "msa", "conv3": "conv3x3", "conv1": "conv1x1", "nothing": "none"}
@@ -352,36 +350,17 @@ def test_a_derived_folder_gives_the_tokens_that_the_fine_tuned_model_gave_and_is
     assert tokens.shape == (3, 5, 16) and torch.equal(tokens[:, 1:], encoded["patches"]) == (branch != "attention")
 
 
-@pytest.fixture
-def handlers_kept() -> Iterator[None]:
-    """A stage that ends by an exception leaves its handlers of stop signals to the end of its process."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("step", [1, 20, 24, 26, 33])
 def test_a_derivation_that_was_stopped_or_killed_goes_on_to_the_same_bytes(
-    small_world: SmallWorld, derived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers_kept: None, step: int
+    small_world: SmallWorld, derived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """24 steps of the search, 9 of the fine-tuning; killed in the second process, which has made a few more of them."""
-    distance, calls = phases.Phases._distance, []
-
-    def counted_distance(of: phases.Phases, *arguments: Any) -> Tensor:
-        calls.append(0)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if len(calls) == step + 3:
-            raise MemoryError
-        return distance(of, *arguments)
-
-    monkeypatch.setattr(phases.Phases, "_distance", counted_distance)
-    with pytest.raises(SystemExit, match="143"):
+    calls = interrupted_calls(monkeypatch, phases.Phases, "_distance", step, step + 3)
+    with pytest.raises(SystemExit, match="143"), own_signals():
         derive(small_world, tmp_path / "derived")
     assert not (tmp_path / "derived").exists() and (tmp_path / "checkpoint/checkpoint.safetensors").exists()
     if step < 30:
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError), own_signals():
             derive(small_world, tmp_path / "derived")
     made = len(calls)
     assert digests(derive(small_world, tmp_path / "derived")) == digests(derived)
@@ -412,10 +391,8 @@ def test_a_split_without_images_is_named(small_world: SmallWorld, tmp_path: Path
         run_stage("derive-backbone", "--by", "spvit", *paths, "--output", tmp_path / "derived")
 
 
-def test_a_loss_that_is_no_number_and_wrong_options_are_named(
-    small_world: SmallWorld, tmp_path: Path, handlers_kept: None
-) -> None:
-    with pytest.raises(RoutevlError, match="spvit: the loss of the search is nan: set a lower learning_rate"):
+def test_a_loss_that_is_no_number_and_wrong_options_are_named(small_world: SmallWorld, tmp_path: Path) -> None:
+    with pytest.raises(RoutevlError, match="spvit: the loss of the search is nan: set a lower learning_rate"), own_signals():
         derive(small_world, tmp_path / "derived", learning_rate=1e30)
     for option, message in (
         ({"flops": 1}, "flops is 1.0, expected less than 1"),
@@ -435,7 +412,7 @@ def test_a_checkpoint_that_is_missing_too_much_or_of_another_derivation_is_named
         run_stage("derive-backbone", "--by", "magnitude", *paths, "--options", "sparsity=0.5", "--checkpoint", tmp_path / "c")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phases, "kept_by", lambda model: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError), own_signals():
             derive(small_world, tmp_path / "derived")
     with pytest.raises(
         RoutevlError, match=r"checkpoint\.safetensors: the unfinished run has options .*: delete .*checkpoint to start"

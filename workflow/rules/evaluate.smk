@@ -49,7 +49,7 @@ for seeds, experiments in JOBS.items():
             f"{R}/benchmarks/inside/{runs[0]}.tsv"
         wildcard_constraints:
             run=one_of([run for run in ALONE if run in INSIDE]),
-            experiment=one_of(experiments),
+            experiment=one_of([name for name in experiments if f"{name}_seed{seeds[0]}" in INSIDE]),
         threads: config["training"]["threads"]
         resources:
             **gpus(min(config["training"]["gpus"], 1)),

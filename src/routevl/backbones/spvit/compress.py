@@ -6,7 +6,6 @@ Both phases learn to give the tokens that the original model gives of a training
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -265,9 +264,9 @@ class Phases:
         self, phase: str, model: nn.Module, groups: list[dict[str, Any]], epochs: int, penalty: Callable[[], Tensor | float]
     ) -> None:
         """Train all of a model, from the checkpoint if that is of this phase."""
-        total = epochs * math.ceil(len(self.images) / self.options.batch_size)
-        optimisation = Optimisation(groups, WEIGHT_DECAY, lambda optimiser: _schedule(optimiser, total), max_grad_norm=None)
         batches = self._batches(phase, epochs)
+        total = len(batches)
+        optimisation = Optimisation(groups, WEIGHT_DECAY, lambda optimiser: _schedule(optimiser, total), max_grad_norm=None)
         steps = resumed_steps(
             lambda step: self._pixels(batches[step:]), total, self.checkpoint, self.execution.checkpoint_every, AllOf(model),
             optimisation, f"spvit: {phase}", record={"kept": self.kept, "phase": phase}, resume=self.unfinished == phase,
